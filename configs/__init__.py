@@ -1,0 +1,1 @@
+"""Presets of settings, as YAML files: ``default``, ``language_model`` and ``vision``."""

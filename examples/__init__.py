@@ -1,0 +1,1 @@
+"""Short runs on real data: each trains, logs, asks and prints."""

@@ -1,0 +1,1 @@
+"""Callbacks for trainers of other libraries; each needs the extra of that library."""

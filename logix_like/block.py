@@ -1,0 +1,137 @@
+"""One block of a training loop: what the user said of it, and what its gradients must be multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from logix_like.capture.tracker import Recording
+from logix_like.errors import CaptureError
+from logix_like.ids import as_data_ids
+from logix_like.layout import DataId
+
+Reduction = Literal["mean", "sum", "token_mean"]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a block is told."""
+
+    data_id: tuple[DataId, ...]
+    mask: Tensor | None = None
+    """``[batch, positions]``, true where a position counts."""
+    scale: float = 1.0
+    """What the loop multiplied its loss by, e.g. 1 / (number of accumulated batches)."""
+    scaler: Any = None
+    """The ``torch.amp.GradScaler`` that scales the loss, if there is one."""
+    reduction: Reduction = "mean"
+    per_token: bool = False
+    loss: Tensor | None = None
+    """``[batch]`` per-sample losses, to be stored beside the rows."""
+    metadata: Mapping[str, tuple[str | int | float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        data_id: Any,
+        *,
+        mask: Tensor | None = None,
+        loss: Tensor | None = None,
+        metadata: Mapping[str, Sequence[Any]] | None = None,
+        scale: float = 1.0,
+        **others: Any,
+    ) -> BlockOptions:
+        """Check what a user gave; lengths that differ from the number of ids are refused."""
+        ids = as_data_ids(data_id, mask)
+        if not ids:
+            raise CaptureError("data_id is empty; give one id for each sample of the batch")
+        if not scale > 0:
+            raise CaptureError(f"scale is {scale}; give the positive factor that the loss was multiplied by")
+        if mask is not None and (mask.ndim != 2 or len(mask) != len(ids)):
+            raise CaptureError(f"mask has shape {tuple(mask.shape)}; expected [{len(ids)}, positions]")
+        if loss is not None:
+            loss = torch.as_tensor(loss).detach()
+            if loss.shape != (len(ids),):
+                raise CaptureError(f"loss has shape {tuple(loss.shape)}; expected one loss for each of {len(ids)} ids")
+        columns = {name: tuple(_plain(v) for v in values) for name, values in (metadata or {}).items()}
+        for name, values in columns.items():
+            if len(values) != len(ids):
+                raise CaptureError(f"metadata {name!r} has {len(values)} values for {len(ids)} ids")
+        return cls(ids, mask=mask, loss=loss, metadata=columns, scale=scale, **others)
+
+    def factor(self) -> float:
+        """What captured gradients are multiplied by to be those of each sample's own loss."""
+        return self._batch_factor() / (self.scale * (1.0 if self.scaler is None else self.scaler.get_scale()))
+
+    def row_divisors(self) -> Tensor | None:
+        """``[batch, 1]`` token counts that rows are divided by, if they are to be."""
+        if not self.per_token:
+            return None
+        return self._required_mask("per_token").sum(1, keepdim=True).clamp_min(1)
+
+    def _batch_factor(self) -> float:
+        if self.reduction == "mean":
+            return float(len(self.data_id))
+        if self.reduction == "sum":
+            return 1.0
+        return float(self._required_mask("loss_reduction: token_mean").sum())
+
+    def _required_mask(self, asker: str) -> Tensor:
+        if self.mask is None:
+            raise CaptureError(f"{asker} needs mask=[batch, positions], true for the tokens that the loss counts")
+        return self.mask
+
+
+class Block:
+    """A context manager around one forward and backward pass.
+
+    Whatever goes wrong inside, the hooks are gone afterwards; an exception drops this block's rows only.
+    """
+
+    def __init__(
+        self,
+        recording: Recording | None,
+        options: BlockOptions,
+        on_end: Callable[[Block], None],
+        on_drop: Callable[[Block], None],
+    ) -> None:
+        self.recording = recording
+        """None when this block is one of those that are not logged."""
+        self.options = options
+        self._on_end = on_end
+        self._on_drop = on_drop
+
+    def __enter__(self) -> Block:
+        if self.recording is not None:
+            self.recording.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.recording is not None:
+            self.recording.__exit__(exc_type, exc, traceback)
+        self._on_drop(self)
+        if exc_type is None:
+            if self.recording is not None:
+                self.recording.check()
+                self.recording.factor = self.options.factor()
+            self._on_end(self)
+
+
+def _plain(value: Any) -> str | int | float:
+    if isinstance(value, Tensor):
+        value = value.item()
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, str | int | float):
+        raise CaptureError(f"a metadata value is {value!r} ({type(value).__name__}); give str, int or float")
+    return value

@@ -1,0 +1,49 @@
+"""The records that leave capture: what one block of training code produced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from logix_like.layout import DataId
+
+
+@dataclass(frozen=True)
+class FactorMoments:
+    """Sums over the positions of one batch of the projected factors' second moments.
+
+    All are sums, so that adding two of these (of disjoint batches) gives that of both.
+    """
+
+    inputs: Mapping[str, Tensor]
+    """By input group: ``sum_t a_t a_t^T``, ``[rank_in, rank_in]``."""
+    outputs: Mapping[str, Tensor]
+    """By module: ``sum_t d_t d_t^T``, ``[rank_out, rank_out]``, of the samples' own gradients."""
+    positions: Mapping[str, int]
+    """By input group: how many positions (samples x tokens, unmasked) were summed."""
+    samples: int
+    """How many samples the batch had."""
+
+
+@dataclass(frozen=True)
+class ProjectedBatch:
+    """Rows of one batch, on their way to the statistics and the store."""
+
+    data_id: tuple[DataId, ...]
+    """One id for each sample."""
+    rows: Tensor
+    """``[batch, width]``, projected per-sample gradients."""
+    step: int = -1
+    """Optimizer step (or block number) at which the samples were used."""
+    epoch: int = -1
+    """Epoch, -1 if it was never told."""
+    lr: float = float("nan")
+    """Learning rate at that step, NaN if unknown."""
+    loss: Tensor | None = None
+    """``[batch]`` per-sample losses, if they were given."""
+    metadata: Mapping[str, tuple[str | int | float, ...]] = field(default_factory=dict)
+    """Further columns of the user's, one value for each sample."""
+    moments: FactorMoments | None = None
+    """Kronecker moments of the batch; None when not gathered or a row is not finite."""

@@ -1,0 +1,219 @@
+"""One block of training code: from module calls to projected per-sample gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from logix_like.capture.batch import FactorMoments
+from logix_like.capture.projector import Projector
+from logix_like.capture.selection import TrackedModule, Use
+from logix_like.errors import CaptureError
+from logix_like.layout import Layout
+
+
+@dataclass
+class _SharedInput:
+    """The last tensor that a group of modules read, with its projection."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    kept: Tensor
+    owner: str
+
+    def holds(self, value: Tensor) -> bool:
+        return self.tensor() is value and self.version == value._version
+
+
+@dataclass
+class _Moments:
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+
+
+class CallReader:
+    """Checks a module's call and hands its input, then its output's gradient, to two receivers.
+
+    It knows nothing of projections: :class:`BlockRecorder` projects, a warm-up keeps.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        on_input: Callable[[TrackedModule, Tensor], object],
+        on_gradient: Callable[[TrackedModule, object, Tensor], None],
+        *,
+        detached: bool = False,
+    ) -> None:
+        self._batch = batch
+        self._on_input = on_input
+        self._on_gradient = on_gradient
+        self._detached = detached
+        self._open = True
+        self.gradients = 0
+        """How many gradients have arrived."""
+        self.called: set[str] = set()
+        """Names of the modules that were called."""
+
+    def close(self) -> None:
+        """Ignore what arrives from now on (a later backward through the same graph)."""
+        self._open = False
+
+    def __call__(self, tracked: TrackedModule, value: Tensor, output: Tensor) -> Tensor | None:
+        self.called.add(tracked.name)
+        if not torch.is_grad_enabled() or not self._open:
+            return None
+        replaced = None
+        if not output.requires_grad:
+            if not self._detached:
+                return None
+            # With frozen weights the graph starts here; a copy, so that in-place layers may follow.
+            output = replaced = output.detach().requires_grad_().clone()
+        with _full_precision(value):
+            kept = self._on_input(tracked, self._checked(tracked, value, "input"))
+        output.register_hook(partial(self._gradient, tracked, kept))
+        return replaced
+
+    def _gradient(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
+        if self._open:
+            self.gradients += 1
+            with _full_precision(gradient):
+                self._on_gradient(tracked, kept, self._checked(tracked, gradient, "output"))
+
+    def _checked(self, tracked: TrackedModule, value: Tensor, what: str) -> Tensor:
+        if tracked.batch_dim:
+            value = value.transpose(0, tracked.batch_dim)
+        if value.ndim == 0 or len(value) != self._batch:
+            raise CaptureError(
+                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {len(value) if value.ndim else 0} "
+                f"samples along dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each "
+                "sample, name another dimension in modules.batch_dim, or exclude a module that mixes samples"
+            )
+        return value
+
+
+class BlockRecorder:
+    """Sums what the tracked modules' calls contribute to the rows of one batch."""
+
+    def __init__(
+        self,
+        projector: Projector,
+        layout: Layout,
+        batch: int,
+        *,
+        mask: Tensor | None = None,
+        moments: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self._projector = projector
+        self._mask = mask
+        self._shared: dict[str, _SharedInput] = {}
+        self._moments = _Moments() if moments else None
+        self._masked = 0 if mask is None else int(mask.sum())
+        self._batch = batch
+        self.rows = torch.zeros(batch, layout.width, dtype=dtype, device=device)
+        self._blocks = layout.split(self.rows)
+
+    def read_input(self, tracked: TrackedModule, value: Tensor) -> list[Tensor]:
+        """Project a call's input for every use of the module; what is returned waits for the gradient."""
+        return [self._read(tracked, use, value) for use in tracked.uses]
+
+    def read_gradient(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
+        """Add the call's part of every sample's gradient to its block."""
+        assert isinstance(kept, list)
+        gradient = _plain(gradient)
+        for use, held in zip(tracked.uses, kept, strict=True):
+            sides = self._projector.sides(use, gradient.dtype, gradient.device)
+            inward, outward = tracked.rule.read_gradient(tracked.module, held, gradient, *sides)
+            if use.transposed:
+                inward, outward = outward, inward
+            inward, outward = (f.to(self.rows.device, self.rows.dtype) for f in (inward, outward))
+            self._blocks[use.block] += outward.transpose(1, 2) @ inward
+            if self._moments is not None:
+                self._add_moments(use.block, inward, outward)
+
+    def moments(self, factor: float) -> FactorMoments | None:
+        """The Kronecker moments of the batch, gradients multiplied by ``factor``."""
+        if self._moments is None:
+            return None
+        outputs = {name: moment * factor**2 for name, moment in self._moments.outputs.items()}
+        return FactorMoments(self._moments.inputs, outputs, self._moments.positions, self._batch)
+
+    def _read(self, tracked: TrackedModule, use: Use, value: Tensor) -> Tensor:
+        rule, plain = tracked.rule, _plain(value)
+        if use.transposed or not rule.shares_input:
+            self._decide_group(use.block, use.block)
+            dtype = plain.dtype if plain.is_floating_point() else self._weight_dtype(tracked)
+            side = self._projector.sides(use, dtype, plain.device)[0]
+            return rule.read_input(tracked.module, plain, side)
+        group = self._group(use.block, value)
+        shared = self._shared.get(group)
+        if shared is None or not shared.holds(value):
+            side = self._projector.sides(use, plain.dtype, plain.device)[0]
+            kept = rule.read_input(tracked.module, plain, side)
+            shared = _SharedInput(weakref.ref(value), value._version, kept, group)
+            self._shared[group] = shared
+        return shared.kept
+
+    def _group(self, block: str, value: Tensor) -> str:
+        """The block's group; at its first call ever, that of a block that has just read the same tensor."""
+        group = self._projector.group(block)
+        if group is None:
+            fits = (
+                name
+                for name, shared in self._shared.items()
+                if shared.holds(value) and self._projector.may_share(block, name)
+            )
+            group = next(fits, block)
+            self._projector.assign(block, group)
+        return group
+
+    def _decide_group(self, block: str, group: str) -> None:
+        if self._projector.group(block) is None:
+            self._projector.assign(block, group)
+
+    def _weight_dtype(self, tracked: TrackedModule) -> torch.dtype:
+        dtype = tracked.module.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _add_moments(self, block: str, inward: Tensor, outward: Tensor) -> None:
+        assert self._moments is not None
+        positions = inward.shape[0] * inward.shape[1]
+        if self._mask is not None and self._mask.shape == inward.shape[:2]:
+            weight = self._mask.to(inward.dtype).unsqueeze(-1)
+            inward, outward, positions = inward * weight, outward * weight, self._masked
+        _add(self._moments.outputs, block, _outer_sum(outward))
+        group = self._projector.group(block)
+        if group == block:
+            _add(self._moments.inputs, block, _outer_sum(inward))
+            self._moments.positions[block] = self._moments.positions.get(block, 0) + positions
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Outside autograd, and wide enough: float16 would overflow in products."""
+    value = value.detach()
+    return value.float() if value.dtype == torch.float16 else value
+
+
+def _full_precision(value: Tensor) -> AbstractContextManager[object]:
+    """Autocast is for the model's products, not for ours."""
+    kind = value.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _outer_sum(factor: Tensor) -> Tensor:
+    flat = factor.reshape(-1, factor.shape[-1])
+    return flat.T @ flat
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

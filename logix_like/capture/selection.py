@@ -1,0 +1,221 @@
+"""Which modules of a model are tracked, and which block each of their parameters belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from logix_like.capture.layers import RULES, Rule, type_name
+from logix_like.errors import ConfigError, UnsupportedModuleError
+
+
+@dataclass(frozen=True)
+class Use:
+    """One module's part in one block."""
+
+    block: str
+    """Name of the block: the first module that uses the parameter."""
+    weight: bool
+    """Whether the weight is part of it."""
+    bias: bool
+    """Whether a bias is."""
+    transposed: bool = False
+    """Whether this module's weight is the transpose of the block owner's (an embedding and a linear head)."""
+
+
+@dataclass(frozen=True)
+class TrackedModule:
+    """A module whose calls are captured."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    uses: tuple[Use, ...]
+    batch_dim: int = 0
+    """Dimension of the module's input and output that counts the samples."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A block before its rank is known."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    """``(d_out, d_in)`` with the bias column."""
+    bias: bool
+    """Whether the last column belongs to a bias."""
+    tied: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is tracked of a model."""
+
+    modules: tuple[TrackedModule, ...]
+    blocks: tuple[BlockShape, ...]
+    skipped: Mapping[str, str]
+    """Modules that have parameters of a tracked type and are left out all the same, with the reason."""
+    covered: int
+    """Parameters that the blocks stand for."""
+    parameters: int
+    """Trainable parameters of the model."""
+
+
+def select_modules(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    types: Sequence[str] = tuple(RULES),
+    batch_dim: Mapping[str, int] | None = None,
+    frozen: bool = False,
+) -> Selection:
+    """Choose modules by type, by ``include`` and ``exclude`` globs on their qualified names.
+
+    A module named exactly (without wildcards) is tracked whatever its type. ``frozen`` modules are those with no
+    trainable parameter; they are left out unless asked for.
+
+    Raises:
+        UnsupportedModuleError: a module named exactly has no rule, or cannot be captured.
+        ConfigError: a type has no rule, a pattern fits nothing, or nothing is left to track.
+    """
+    unknown = [name for name in types if name not in RULES]
+    if unknown:
+        raise ConfigError(f"modules.types: {unknown[0]!r} has no rule; rules exist for {', '.join(RULES)}")
+    skipped: dict[str, str] = {}
+    chosen: list[tuple[str, nn.Module, Rule]] = []
+    inside_attention = _attention_parts(model)
+    for name, module in model.named_modules():
+        exact = name in include and not _is_glob(name)
+        if not exact and not _fits(name, include) or _fits(name, exclude):
+            continue
+        kind = type_name(module)
+        if kind not in types and not exact:
+            if kind is None and _looks_tracked(module, types):
+                skipped[name] = f"{type(module).__name__} overrides the forward pass of its parent"
+            continue
+        reason = inside_attention.get(name) or _reason_against(module, kind, frozen or exact)
+        if reason is None:
+            assert kind is not None
+            chosen.append((name, module, RULES[kind]))
+        elif exact:
+            raise UnsupportedModuleError(
+                f"module {name!r} ({type(module).__name__}) cannot be tracked: {reason}; rules exist for {', '.join(RULES)}"
+            )
+        elif next(module.parameters(), None) is not None:
+            skipped[name] = reason
+    _check_patterns(model, include, types)
+    if not chosen:
+        raise ConfigError(
+            f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
+            f"include={list(include)}, exclude={list(exclude)}"
+            + (f"; left out: {_some(skipped)}" if skipped else "")
+            + " (a frozen model is tracked with modules.frozen=true)"
+        )
+    return _assemble(model, chosen, skipped, batch_dim or {}, frozen)
+
+
+def _assemble(
+    model: nn.Module,
+    chosen: Sequence[tuple[str, nn.Module, Rule]],
+    skipped: Mapping[str, str],
+    batch_dim: Mapping[str, int],
+    frozen: bool,
+) -> Selection:
+    owners: dict[int, tuple[str, Rule]] = {}
+    blocks: dict[str, BlockShape] = {}
+    modules, seen_biases = [], dict[int, str]()
+    for name, module, rule in chosen:
+        weight, bias = module.weight, getattr(module, "bias", None)
+        # A module chosen though all of it is frozen is tracked whole; else only what is trained.
+        all_frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        has_weight = weight.requires_grad or all_frozen
+        has_bias = bias is not None and (bias.requires_grad or all_frozen)
+        if has_bias and seen_biases.setdefault(id(bias), name) != name:
+            raise UnsupportedModuleError(
+                f"modules {seen_biases[id(bias)]!r} and {name!r} share one bias; exclude one of them"
+            )
+        owner = owners.setdefault(id(weight), (name, rule)) if has_weight else (name, rule)
+        uses = []
+        if owner[0] != name:
+            transposed = rule.transposed != owner[1].transposed
+            uses.append(Use(owner[0], weight=True, bias=False, transposed=transposed))
+            shared = blocks[owner[0]]
+            blocks[owner[0]] = BlockShape(**{**vars(shared), "tied": (*shared.tied, name)})
+        if owner[0] == name or has_bias:
+            own_weight = has_weight and owner[0] == name
+            uses.append(Use(name, weight=own_weight, bias=has_bias))
+            d_out, d_in = rule.shape(module)
+            columns = d_in * own_weight + has_bias
+            kind = rule.kind if own_weight else "bias"
+            blocks[name] = BlockShape(name, kind, (d_out, columns), has_bias, (), d_out * columns)
+        modules.append(TrackedModule(name, module, rule, tuple(uses), _dim_for(name, batch_dim)))
+    covered = sum(block.parameters for block in blocks.values())
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad) or sum(p.numel() for p in model.parameters())
+    return Selection(tuple(modules), tuple(blocks.values()), skipped, covered, max(total, covered))
+
+
+def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | None:
+    if kind is None:
+        return "its type has no rule"
+    parameters = list(module.parameters(recurse=False))
+    if not parameters or module._parameters.get("weight") is None:
+        return "its weight is not a plain parameter"
+    if not frozen and not any(p.requires_grad for p in parameters):
+        return "its parameters are frozen (requires_grad=False)"
+    return RULES[kind].check(module)
+
+
+def _attention_parts(model: nn.Module) -> dict[str, str]:
+    """``nn.MultiheadAttention`` reads its parts' weights without calling the parts."""
+    reason = "nn.MultiheadAttention uses its weight without calling it"
+    return {
+        f"{name}.{part}" if name else part: reason
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part, _ in module.named_modules()
+        if part
+    }
+
+
+def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:
+    return any(isinstance(module, getattr(nn, name)) for name in types if hasattr(nn, name))
+
+
+def _check_patterns(model: nn.Module, include: Sequence[str], types: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"modules.include: {pattern!r} fits no module of the model; its modules are {_some(names)}"
+            )
+
+
+def _dim_for(name: str, batch_dim: Mapping[str, int]) -> int:
+    return next((dim for pattern, dim in batch_dim.items() if fnmatchcase(name, pattern)), 0)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def _some(names: Mapping[str, str] | Sequence[str], most: int = 8) -> str:
+    listed = list(_described(names))
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _described(names: Mapping[str, str] | Sequence[str]) -> Iterator[str]:
+    if isinstance(names, Mapping):
+        yield from (f"{name!r} ({reason})" for name, reason in names.items())
+    else:
+        yield from (repr(name) for name in names if name)

@@ -1,0 +1,196 @@
+"""A model's tracked modules with their projections: what opens blocks and owns the row's layout."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from logix_like.capture.batch import FactorMoments
+from logix_like.capture.hooks import HookSet
+from logix_like.capture.projector import Projector
+from logix_like.capture.recorder import BlockRecorder, CallReader
+from logix_like.capture.selection import Selection, TrackedModule
+from logix_like.errors import CaptureError
+from logix_like.layout import Layout
+
+
+@dataclass(frozen=True)
+class _RawCall:
+    """One call of a module, un-projected; kept only during a warm-up."""
+
+    tracked: TrackedModule
+    value: Tensor
+    gradient: Tensor
+
+
+class Tracker:
+    """Opens one recording for each block of training code.
+
+    Some projections are made from the data of the first samples (``needs_warmup``): until :meth:`fit`,
+    recordings hold their calls un-projected; afterwards every recording can be turned into rows.
+    """
+
+    def __init__(self, model: nn.Module, selection: Selection, projector: Projector) -> None:
+        self.model = model
+        self.selection = selection
+        self.projector = projector
+        weights = [tracked.module.weight for tracked in selection.modules]
+        self.dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+        self._layout: Layout | None = None
+        self._expected = projector.layout()
+
+    @property
+    def needs_warmup(self) -> bool:
+        """Whether projections wait for the moments of a warm-up."""
+        return self.projector.needs_moments
+
+    @property
+    def layout(self) -> Layout:
+        """The row's layout: final once a block has ended, expected before."""
+        return self._layout or self._expected
+
+    @property
+    def settled(self) -> bool:
+        """Whether the layout is final."""
+        return self._layout is not None
+
+    def settle(self) -> Layout:
+        """Fix the layout: modules not called so far have an input projection of their own."""
+        if self._layout is None:
+            self._layout = self.projector.layout()
+        return self._layout
+
+    def recording(
+        self, batch: int, *, mask: Tensor | None = None, moments: bool = False, detached: bool = False
+    ) -> Recording:
+        """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
+
+        ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
+        graph at the first tracked module (for models whose weights are frozen).
+        """
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached)
+
+    def fit(self, recordings: Iterable[Recording]) -> None:
+        """Make the projections from the un-projected calls of a warm-up."""
+        sums: dict[str, list[Tensor]] = {}
+        for recording in recordings:
+            for call in recording.calls:
+                for block, moments in self._raw_moments(recording, call):
+                    known = sums.get(block)
+                    sums[block] = [a + b for a, b in zip(known, moments, strict=True)] if known else moments
+        for block in self._expected:
+            if block.name not in sums:
+                sums[block.name] = [torch.eye(block.shape[1]), torch.eye(block.shape[0])]
+        self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+
+    def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
+        rule, module, value = call.tracked.rule, call.tracked.module, call.value
+        wide = value if value.is_floating_point() else call.gradient
+        for use in call.tracked.uses:
+            inward, outward = self.projector.raw_sides(use, wide.dtype, wide.device)
+            kept = rule.read_input(module, value, inward)
+            gradients = rule.read_gradient(module, kept, call.gradient, inward, outward)[1]
+            flat = gradients.reshape(-1, gradients.shape[-1]) * recording.factor
+            moments = [rule.input_moment(module, value, inward).double().cpu(), (flat.T @ flat).double().cpu()]
+            if use.transposed and moments[0].ndim == 1:
+                moments[0] = moments[0].diag()
+            yield use.block, moments[::-1] if use.transposed else moments
+
+
+class Recording:
+    """What one block of training code called, and the rows that come of it."""
+
+    def __init__(
+        self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool
+    ) -> None:
+        self._tracker = tracker
+        self._batch = batch
+        self._mask = mask
+        self._with_moments = moments
+        self.factor = 1.0
+        """What the captured gradients are to be multiplied by; set when the block ends."""
+        self.calls: list[_RawCall] = []
+        """Un-projected calls; empty unless a warm-up is going on."""
+        self._recorder = None if tracker.needs_warmup else self._new_recorder()
+        if self._recorder is None:
+            self._reader = CallReader(batch, self._keep_value, self._keep_call, detached=detached)
+        else:
+            recorder = self._recorder
+            self._reader = CallReader(batch, recorder.read_input, recorder.read_gradient, detached=detached)
+        self._kept: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recording:
+        self._stack.enter_context(HookSet(self._tracker.selection.modules, self._reader))
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        self._reader.close()
+        self._kept.clear()
+
+    @property
+    def uncalled(self) -> tuple[TrackedModule, ...]:
+        """Tracked modules that the block did not call."""
+        return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
+
+    def check(self) -> None:
+        """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
+        if self._reader.gradients:
+            return
+        if not self._reader.called:
+            raise CaptureError(
+                "no tracked module was called in this block: run the forward pass of the watched model inside it"
+            )
+        raise CaptureError(
+            "no gradient reached any tracked module in this block: call loss.backward() inside it (and not under "
+            "torch.no_grad())"
+        )
+
+    def project(self) -> tuple[Tensor, FactorMoments | None]:
+        """Rows ``[batch, width]``, times the factor, and the moments if they were asked for."""
+        recorder = self._recorder
+        if recorder is None:
+            recorder = self._new_recorder()
+            for call in self.calls:
+                kept = recorder.read_input(call.tracked, call.value)
+                recorder.read_gradient(call.tracked, kept, call.gradient)
+            self.calls = []
+        if self.factor != 1.0:
+            recorder.rows.mul_(self.factor)
+        return recorder.rows, recorder.moments(self.factor)
+
+    def _new_recorder(self) -> BlockRecorder:
+        return BlockRecorder(
+            self._tracker.projector,
+            self._tracker.layout,
+            self._batch,
+            mask=self._mask,
+            moments=self._with_moments,
+            dtype=self._tracker.dtype,
+            device=self._tracker.selection.modules[0].module.weight.device,
+        )
+
+    def _keep_value(self, tracked: TrackedModule, value: Tensor) -> Tensor:
+        # Modules that read one tensor keep one copy, so that they are seen to share it when it is projected.
+        for tensor, version, copy in self._kept:
+            if tensor() is value and version == value._version:
+                return copy
+        copy = value.detach().clone()
+        self._kept.append((weakref.ref(value), value._version, copy))
+        return copy
+
+    def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
+        assert isinstance(kept, Tensor)
+        self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))

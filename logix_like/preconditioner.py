@@ -1,0 +1,342 @@
+"""Preconditioners: fitted once from statistics, applied often to rows.
+
+A preconditioner is the damped inverse ``(F + lambda I)^-1`` of a curvature ``F``, block-diagonal over
+modules. ``lambda`` of a module is ``damping`` times the mean eigenvalue of that module's own block, so
+that one setting means the same in every module:
+
+========== ===================================================== ========================================
+name       F of one module                                       mean eigenvalue
+========== ===================================================== ========================================
+identity   I (no damping)                                        -
+diagonal   diag(E[g^2])                                          mean of E[g^2]
+covariance E[g g^T], the empirical Fisher                        trace / k
+kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
+ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
+auto       covariance where it was gathered over at least 2 k    that of the one chosen
+           rows, else kfac, else the covariance there is
+========== ===================================================== ========================================
+
+For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
+block is zero (it was never used) gets the preconditioner 0: it takes no part in any score.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import QueryError, StatisticsError
+from logix_like.layout import Layout, ModuleBlock
+from logix_like.linalg.eigen import Eigen, symmetric_eigen
+from logix_like.linalg.inverse import damped_inverse, damped_reciprocal
+from logix_like.linalg.kronecker import product_eigenvalues, scale_in_eigenbasis
+from logix_like.statistics import CorrectedEigenvalues, Statistics
+
+
+class Preconditioner(ABC):
+    """The damped inverse of one block, or of m blocks of equal size at once.
+
+    Leaves are dataclasses of tensors. Stacking the tensors of m leaves of one kind along a new first
+    dimension makes a leaf for all m.
+    """
+
+    @abstractmethod
+    def apply(self, block: Tensor) -> Tensor:
+        """``block [n, k]`` (or ``[m, n, k]`` when stacked) times the inverse; the input is not changed."""
+
+
+@dataclass(frozen=True)
+class Identity(Preconditioner):
+    """Leaves rows as they are."""
+
+    def apply(self, block: Tensor) -> Tensor:
+        """A copy of ``block``."""
+        return block.clone()
+
+
+@dataclass(frozen=True)
+class Diagonal(Preconditioner):
+    """Multiplies each number of a row by a weight of its own."""
+
+    weights: Tensor
+    """``[k]``."""
+
+    def apply(self, block: Tensor) -> Tensor:
+        """``block`` times the weights."""
+        return block * self.weights.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class Dense(Preconditioner):
+    """Multiplies rows by a full symmetric matrix."""
+
+    inverse: Tensor
+    """``[k, k]``."""
+
+    def apply(self, block: Tensor) -> Tensor:
+        """``block`` times the matrix."""
+        return block @ self.inverse
+
+
+@dataclass(frozen=True)
+class Eigenbasis(Preconditioner):
+    """Multiplies the coordinates of a row's matrix in a Kronecker eigenbasis by weights."""
+
+    output_basis: Tensor
+    """``[rank_out, rank_out]``, eigenvectors in columns."""
+    input_basis: Tensor
+    """``[rank_in, rank_in]``, eigenvectors in columns."""
+    weights: Tensor
+    """``[rank_out, rank_in]``."""
+
+    def apply(self, block: Tensor) -> Tensor:
+        """``block`` turned into the basis, weighted, and turned back."""
+        return scale_in_eigenbasis(block, self.output_basis, self.input_basis, self.weights)
+
+
+@dataclass(frozen=True)
+class ModuleFit:
+    """What was fitted for one module."""
+
+    kind: str
+    """Name of the preconditioner; never ``auto``."""
+    damping: float
+    """The ``lambda`` that was added to the module's eigenvalues."""
+    preconditioner: Preconditioner
+    """Its tensors are float64."""
+
+
+class Curvature:
+    """Statistics together with the eigenbases taken from them, each computed once.
+
+    Keeping one of these makes fitting again with another damping cheap.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        self._eigen: dict[tuple[str, str], Eigen] = {}
+
+    def kronecker(self, block: ModuleBlock) -> tuple[Eigen, Eigen]:
+        """Eigenvectors of the module's output factor and of its group's input factor."""
+        keys = ("output", block.name), ("input", block.input_group)
+        if any(key not in self._eigen for key in keys):
+            factors = self.statistics.kronecker(block.name)
+            for key, matrix in zip(keys, (factors.output, factors.input), strict=True):
+                if key not in self._eigen:
+                    self._eigen[key] = symmetric_eigen(matrix)
+        return self._eigen[keys[0]], self._eigen[keys[1]]
+
+    def corrected(self, block: ModuleBlock) -> CorrectedEigenvalues:
+        """EK-FAC's eigenvalues of the module, with their basis."""
+        return self.statistics.corrected_eigenvalues(block.name)
+
+
+def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    return ModuleFit("identity", 0.0, Identity())
+
+
+def _fit_diagonal(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    values = curvature.statistics.second_moment(block.name)
+    shift = damping * values.mean().item()
+    return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)))
+
+
+def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    covariance = curvature.statistics.covariance(block.name)
+    shift = damping * covariance.diagonal().mean().item()
+    return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)))
+
+
+def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    output, input_ = curvature.kronecker(block)
+    values = product_eigenvalues(output.values, input_.values)
+    shift = damping * values.mean().item()  # the mean of products of all pairs is the product of the means
+    weights = damped_reciprocal(values, shift, block.name)
+    return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights))
+
+
+def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    corrected = curvature.corrected(block)
+    shift = damping * corrected.values.mean().item()
+    weights = damped_reciprocal(corrected.values, shift, block.name)
+    return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights))
+
+
+def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    statistics = curvature.statistics
+    gathered = statistics.has(block.name, "outer_sum")
+    if gathered and statistics.sums[block.name]["rows"].item() >= 2 * block.size:
+        return _fit_covariance(curvature, block, damping)
+    if has_kronecker(statistics, block):
+        return _fit_kfac(curvature, block, damping)
+    if gathered:  # too few rows to be a good estimate, but damped, and the best there is
+        return _fit_covariance(curvature, block, damping)
+    raise StatisticsError(
+        f"neither the covariance nor the Kronecker factors of module {block.name!r} ({block.size} numbers) "
+        "were gathered, so there is nothing to precondition with; put 'covariance' or 'kronecker' under "
+        "'statistics' in the config before training, or ask with preconditioner='identity'"
+    )
+
+
+def has_kronecker(statistics: Statistics, block: ModuleBlock) -> bool:
+    """Whether both Kronecker factors of ``block`` were gathered."""
+    return statistics.has(block.name, "output_outer_sum") and statistics.has(
+        block.input_group, "input_outer_sum"
+    )
+
+
+PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, float], ModuleFit]] = MappingProxyType(
+    {
+        "identity": _fit_identity,
+        "diagonal": _fit_diagonal,
+        "covariance": _fit_covariance,
+        "kfac": _fit_kfac,
+        "ekfac": _fit_ekfac,
+        "auto": _fit_auto,
+    }
+)
+"""How each preconditioner is fitted to one module, by name."""
+
+
+class FittedPreconditioner:
+    """A preconditioner for whole rows, made by :func:`fit_preconditioner`."""
+
+    def __init__(
+        self, name: str, damping: float, layout: Layout, fit: Callable[[ModuleBlock], ModuleFit]
+    ) -> None:
+        self.name = name
+        self.damping = damping
+        self.layout = layout
+        self._fit = fit
+        self._described: dict[str, tuple[str, float]] = {}
+        # Fitted at once in float32, so that what is wrong is said now; in float64 only when such rows come,
+        # since for large blocks both would not be held without need.
+        self._groups = {torch.float32: self._materialise(torch.float32)}
+
+    def __repr__(self) -> str:
+        return f"FittedPreconditioner({self.name}, damping {self.damping:g}: {self.summary()})"
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """``rows [n, width]`` times the damped inverse, module by module; ``rows`` is not changed.
+
+        Float64 rows are worked on in float64, others in float32.
+        """
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        if dtype not in self._groups:
+            self._groups[dtype] = self._materialise(dtype)
+        applied = torch.empty_like(rows, dtype=dtype)
+        for group in self._groups[dtype]:
+            group.apply(rows.to(dtype), applied)
+        return applied
+
+    def _materialise(self, dtype: torch.dtype) -> tuple[_Group, ...]:
+        leaves: dict[str, Preconditioner] = {}
+        for block in self.layout:
+            fitted = self._fit(block)
+            self._described[block.name] = fitted.kind, fitted.damping
+            leaves[block.name] = _cast(fitted.preconditioner, dtype)
+        groups = _equal_blocks(self.layout, leaves)
+        return tuple(_Group.stack([(block, leaves[block.name]) for block in group]) for group in groups)
+
+    def summary(self) -> str:
+        """How many modules are preconditioned in which way, e.g. ``covariance (28 modules)``."""
+        kinds = [kind for kind, _ in self._described.values()]
+        return ", ".join(f"{kind} ({kinds.count(kind)} modules)" for kind in dict.fromkeys(kinds))
+
+    def describe(self) -> dict[str, str]:
+        """By module: the kind of preconditioner, the block's size and the damping that was added."""
+        return {
+            module: f"{kind}, {self.layout[module].size} numbers, damping {shift:.4g}"
+            for module, (kind, shift) in self._described.items()
+        }
+
+
+class _Group:
+    """Modules of one kind and size, applied in one call."""
+
+    def __init__(self, columns: Tensor | slice, count: int, stacked: Preconditioner) -> None:
+        self._columns = columns
+        self._count = count
+        self._leaf = stacked
+
+    @classmethod
+    def stack(cls, members: Sequence[tuple[ModuleBlock, Preconditioner]]) -> _Group:
+        """Join the leaves of ``members``, which are of one type and shape."""
+        blocks = [block for block, _ in members]
+        ends = [block.columns.stop for block in blocks]
+        adjoining = all(block.offset == end for block, end in zip(blocks[1:], ends[:-1], strict=True))
+        columns: Tensor | slice = slice(blocks[0].offset, ends[-1])
+        if not adjoining:
+            columns = torch.cat([torch.arange(b.columns.start, b.columns.stop) for b in blocks])
+        return cls(columns, len(members), _stack([leaf for _, leaf in members]))
+
+    def apply(self, rows: Tensor, out: Tensor) -> None:
+        """Write the group's columns of the result into ``out``, which has the shape of ``rows``."""
+        blocks = rows[:, self._columns].reshape(len(rows), self._count, -1).transpose(0, 1)
+        out[:, self._columns] = self._leaf.apply(blocks).transpose(0, 1).flatten(1)
+
+
+def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[list[ModuleBlock]]:
+    """The blocks of ``layout`` in groups whose leaves can be stacked."""
+    groups: dict[tuple[str, tuple[int, int]], list[ModuleBlock]] = {}
+    for block in layout:
+        kind = type(leaves[block.name]).__name__
+        groups.setdefault((kind, block.rank), []).append(block)
+    return list(groups.values())
+
+
+def _tensors(leaf: Preconditioner) -> list[Tensor]:
+    return [getattr(leaf, field.name) for field in fields(leaf)]  # type: ignore[arg-type]
+
+
+def _stack(leaves: Sequence[Preconditioner]) -> Preconditioner:
+    columns = zip(*(_tensors(leaf) for leaf in leaves), strict=True)
+    return type(leaves[0])(*(torch.stack(tensors) for tensors in columns))
+
+
+def _cast(leaf: Preconditioner, dtype: torch.dtype) -> Preconditioner:
+    return type(leaf)(*(tensor.to(dtype) for tensor in _tensors(leaf)))
+
+
+def require_preconditioner(name: str, damping: float) -> None:
+    """Raise :class:`QueryError` unless ``name`` is known and ``damping`` is a number of at least 0."""
+    if name not in PRECONDITIONERS:
+        raise QueryError(f"unknown preconditioner {name!r}; known: {', '.join(PRECONDITIONERS)}")
+    if not (math.isfinite(damping) and damping >= 0):
+        raise QueryError(f"damping is {damping!r}; it must be a number of at least 0 (0.1 is the default)")
+
+
+def fit_preconditioner(
+    name: str,
+    statistics: Statistics,
+    layout: Layout,
+    damping: float,
+    *,
+    curvature: Curvature | None = None,
+) -> FittedPreconditioner:
+    """Fit the preconditioner ``name`` to ``statistics``; factorisations are done in float64.
+
+    Args:
+        name: A key of :data:`PRECONDITIONERS`.
+        statistics: Sums over the rows that are to be preconditioned.
+        layout: The module table of those rows.
+        damping: Added to each module's eigenvalues, as a multiple of their mean.
+        curvature: Eigenbases of the same statistics from an earlier fit, used again.
+
+    Raises:
+        QueryError: unknown name or a negative damping.
+        StatisticsError: a statistic that is needed is missing, or a block is singular; names the module.
+    """
+    require_preconditioner(name, damping)
+    layout.require_same(statistics.layout)
+    if curvature is None or curvature.statistics is not statistics:
+        curvature = Curvature(statistics)
+    fit = PRECONDITIONERS[name]
+    eigenbases = curvature
+    return FittedPreconditioner(name, damping, layout, lambda block: fit(eigenbases, block, damping))

@@ -1,0 +1,1 @@
+"""Asking a store which samples matter: queries, the engine that answers, and its results."""

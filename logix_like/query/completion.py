@@ -1,0 +1,137 @@
+"""Statistics that a query needs and the run did not gather, or not over all rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+from logix_like.errors import StatisticsError
+from logix_like.preconditioner import has_kronecker
+from logix_like.query.rows import GatheredRows
+from logix_like.query.scan import Candidates
+from logix_like.statistics import (
+    COVARIANCE_LIMIT,
+    ROW_SUMS,
+    Statistics,
+    StatisticsAccumulator,
+    corrected_sums,
+)
+
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "identity": (),
+        "diagonal": ("variance",),
+        "covariance": ("covariance",),
+        "kfac": ("kronecker",),
+        "ekfac": ("kronecker", "corrected_eigval"),
+    }
+)
+"""Statistics that a preconditioner needs of every module; ``auto`` is decided by what there is."""
+
+
+def statistics_for(preconditioner: str, store: GatheredRows, progress: bool | None = None) -> Statistics:
+    """Give the statistics to fit ``preconditioner`` from, completed by a pass over the store where needed.
+
+    ``auto`` brings a gathered covariance up to date, and computes one only when some module has neither
+    covariance nor Kronecker factors. A covariance asked for by name is computed whatever the block's size.
+    """
+    if preconditioner != "auto":
+        return ensure_statistics(
+            store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress
+        )
+    small = [block for block in store.layout if block.size <= COVARIANCE_LIMIT]
+    gathered = any(store.statistics.has(block.name, "outer_sum") for block in small)
+    bare = any(not has_kronecker(store.statistics, block) for block in small)
+    return ensure_statistics(store, ("covariance",) if gathered or bare else (), progress=progress)
+
+
+def ensure_statistics(
+    store: GatheredRows,
+    needed: Collection[str],
+    *,
+    covariance_limit: int = COVARIANCE_LIMIT,
+    progress: bool | None = None,
+) -> Statistics:
+    """The store's statistics with those ``needed`` complete: over all valid rows, every visit counted.
+
+    Sums over rows that are missing or do not cover all valid rows are computed again in one pass over the
+    store, and so are EK-FAC's eigenvalues. Kronecker factors need the model's activations and cannot be had
+    from rows: they are taken as gathered.
+
+    Args:
+        store: All visit rows, and what was gathered over them.
+        needed: Names out of :data:`logix_like.statistics.STATISTICS`.
+        covariance_limit: Blocks with more numbers get no covariance.
+        progress: As in :meth:`Candidates.tiles`.
+
+    Raises:
+        StatisticsError: Kronecker factors are needed and were not gathered; names the module.
+        EmptyStoreError: a pass is needed and no row is valid.
+    """
+    statistics = store.statistics
+    if "kronecker" in needed:
+        _require_kronecker(statistics)
+    names = [name for name in needed if ROW_SUMS[name]]
+    candidates = Candidates.valid(store)
+    if names and not _covers(statistics, names, candidates.count, covariance_limit):
+        statistics = _with_row_sums(statistics, names, candidates, covariance_limit, progress)
+    if "corrected_eigval" in needed and not _covers_corrected(statistics, candidates.count):
+        rows = (tile.values for tile in candidates.tiles(progress, "EK-FAC eigenvalues"))
+        statistics = statistics.with_corrected(corrected_sums(statistics, rows))
+    return statistics
+
+
+def _require_kronecker(statistics: Statistics) -> None:
+    for block in statistics.layout:
+        if not has_kronecker(statistics, block):
+            raise StatisticsError(
+                f"the Kronecker factors of module {block.name!r} were not gathered, and stored rows do not "
+                "give them; put 'kronecker' under 'statistics' in the config before training, or ask with "
+                "preconditioner='covariance'"
+            )
+
+
+def _covers(statistics: Statistics, names: Collection[str], rows: int, covariance_limit: int) -> bool:
+    """Whether every sum that ``names`` need is there for every module, over at least ``rows`` rows."""
+    if statistics.rows < rows:
+        return False
+    fields = {field for name in names for field in ROW_SUMS[name]}
+    return all(
+        statistics.has(block.name, field)
+        for block in statistics.layout
+        for field in fields
+        if field != "outer_sum" or block.size <= covariance_limit
+    )
+
+
+def _covers_corrected(statistics: Statistics, rows: int) -> bool:
+    return all(
+        statistics.has(block.name, "corrected_square_sum")
+        and statistics.sums[block.name]["corrected_rows"].item() >= rows
+        for block in statistics.layout
+    )
+
+
+def _with_row_sums(
+    statistics: Statistics,
+    names: Collection[str],
+    candidates: Candidates,
+    covariance_limit: int,
+    progress: bool | None,
+) -> Statistics:
+    """``statistics`` with all sums over rows replaced by those of one pass over ``candidates``.
+
+    Sums over rows that are not among ``names`` are dropped: they would be of another number of rows.
+    """
+    layout = candidates.rows.layout
+    accumulator = StatisticsAccumulator(layout, names, covariance_limit=covariance_limit)
+    for tile in candidates.tiles(progress, "statistics"):
+        accumulator.update(tile.values)
+    computed = accumulator.snapshot()
+    row_fields = {"rows", *(field for fields in ROW_SUMS.values() for field in fields)}
+    sums = {
+        name: {f: t for f, t in statistics.sums.get(name, {}).items() if f not in row_fields} | fields
+        for name, fields in computed.sums.items()
+    }
+    return Statistics(layout, sums, computed.rows)

@@ -1,0 +1,212 @@
+"""Results as files: JSON to read, npz for large ones. Nothing is pickled.
+
+Scores keep their bits and ids their type. A file is written beside its place and then moved there, so
+that a reader never sees half of one.
+
+Both formats hold a header of plain values and some arrays by name (``scores``, ``top.ids``, ...). JSON has
+each array as nested lists with its dtype. An npz has them as they are, but for ids, which are three arrays:
+``<name>.text`` (UTF-8 bytes of all ids on end), ``<name>.ends`` and ``<name>.integer`` (which ids are ints).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logix_like.errors import QueryError
+from logix_like.query.result import Ids, InfluenceResult, Ranking
+
+FORMAT = {"format": "logix_like.influence", "version": 1}
+PLAIN = ("samples", "mode", "preconditioner", "damping", "reduce", "engine", "note")
+DTYPES = ("float32", "float64", "int64", "object")
+"""Kinds of arrays in a file; objects are data ids."""
+
+Arrays = dict[str, NDArray[Any]]
+Parts = tuple[dict[str, Any], Arrays]
+"""The header and the arrays of a result."""
+
+
+def write_result(result: InfluenceResult, path: Path) -> Path:
+    """Write ``result`` in the format that the suffix of ``path`` names; replaces a file that is there."""
+    write, _ = _format_of(path)
+    return replace_file(path, lambda file: write(_take_apart(result), file))
+
+
+def read_result(path: Path) -> InfluenceResult:
+    """Read a result; :class:`QueryError` when the file is missing, damaged or something else."""
+    _, read = _format_of(path)
+    try:
+        with path.open("rb") as file:
+            header, arrays = read(file)
+        if any(header.pop(key, None) != value for key, value in FORMAT.items()):
+            raise ValueError(f"its header does not say {FORMAT}")
+        return _put_together(header, arrays)
+    except FileNotFoundError as error:
+        raise QueryError(f"there is no result at {path}; save one with result.save(...)") from error
+    except _UNREADABLE as error:
+        raise QueryError(
+            f"{path} cannot be read as a saved result ({error}); it must be a whole file that "
+            "result.save(...) wrote: ask again and save anew"
+        ) from error
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file by ``write`` beside ``path``, then move it there in one step."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with unfinished.open("xb") as file:
+            write(file)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a file that is not a result can raise."""
+
+
+def _take_apart(result: InfluenceResult) -> Parts:
+    arrays: Arrays = {"query_id": _object_array(list(result.query_id))}
+    if result.scores is not None and result.data_id is not None:
+        arrays |= _ranking_arrays("", Ranking(result.data_id, result.scores, result.step))
+    for side, ranking in (("top.", result.top), ("bottom.", result.bottom)):
+        if ranking is not None:
+            arrays |= _ranking_arrays(side, ranking)
+    return FORMAT | {name: getattr(result, name) for name in PLAIN}, arrays
+
+
+def _ranking_arrays(prefix: str, ranking: Ranking) -> Arrays:
+    arrays: Arrays = {f"{prefix}ids": ranking.ids, f"{prefix}scores": ranking.scores.numpy()}
+    return arrays if ranking.step is None else arrays | {f"{prefix}step": ranking.step}
+
+
+def _put_together(header: dict[str, Any], arrays: Arrays) -> InfluenceResult:
+    queries, every = arrays["query_id"], _ranking_from("", arrays)
+    top, bottom = _ranking_from("top.", arrays), _ranking_from("bottom.", arrays)
+    for ranking in (every, top, bottom):
+        if ranking is not None and len(ranking.scores) != len(queries):
+            raise ValueError(f"{len(ranking.scores)} lines of scores for {len(queries)} queries")
+    return InfluenceResult(
+        query_id=tuple(queries.tolist()),
+        data_id=None if every is None else every.ids,
+        scores=None if every is None else every.scores,
+        step=None if every is None else every.step,
+        top=top,
+        bottom=bottom,
+        **{name: header[name] for name in PLAIN},
+    )
+
+
+def _ranking_from(prefix: str, arrays: Arrays) -> Ranking | None:
+    if f"{prefix}scores" not in arrays:
+        return None
+    ids, scores, step = arrays[f"{prefix}ids"], arrays[f"{prefix}scores"], arrays.get(f"{prefix}step")
+    if scores.ndim != 2 or ids.shape not in (scores.shape, scores.shape[1:]):
+        raise ValueError(f"ids of shape {ids.shape} do not fit scores of shape {scores.shape}")
+    return Ranking(ids, torch.from_numpy(np.ascontiguousarray(scores)), step)
+
+
+def _write_json(parts: Parts, file: BinaryIO) -> None:
+    header, arrays = parts
+    listed = {name: {"dtype": str(a.dtype), "values": _plain(a).tolist()} for name, a in arrays.items()}
+    file.write(json.dumps(header | {"arrays": listed}, indent=1).encode())
+
+
+def _read_json(file: BinaryIO) -> Parts:
+    header = json.load(file)
+    listed = header.pop("arrays")
+    return header, {name: _array(entry["values"], entry["dtype"]) for name, entry in listed.items()}
+
+
+def _array(values: Any, dtype: str) -> NDArray[Any]:
+    if dtype not in DTYPES:
+        raise ValueError(f"an array of {dtype!r}; known: {', '.join(DTYPES)}")
+    array = np.array(values, dtype=dtype)
+    return _plain(array)
+
+
+def _write_npz(parts: Parts, file: BinaryIO) -> None:
+    header, arrays = parts
+    packed: Arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+    for name, array in arrays.items():
+        packed |= _pack_ids(name, array) if array.dtype == object else {name: array}
+    np.savez_compressed(file, allow_pickle=False, **packed)
+
+
+def _read_npz(file: BinaryIO) -> Parts:
+    with np.load(file, allow_pickle=False) as packed:
+        arrays = dict(packed)
+    header = json.loads(arrays.pop("header").tobytes())
+    for name in [key.removesuffix(".text") for key in arrays if key.endswith(".text")]:
+        arrays[name] = _unpack_ids(*(arrays.pop(f"{name}.{part}") for part in ("text", "ends", "integer")))
+    return header, arrays
+
+
+def _pack_ids(name: str, ids: Ids) -> Arrays:
+    flat = _plain(ids).ravel().tolist()
+    encoded = [str(one).encode("utf-8", "surrogatepass") for one in flat]
+    integer = np.array([isinstance(one, int) for one in flat], dtype=bool).reshape(ids.shape)
+    return {
+        f"{name}.text": np.frombuffer(b"".join(encoded), np.uint8),
+        f"{name}.ends": np.cumsum([len(one) for one in encoded], dtype=np.int64),
+        f"{name}.integer": integer,
+    }
+
+
+def _unpack_ids(text: NDArray[Any], ends: NDArray[Any], integer: NDArray[Any]) -> Ids:
+    joined, ids, start = text.tobytes(), [], 0
+    for end, is_integer in zip(ends.tolist(), integer.ravel().tolist(), strict=True):
+        one = joined[start:end].decode("utf-8", "surrogatepass")
+        ids.append(int(one) if is_integer else one)
+        start = end
+    return _object_array(ids).reshape(integer.shape)
+
+
+def _object_array(values: list[Any]) -> Ids:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """``array`` with ids as Python's own str and int, which is all that an object array may hold."""
+    if array.dtype != object:
+        return array
+    flat = [one if isinstance(one, str) else int(one) for one in array.ravel()]
+    return _object_array(flat).reshape(array.shape)
+
+
+Writer = Callable[[Parts, BinaryIO], None]
+Reader = Callable[[BinaryIO], Parts]
+FORMATS: Mapping[str, tuple[Writer, Reader]] = MappingProxyType(
+    {".json": (_write_json, _read_json), ".npz": (_write_npz, _read_npz)}
+)
+"""How a result is written and read, by file suffix."""
+
+
+def _format_of(path: Path) -> tuple[Writer, Reader]:
+    if path.suffix not in FORMATS:
+        raise QueryError(f"a result is saved as {' or '.join(FORMATS)}; {path.name!r} ends in neither")
+    return FORMATS[path.suffix]

@@ -1,0 +1,72 @@
+"""Preconditioners of a store, fitted when first asked for and kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from logix_like.preconditioner import Curvature, FittedPreconditioner, fit_preconditioner
+from logix_like.query.completion import statistics_for
+from logix_like.query.rows import GatheredRows
+
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """The few values used last, by key; what a changed key makes stale falls out in time."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of ``key``, made by ``make`` unless it is held."""
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self._capacity:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted preconditioner, and how to name it."""
+
+    preconditioner: FittedPreconditioner
+    coverage: str
+    """What it was fitted to, in words."""
+    key: tuple[str, str, float]
+    """Identifies the rows, the preconditioner and its damping."""
+
+
+class Fitter:
+    """Fits preconditioners to a store's statistics.
+
+    What is kept depends on the rows, the name and the damping, so a change of any takes effect at once;
+    another damping takes eigenbases over from the fit before.
+    """
+
+    def __init__(self, store: GatheredRows) -> None:
+        self._store = store
+        self._curvatures: Recent[Curvature] = Recent(2)
+        self._fits: Recent[Fit] = Recent(4)
+
+    def fit(self, name: str, damping: float, progress: bool | None) -> Fit:
+        """The preconditioner ``name`` with ``damping``; a missing statistic is computed from the store."""
+        key = (self._store.key, name, float(damping))
+        return self._fits.get(key, lambda: self._make(key, progress))
+
+    def _make(self, key: tuple[str, str, float], progress: bool | None) -> Fit:
+        _, name, damping = key
+        curvature = self._curvatures.get(
+            key[:2], lambda: Curvature(statistics_for(name, self._store, progress))
+        )
+        statistics = curvature.statistics
+        fitted = fit_preconditioner(name, statistics, self._store.layout, damping, curvature=curvature)
+        rows = int(self._store.valid.sum())
+        covered = f"{min(statistics.rows, rows):,}" + ("" if statistics.rows >= rows else f" of {rows:,}")
+        coverage = f"damping {damping:g}, empirical Fisher over {covered} rows"
+        return Fit(fitted, "no Fisher" if name == "identity" else coverage, key)

@@ -1,0 +1,53 @@
+"""What is asked with: gradients of queries, in the coordinates of a store's rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import QueryError
+from logix_like.layout import DataId, Layout
+
+
+@dataclass(frozen=True, eq=False)
+class QueryGradients:
+    """Gradients of some queries' losses, projected as the store's rows are."""
+
+    data_id: tuple[DataId, ...]
+    """One id for each query."""
+    gradients: Tensor
+    """``[queries, width]``."""
+    layout: Layout
+    """The module table of the columns."""
+    note: str = ""
+    """How they were made, for the result's note, e.g. ``mean over 3 checkpoints``."""
+
+    def __post_init__(self) -> None:
+        """Refuse gradients whose shape does not fit the ids and the layout."""
+        expected = (len(self.data_id), self.layout.width)
+        if tuple(self.gradients.shape) != expected:
+            raise QueryError(
+                f"query gradients have the shape {tuple(self.gradients.shape)}; {expected[0]} ids and "
+                f"rows of {expected[1]} numbers need {expected}"
+            )
+
+    def __len__(self) -> int:
+        """Count the queries."""
+        return len(self.data_id)
+
+    def require_answerable(self) -> None:
+        """Raise :class:`QueryError` when there is no query or a gradient is not finite."""
+        if not self.data_id:
+            raise QueryError("there is no query: at least one gradient is needed to ask with")
+        if math.isfinite(self.gradients.sum().item()):  # the usual case, in one pass
+            return
+        finite = torch.isfinite(self.gradients).all(dim=1)
+        if not bool(finite.all()):
+            first = self.data_id[int(finite.to(torch.uint8).argmin())]
+            raise QueryError(
+                f"the gradient of query {first!r} ({int((~finite).sum())} of {len(self)} queries) holds NaN "
+                "or infinite numbers; check the query's loss, or leave it out"
+            )

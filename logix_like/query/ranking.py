@@ -1,0 +1,64 @@
+"""The largest and the smallest scores of a stream, with ties broken by row order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class RunningTop:
+    """The k largest (or smallest) scores of each query so far.
+
+    Equal scores rank by row order, so an answer does not depend on how rows were cut into pieces.
+    """
+
+    def __init__(self, k: int, *, largest: bool) -> None:
+        self._k = k
+        self._sign = 1 if largest else -1
+        self._scores: Tensor | None = None
+        self._positions: Tensor | None = None
+
+    def update(self, scores: Tensor, positions: Tensor) -> None:
+        """Take in ``scores [queries, n]`` of the rows at ``positions [n]``, which follow all rows before."""
+        signed = scores if self._sign > 0 else -scores
+        if self._scores is None or self._positions is None:
+            self._scores, chosen = stable_top(signed, self._k)
+            self._positions = positions[chosen]
+            return
+        rising = torch.ones(len(signed), dtype=torch.bool)
+        if self._scores.shape[1] == self._k:
+            # Only a larger score can enter: an equal one comes later in row order.
+            rising = signed.amax(dim=1) > self._scores[:, -1]
+            if not bool(rising.any()):
+                return
+        self._merge(rising.nonzero().flatten(), signed, positions)
+
+    def _merge(self, queries: Tensor, signed: Tensor, positions: Tensor) -> None:
+        assert self._scores is not None and self._positions is not None
+        best, chosen = stable_top(signed[queries], self._k)
+        joined = torch.cat([self._scores[queries], best], dim=1)
+        places = torch.cat([self._positions[queries], positions[chosen]], dim=1)
+        best, chosen = stable_top(joined, self._k)
+        if len(queries) == len(self._scores):  # always so until k scores are held: the width grows
+            self._scores, self._positions = best, places.gather(1, chosen)
+            return
+        self._scores[queries], self._positions[queries] = best, places.gather(1, chosen)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Scores and positions ``[queries, k]``, the most extreme first."""
+        if self._scores is None or self._positions is None:
+            raise ValueError("no score was taken in")
+        return self._scores * self._sign, self._positions
+
+
+def stable_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``min(k, n)`` largest of ``scores [queries, n]`` and their columns; of equal ones the first."""
+    k = min(k, scores.shape[1])
+    values, columns = scores.topk(k, dim=1)
+    if bool(((scores >= values[:, -1:]).sum(dim=1) > k).any()):
+        # More than k reach the k-th score; topk picks any of the equal ones, a stable sort the first.
+        values, columns = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :k].clone(), columns[:, :k].clone()
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)

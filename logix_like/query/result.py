@@ -1,0 +1,212 @@
+"""What a query answers: scores of samples for queries, with all that is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logix_like.errors import MissingDependencyError, QueryError
+from logix_like.layout import DataId
+from logix_like.query.ranking import stable_top
+from logix_like.query.table import influence_table, self_influence_table
+
+if TYPE_CHECKING:
+    import pandas
+
+Ids = NDArray[np.object_]
+"""Data ids, ``str`` or ``int``, in an object array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """For each query some samples, the most extreme first."""
+
+    ids: Ids
+    """``[queries, k]``."""
+    scores: Tensor
+    """``[queries, k]``."""
+    step: NDArray[np.int64] | None = None
+    """``[queries, k]``: the step of the visit, when every visit was ranked by itself."""
+
+    @property
+    def k(self) -> int:
+        """Samples for each query."""
+        return int(self.ids.shape[1])
+
+    def first(self, k: int) -> Ranking:
+        """The first ``k`` of each query."""
+        return Ranking(self.ids[:, :k], self.scores[:, :k], None if self.step is None else self.step[:, :k])
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceResult:
+    """Scores of samples for queries.
+
+    A positive score means that training on the sample lowered the query's loss (a proponent, helpful);
+    negative, that it raised it (an opponent, harmful).
+    """
+
+    query_id: tuple[DataId, ...]
+    """One id for each query."""
+    samples: int
+    """How many samples (or visits) were ranked."""
+    mode: str
+    """``dot``, ``cosine``, ``relatif`` or ``l2``."""
+    preconditioner: str
+    """The preconditioner that was asked for."""
+    damping: float
+    """Its damping, as a multiple of each block's mean eigenvalue."""
+    reduce: str
+    """How the visits of one sample were combined: ``mean``, ``sum``, ``last`` or ``none``."""
+    engine: str
+    """``exact`` or ``faiss``."""
+    note: str
+    """What was computed, in words."""
+    data_id: Ids | None = None
+    """``[samples]``, in the store's order; None when only the extremes were asked for."""
+    scores: Tensor | None = None
+    """``[queries, samples]``; None when only the extremes were asked for."""
+    step: NDArray[np.int64] | None = None
+    """``[samples]``: the step of each visit, when every visit was ranked by itself."""
+    top: Ranking | None = None
+    """The proponents that were asked for with ``k=``."""
+    bottom: Ranking | None = None
+    """The opponents that were asked for with ``k=``, the lowest score first."""
+
+    @property
+    def held(self) -> int:
+        """How many samples a ranking can hold: the k that was asked for, else all samples."""
+        return self.samples if self.top is None else self.top.k
+
+    def proponents(self, k: int | None = None) -> Ranking:
+        """The ``k`` highest scores of each query (all that there are, without ``k``)."""
+        return self._extremes(k, self.top, largest=True)
+
+    def opponents(self, k: int | None = None) -> Ranking:
+        """The ``k`` lowest scores of each query, the lowest first (all that there are, without ``k``)."""
+        return self._extremes(k, self.bottom, largest=False)
+
+    def _extremes(self, k: int | None, held: Ranking | None, *, largest: bool) -> Ranking:
+        k = self.held if k is None else k
+        if not 1 <= k <= self.held:
+            why = f"ranked {self.samples} samples" if held is None else f"was asked for with k={held.k}"
+            raise QueryError(f"k is {k}; this result {why}, so k must be between 1 and {self.held}")
+        if held is not None:
+            return held.first(k)
+        assert self.scores is not None and self.data_id is not None
+        best, chosen = stable_top(self.scores if largest else -self.scores, k)
+        columns = chosen.numpy()
+        step = None if self.step is None else self.step[columns]
+        return Ranking(self.data_id[columns], best if largest else -best, step)
+
+    def __str__(self) -> str:
+        """Show a table of the first proponents and opponents of each query."""
+        return influence_table(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A data frame.
+
+        With all scores: one line for each query and one column for each sample. With extremes only: one line
+        for each pair, with the columns query_id, kind (proponent or opponent), rank, data_id, score and, when
+        visits were ranked, step.
+        """
+        if self.scores is not None and self.data_id is not None:
+            columns: Any = list(self.data_id)
+            if self.step is not None:
+                columns = _pandas().MultiIndex.from_arrays([columns, self.step], names=["data_id", "step"])
+            return _frame(self.scores.numpy(), index=list(self.query_id), columns=columns)
+        return _frame(self._lines())
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [
+            {"query_id": query, "kind": kind, "rank": place + 1, "data_id": ranking.ids[q, place]}
+            | {"score": ranking.scores[q, place].item()}
+            | ({} if ranking.step is None else {"step": int(ranking.step[q, place])})
+            for q, query in enumerate(self.query_id)
+            for kind, ranking in (("proponent", self.proponents()), ("opponent", self.opponents()))
+            for place in range(ranking.k)
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a ``.json`` or ``.npz`` file, at once or not at all; returns its path.
+
+        Ids keep their type and scores their bits; nothing is pickled.
+        """
+        from logix_like.query.files import write_result
+
+        return write_result(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> InfluenceResult:
+        """Read what :meth:`save` wrote."""
+        from logix_like.query.files import read_result
+
+        return read_result(Path(path))
+
+    def report(self, path: str | Path, *, k: int = 10) -> Path:
+        """Write one self-contained HTML page with up to ``k`` proponents and opponents of each query."""
+        from logix_like.report.page import write_report
+
+        return write_report(self, Path(path), k=k)
+
+
+@dataclass(frozen=True, eq=False)
+class SelfInfluence:
+    """``g^T F^-1 g`` of samples: how much training on a sample lowered that very sample's loss.
+
+    Never negative; large for mislabelled, rare and memorised samples.
+    """
+
+    data_id: Ids
+    """``[samples]``."""
+    scores: Tensor
+    """``[samples]``."""
+    preconditioner: str
+    """The preconditioner that was asked for."""
+    damping: float
+    """Its damping, as a multiple of each block's mean eigenvalue."""
+    reduce: str
+    """How the visits of one sample were combined."""
+    note: str
+    """What was computed, in words."""
+    step: NDArray[np.int64] | None = None
+    """``[samples]``: the step of each visit, when every visit was scored by itself."""
+
+    def highest(self, k: int) -> Ranking:
+        """The ``k`` samples with the highest scores, as a ranking of one line."""
+        if not 1 <= k <= len(self.data_id):
+            raise QueryError(
+                f"k is {k}; there are {len(self.data_id)} samples, so k must be between 1 and that"
+            )
+        best, chosen = stable_top(self.scores[None], k)
+        columns = chosen.numpy()
+        return Ranking(self.data_id[columns], best, None if self.step is None else self.step[columns])
+
+    def __str__(self) -> str:
+        """Show a table of the highest scores."""
+        return self_influence_table(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A data frame with the columns data_id, score and, when visits were scored, step."""
+        columns: dict[str, Any] = {"data_id": list(self.data_id), "score": self.scores.numpy()}
+        return _frame(columns if self.step is None else columns | {"step": self.step})
+
+
+def _frame(data: Any, **axes: Any) -> pandas.DataFrame:
+    frame: pandas.DataFrame = _pandas().DataFrame(data, **axes)
+    return frame
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError as error:
+        raise MissingDependencyError(
+            "to_pandas() needs pandas, which is not installed: pip install 'logix_like[report]'"
+        ) from error
+    return pandas

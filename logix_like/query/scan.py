@@ -1,0 +1,115 @@
+"""Reading rows for a query: which rows take part, and their numbers, a bounded piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from logix_like.errors import EmptyStoreError, QueryError
+from logix_like.layout import DataId
+from logix_like.query.rows import Rows
+
+SPARSE_SHARE = 8
+"""When fewer than one row in so many is wanted, rows are fetched one by one instead of by chunks."""
+GATHERED_ROWS = 512
+"""Rows fetched one by one are held so many at a time."""
+PROGRESS_NUMBERS = 2**28
+"""Rows with fewer numbers than this in all are scanned in a moment: no progress bar."""
+PROGRESS_DELAY = 2.0
+"""Seconds before a progress bar shows itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Some rows, decoded."""
+
+    positions: Tensor
+    """``[n]``, where the rows stand among all rows; ascending."""
+    values: Tensor
+    """``[n, width]``, float32 or float64."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The rows of ``rows`` that take part in an answer: none that is invalid, whatever was asked."""
+
+    rows: Rows
+    wanted: Tensor
+    """``[rows]`` bool."""
+    count: int
+    """How many are wanted."""
+    complete: bool
+    """Whether every valid row is wanted."""
+    dtype: torch.dtype
+    """Of decoded rows."""
+
+    @classmethod
+    def valid(cls, rows: Rows) -> Candidates:
+        """All valid rows; :class:`EmptyStoreError` when there is none."""
+        wanted = torch.from_numpy(np.array(rows.valid, dtype=bool))
+        count = int(wanted.sum())
+        if not count:
+            raise EmptyStoreError(
+                f"the store holds {len(rows)} rows and none that can be ranked; log some samples "
+                "(a row takes part when its gradient is finite) before asking"
+            )
+        return cls(rows, wanted, count, True, rows.gradients[0:1].dtype)
+
+    def restrict(self, data_id: Sequence[DataId]) -> Candidates:
+        """Only rows with one of these ids; :class:`QueryError` names the first id that no valid row has."""
+        position_of: dict[DataId, list[int]] = {}
+        ids = self.rows.data_id[:]
+        for position in self.wanted.nonzero().flatten().tolist():
+            position_of.setdefault(ids[position], []).append(position)
+        wanted = torch.zeros_like(self.wanted)
+        for one in data_id:
+            if one not in position_of:
+                raise QueryError(
+                    f"no sample with the id {one!r} ({type(one).__name__}) can be ranked; the store has "
+                    f"{len(position_of)} ids, the first is {next(iter(position_of))!r}"
+                )
+            wanted[position_of[one]] = True
+        count = int(wanted.sum())
+        if not count:
+            raise QueryError("data_id names no sample: leave it out to rank all of them")
+        return replace(self, wanted=wanted, count=count, complete=count == self.count)
+
+    def positions(self) -> Tensor:
+        """``[count]``, where the wanted rows stand; ascending."""
+        return self.wanted.nonzero().flatten()
+
+    def tiles(self, progress: bool | None, what: str) -> Iterator[Tile]:
+        """Yield the wanted rows in order; memory is bounded by a few chunks.
+
+        ``progress`` shows a bar named ``what``: always, never, or (None) on a terminal when it takes long.
+        """
+        sparse = self.count * SPARSE_SHARE < len(self.rows)
+        tiles = self._gathered() if sparse else self._streamed()
+        if progress is False or (progress is None and self.count * self.rows.layout.width < PROGRESS_NUMBERS):
+            yield from tiles
+            return
+        delay = 0.0 if progress else PROGRESS_DELAY
+        hidden = None if progress is None else False  # None: hidden unless the output is a terminal
+        with tqdm(
+            total=self.count, desc=what, unit="row", unit_scale=True, delay=delay, disable=hidden
+        ) as bar:
+            for tile in tiles:
+                yield tile
+                bar.update(len(tile.positions))
+
+    def _streamed(self) -> Iterator[Tile]:
+        for chunk in self.rows.chunks():
+            wanted = self.wanted[chunk.start : chunk.start + len(chunk.raw)]
+            chosen = wanted.nonzero().flatten()
+            if len(chosen):
+                values = chunk.decode()
+                yield Tile(chosen + chunk.start, values if len(chosen) == len(values) else values[chosen])
+
+    def _gathered(self) -> Iterator[Tile]:
+        for positions in self.positions().split(GATHERED_ROWS):
+            yield Tile(positions, self.rows.gradients[positions.numpy()])

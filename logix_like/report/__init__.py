@@ -1,0 +1,1 @@
+"""Results as pages to read in a browser."""

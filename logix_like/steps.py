@@ -1,0 +1,49 @@
+"""Where training stands: optimizer step, learning rate, epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+class Progress:
+    """Counts optimizer steps through the optimizer's own hook, or blocks where no optimizer is known.
+
+    Owns the hook; :meth:`close` removes it.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, *, step: int = 0, epoch: int = -1) -> None:
+        self._optimizer = optimizer
+        self.step = step
+        self.epoch = epoch
+        self.on_step: Callable[[int], None] | None = None
+        """Called after each optimizer step with the number of steps taken."""
+        self._handle = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether steps are the optimizer's."""
+        return self._optimizer is not None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group, NaN if no optimizer is known."""
+        return float("nan") if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+
+    def block_ended(self) -> None:
+        """A block has ended; it counts as a step where no optimizer is known."""
+        if self._optimizer is None:
+            self.step += 1
+
+    def close(self) -> None:
+        """Remove the hook from the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _stepped(self, *_: Any) -> None:
+        self.step += 1
+        if self.on_step is not None:
+            self.on_step(self.step)

@@ -1,0 +1,43 @@
+"""The store: projected per-sample gradients on disk, as Zarr v3 arrays with a commit record.
+
+Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`save_checkpoint`,
+:func:`build_view`. Reading: :func:`open_store` gives a :class:`GradientStore`, whose views satisfy
+:class:`Rows`.
+"""
+
+from logix_like.store.checkpoints import (
+    CheckpointRecord,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from logix_like.store.creation import add_fingerprints, create_store, describe
+from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.gradients import RowChunk
+from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
+from logix_like.store.schema import Flag, StoreManifest, read_manifest
+from logix_like.store.view import REDUCTIONS, Rows
+from logix_like.store.writer import StoreWriter
+
+__all__ = [
+    "ENCODINGS",
+    "REDUCTIONS",
+    "CheckpointRecord",
+    "Encoding",
+    "Flag",
+    "GradientStore",
+    "RowChunk",
+    "Rows",
+    "StoreManifest",
+    "StoreWriter",
+    "WriterInfo",
+    "add_fingerprints",
+    "build_view",
+    "create_store",
+    "describe",
+    "list_checkpoints",
+    "load_checkpoint",
+    "open_store",
+    "read_manifest",
+    "save_checkpoint",
+]

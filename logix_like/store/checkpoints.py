@@ -1,0 +1,142 @@
+"""Weights kept in a store, so that a query can be taken at several points of the training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError
+from logix_like.store.arrays import write_group
+from logix_like.store.files import (
+    checksum,
+    map_bytes,
+    read_bytes,
+    sync_folder,
+    temporary_name,
+    write_file,
+)
+from logix_like.store.schema import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What is known of one checkpoint."""
+
+    number: int
+    """Its number, from 1."""
+    step: int
+    """Optimizer step at which it was taken."""
+    epoch: int
+    """Epoch, -1 if unknown."""
+    fingerprint: str
+    """Fingerprint of the model's weights."""
+    size: int
+    """Bytes of the file of weights."""
+    crc: int
+    """Its CRC-32C."""
+
+
+def save_checkpoint(
+    path: str | Path, state: Mapping[str, Tensor], step: int, epoch: int = -1, fingerprint: str = ""
+) -> CheckpointRecord:
+    """Keep the tensors of ``state`` (a ``state_dict``) as the store's next checkpoint.
+
+    The weights' file is complete before the record that makes it a checkpoint is written, both
+    to the disk itself. Tensors that share memory are written each for itself.
+
+    Raises:
+        StoreError: An entry is not a tensor, or the file cannot be written.
+    """
+    folder = Path(path) / CHECKPOINTS
+    tensors = {name: _plain(name, value) for name, value in state.items()}
+    try:
+        write_group(folder)
+        number = 1 + max((record.number for record in list_checkpoints(path)), default=0)
+        size, crc = _write_weights(folder / f"{number}.safetensors", tensors)
+        record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)
+        content = json.dumps(record.__dict__).encode()
+        write_file(folder / f"{number}.json", [content], sync=True)
+    except OSError as error:
+        raise StoreError(
+            f"a checkpoint could not be written to {folder}: {error}; see to the disk"
+        ) from error
+    return record
+
+
+def list_checkpoints(path: str | Path) -> tuple[CheckpointRecord, ...]:
+    """The store's checkpoints in order."""
+    files = [file for file in (Path(path) / CHECKPOINTS).glob("*.json") if file.stem.isdecimal()]
+    return tuple(sorted((_read_record(file) for file in files), key=lambda record: record.number))
+
+
+def load_checkpoint(path: str | Path, number: int) -> dict[str, Tensor]:
+    """The tensors of checkpoint ``number``, on the CPU.
+
+    Raises :class:`StoreNotFoundError` if there is no such checkpoint, :class:`StoreDamagedError` if
+    its bytes are not those that were written.
+    """
+    known = {record.number: record for record in list_checkpoints(path)}
+    if number not in known:
+        listed = ", ".join(str(n) for n in known) or "none"
+        raise StoreNotFoundError(f"{path} has no checkpoint {number}; there are: {listed}")
+    file = Path(path) / CHECKPOINTS / f"{number}.safetensors"
+    try:
+        with map_bytes(file) as content:
+            intact = len(content) == known[number].size and _checksum(content) == known[number].crc
+        if not intact:
+            raise StoreDamagedError(f"{file} does not match its checksum; restore it from a copy")
+        return load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StoreDamagedError(f"{file} cannot be read: {error}; restore it from a copy") from error
+
+
+def _plain(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise StoreError(
+            f"entry {name!r} of the state_dict is a {type(value).__name__}; a checkpoint holds tensors only: "
+            "leave the entry out and give the rest"
+        )
+    # A copy of its own: safetensors refuses tensors that share memory (tied weights).
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_weights(file: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    temporary = temporary_name(file)
+    try:
+        save_file(tensors, temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        with map_bytes(temporary) as content:
+            size, crc = len(content), _checksum(content)
+        os.replace(temporary, file)
+        sync_folder(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return size, crc
+
+
+def _checksum(content: Any) -> int:
+    """CRC-32C of a mapping; no view of it is left, so that it can be closed."""
+    crc = checksum(torch.frombuffer(content, dtype=torch.uint8).numpy())
+    return crc
+
+
+def _read_record(file: Path) -> CheckpointRecord:
+    try:
+        entry = json.loads(read_bytes(file))
+        numbers = {key: int(entry[key]) for key in ("number", "step", "epoch", "size", "crc")}
+        record = CheckpointRecord(fingerprint=str(entry["fingerprint"]), **numbers)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise StoreDamagedError(f"{file} cannot be read: {error!r}; restore it from a copy") from error
+    if str(record.number) != file.stem:
+        raise StoreDamagedError(f"{file} says that it is number {record.number}; restore it from a copy")
+    return record

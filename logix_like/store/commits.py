@@ -1,0 +1,189 @@
+"""The record of what was committed: an append-only file of checksummed lines.
+
+Each line is eight hex digits (CRC-32C of the rest), a blank and a JSON object with its ``sequence``
+number. A line is written with one call after everything that it names is written, so a kill can
+only tear the last line; a bad line before the last is damage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from logix_like.errors import StoreDamagedError
+from logix_like.store.files import LineFile, checksum, read_bytes
+from logix_like.store.schema import COMMITS, GRADIENTS, TAILS
+
+_PART = re.compile(rf"({TAILS}/[0-9]{{1,12}})?", re.ASCII)
+_ARRAY = re.compile(r"(metadata/)?(?!\.{1,2}$)[A-Za-z0-9_.~@%-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RowsRecord:
+    """A chunk of rows that exists."""
+
+    sequence: int
+    """Number of the line, from 0."""
+    part: str
+    """``""`` for the writer's own arrays, ``tails/<n>`` for a short part."""
+    chunk: int
+    """Number of the chunk in the part's arrays."""
+    start: int
+    """First row in the part's arrays."""
+    rows: int
+    """How many rows."""
+    crc: Mapping[str, int]
+    """CRC-32C of the chunk's file by array; arrays that are not named have no such chunk."""
+    epoch: int
+    """Epoch of the last row, which tells a resumed run where it is (-1 unknown)."""
+    step: int
+    """Step of the last row (-1 unknown)."""
+
+
+@dataclass(frozen=True)
+class StatisticsRecord:
+    """From here on ``statistics/<generation>`` holds the writer's statistics."""
+
+    sequence: int
+    """Number of the line."""
+    generation: int
+    """Which folder."""
+    watermark: int
+    """How many of the writer's rows it covers."""
+
+
+@dataclass(frozen=True)
+class CloseRecord:
+    """The writer was closed: no line follows, and none before it can be a torn one."""
+
+    sequence: int
+    """Number of the line."""
+    closed: bool = True
+    """Marks the line."""
+
+
+Record = RowsRecord | StatisticsRecord | CloseRecord
+
+
+@dataclass(frozen=True)
+class Commits:
+    """What a record file says."""
+
+    rows: tuple[RowsRecord, ...] = ()
+    """Committed chunks in row order."""
+    statistics: StatisticsRecord | None = None
+    """The latest statistics, if any were written."""
+    closed: bool = False
+    """Whether the writer was closed."""
+    torn: bool = False
+    """Whether a torn last line was dropped."""
+
+    @property
+    def total(self) -> int:
+        """Number of committed rows."""
+        return sum(record.rows for record in self.rows)
+
+
+class CommitLog:
+    """Appends records to a part's file; one owner."""
+
+    def __init__(self, folder: Path, *, sync: bool = False) -> None:
+        self._file = LineFile(folder / COMMITS, sync=sync)
+        self.sequence = 0
+        """Number of the next record."""
+
+    def append(self, record: Record) -> None:
+        """Write one record; when this returns, what it names is committed."""
+        self._file.append(format_record(record))
+        self.sequence += 1
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._file.close()
+
+
+def format_record(record: Record) -> bytes:
+    """A record as a line, without its end."""
+    content = json.dumps(asdict(record), separators=(",", ":")).encode()
+    return b"%08x %s" % (checksum(content), content)
+
+
+def read_commits(folder: Path) -> Commits:
+    """Read the record file of a part; a part without one has no rows.
+
+    Raises :class:`StoreDamagedError` naming file and line when a line before the last is bad, or
+    when there are chunks and no record.
+    """
+    file = folder / COMMITS
+    try:
+        content = bytes(read_bytes(file))
+    except FileNotFoundError:
+        if (folder / GRADIENTS).exists():
+            raise StoreDamagedError(
+                f"{file} is missing, but the part has rows; restore it from a copy"
+            ) from None
+        return Commits()
+    except OSError as error:
+        raise StoreDamagedError(f"{file} cannot be read: {error}") from error
+    lines = content.split(b"\n")
+    unfinished = lines.pop()
+    records: list[Record] = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(_parse(line, number))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number == len(lines) - 1 and not unfinished:
+                return _collect(records, torn=True)
+            raise StoreDamagedError(
+                f"{file}, line {number + 1}: the record is damaged ({error}) and is not the last one; "
+                "restore the file from a copy"
+            ) from error
+    return _collect(records, torn=bool(unfinished))
+
+
+def _collect(records: list[Record], *, torn: bool) -> Commits:
+    statistics = [record for record in records if isinstance(record, StatisticsRecord)]
+    return Commits(
+        rows=tuple(record for record in records if isinstance(record, RowsRecord)),
+        statistics=statistics[-1] if statistics else None,
+        closed=bool(records) and isinstance(records[-1], CloseRecord),
+        torn=torn,
+    )
+
+
+def _parse(line: bytes, number: int) -> Record:
+    if line[8:9] != b" " or int(line[:8], 16) != checksum(line[9:]):
+        raise ValueError("its checksum does not match")
+    entry = json.loads(line[9:])
+    if entry["sequence"] != number:
+        raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
+    if "closed" in entry:
+        return CloseRecord(number)
+    if "generation" in entry:
+        return StatisticsRecord(number, _count(entry, "generation"), _count(entry, "watermark"))
+    return _rows_record(entry, number)
+
+
+def _rows_record(entry: Mapping[str, Any], number: int) -> RowsRecord:
+    part, arrays = entry["part"], entry["crc"]
+    if not _PART.fullmatch(part):
+        raise ValueError(f"it names the part {part!r}")
+    for name in arrays:
+        if not _ARRAY.fullmatch(name):
+            raise ValueError(f"it names the array {name!r}")
+    counts = {key: _count(entry, key) for key in ("chunk", "start", "rows")}
+    if counts["rows"] < 1:
+        raise ValueError("it has no rows")
+    crc = {name: int(value) for name, value in arrays.items()}
+    return RowsRecord(number, part, crc=crc, epoch=int(entry["epoch"]), step=int(entry["step"]), **counts)
+
+
+def _count(entry: Mapping[str, Any], key: str) -> int:
+    value = entry[key]
+    if not isinstance(value, int) or not 0 <= value < 1 << 53:
+        raise ValueError(f"its {key} is {value!r}")
+    return value

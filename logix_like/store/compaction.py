@@ -1,0 +1,155 @@
+"""The sample view on disk: one mean row for each sample, written once, read like any part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from torch import Tensor
+
+from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.store.arrays import write_group
+from logix_like.store.columns import id_text, value_text
+from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, read_commits
+from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
+from logix_like.store.parts import EncodedRows, PartWriter
+from logix_like.store.pipeline import chunk_rows
+from logix_like.store.schema import DATA_ID, DOCUMENT, METADATA, VIEW_COLUMNS, Flag, segment
+from logix_like.store.table import PartSource, RowTable, make_table
+from logix_like.store.view import Visits, last_visits
+
+CACHE_VARIABLE = "LOGIX_LIKE_CACHE"
+"""Environment variable that names the cache folder."""
+VIEW_CHUNK_MIB = 4.0
+BLOCK_BYTES = 16 * 2**20
+"""Sums of this size are in memory at a time."""
+STALE_SECONDS = 3600.0
+"""Views of other rows are removed when they are older: by then nobody is about to map their files."""
+
+
+def cache_folder(store: Path, created: str) -> Path:
+    """The folder for views of a store that this process may not write to (not created)."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    root = Path(chosen) if chosen else user_cache_path("logix_like", appauthor=False)
+    name = hashlib.blake2b(f"{store}\n{created}".encode(), digest_size=12).hexdigest()
+    return root / "views" / name
+
+
+def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
+    """The mean view of ``table`` at ``folder``, or None if it is not there, or not complete."""
+    if not folder.is_dir():
+        return None
+    commits = read_commits(folder)
+    if not commits.closed:
+        return None
+    means = make_table([PartSource(folder, key, commits)], table.layout, table.encoding, VIEW_COLUMNS, key)
+    return RowTable(
+        means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=_left_out(folder)
+    )
+
+
+def _left_out(folder: Path) -> int:
+    try:
+        count = json.loads(read_bytes(folder / DOCUMENT))["attributes"]["left_out"]
+        return int(count)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreDamagedError(
+            f"{folder / DOCUMENT} cannot be read ({error!r}); delete the folder, the view is made anew"
+        ) from error
+
+
+def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
+    """Write the mean row of each sample to ``folder``, which appears complete or not at all.
+
+    Each row is read once; memory stays bounded by a block of sums and a few chunks. Older views
+    beside it, of other rows, are removed.
+    """
+    temporary = temporary_name(folder)
+    try:
+        make_folder(folder.parent)
+        _write_means(table, visits, temporary)
+        if not folder.exists():  # else another process was faster, with the same rows
+            os.rename(temporary, folder)
+            sync_folder(folder.parent)
+    except OSError as error:
+        raise StoreError(
+            f"the sample view could not be written to {folder}: {error}; make room or give another "
+            f'folder in the environment variable {CACHE_VARIABLE}, or ask with reduce="none"'
+        ) from error
+    finally:
+        remove_tree(temporary)
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder and time.time() - other.stat().st_mtime > STALE_SECONDS:
+            remove_tree(other)
+
+
+def _write_means(table: RowTable, visits: Visits, folder: Path) -> None:
+    # Forced to the disk: mapped rows are not checked when read, so none may get lost in a power cut.
+    write_group(folder, {"left_out": visits.left_out}, sync=True)
+    rows = chunk_rows(table.layout, table.encoding, VIEW_CHUNK_MIB)
+    part = PartWriter(
+        folder, table.layout, table.encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True
+    )
+    log, last = CommitLog(folder, sync=True), last_visits(table, visits)
+    try:
+        for chunk, (start, means) in enumerate(_mean_chunks(table, visits, rows)):
+            encoded = _encode(table, visits, last, start, means)
+            crc = part.write(chunk, encoded)
+            log.append(RowsRecord(log.sequence, "", chunk, start, len(means), crc, -1, -1))
+        part.finish()
+        log.append(CloseRecord(log.sequence))
+    finally:
+        log.close()
+
+
+def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[int, Tensor]]:
+    """First sample and mean rows ``[n, width]`` of one chunk after another."""
+    row_bytes = table.layout.width * table.encoding.staging.itemsize
+    block = chunk * max(1, BLOCK_BYTES // (row_bytes * chunk))
+    samples = len(visits.count)
+    for first in range(0, samples, block):
+        count = min(block, samples - first)
+        sums = torch.zeros(count, table.layout.width, dtype=table.encoding.staging)
+        wanted = (visits.sample >= first) & (visits.sample < first + count)
+        slots = torch.from_numpy(visits.sample[wanted] - first)
+        for piece in table.gradients.selected(visits.rows[wanted]):
+            sums.index_add_(0, slots[piece.start : piece.stop], piece.decode())
+        sums /= torch.from_numpy(visits.count[first : first + count]).unsqueeze(1)
+        for start in range(0, count, chunk):
+            yield first + start, sums[start : start + chunk]
+
+
+def _encode(table: RowTable, visits: Visits, last: np.ndarray, start: int, means: Tensor) -> EncodedRows:
+    samples = slice(start, start + len(means))
+    rows = last[samples]
+    values = torch.empty(means.shape, dtype=table.encoding.dtype)
+    scale = table.encoding.encode(means, table.layout, values)
+    norm = torch.linalg.vector_norm(means, dim=1).double().numpy()
+    finite = np.isfinite(norm)
+    columns = {
+        "step": table.step[rows],
+        "epoch": table.epoch[rows],
+        "loss": _mean_loss(table, visits)[samples],
+        "norm": norm,
+        "lr": table.lr[rows],
+        "flags": np.where(finite, table.flags[rows], table.flags[rows] | int(Flag.NONFINITE)),
+        "visits": visits.count[samples],
+    }
+    numbers = np.stack([columns[name] for name in VIEW_COLUMNS], axis=1).astype(np.float64)
+    texts = {DATA_ID: [id_text(data_id)[0] for data_id in table.data_id[rows]]}
+    for name, column in table.metadata.items():
+        texts[f"{METADATA}/{segment(name)}"] = [value_text(value) for value in column[rows]]
+    return EncodedRows(values, scale, numbers, texts)
+
+
+def _mean_loss(table: RowTable, visits: Visits) -> np.ndarray:
+    total = np.bincount(visits.sample, weights=table.loss[visits.rows], minlength=len(visits.count))
+    mean: np.ndarray = total / visits.count
+    return mean

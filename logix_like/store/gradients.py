@@ -1,0 +1,162 @@
+"""Reading gradients: chunk files are mapped, and decoded only where asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logix_like.layout import Layout
+from logix_like.store.arrays import chunk_file, damaged
+from logix_like.store.encoding import Encoding
+from logix_like.store.files import CHECKSUM_BYTES, map_bytes
+from logix_like.store.schema import GRADIENTS, SCALE
+from logix_like.store.segments import Segment
+
+KEPT_BYTES = 32 * 2**20
+"""Mappings of this size are kept open, so that small stores are mapped once."""
+
+RowKey = int | slice | EllipsisType | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Some rows of a scan, still encoded."""
+
+    start: int
+    """Number of the first row."""
+    raw: Tensor
+    """``[n, width]`` of the stored type; a view of the file where possible: never write to it."""
+    scale: Tensor | None
+    """``[n, modules]``, where the encoding has scales."""
+    encoding: Encoding
+    """How the rows are stored."""
+    layout: Layout
+    """The rows' module table."""
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @property
+    def stop(self) -> int:
+        """Number of the row behind the last one."""
+        return self.start + len(self.raw)
+
+    def decode(self) -> Tensor:
+        """The rows ``[n, width]``, float32 (float64 where they are stored so)."""
+        return self.encoding.decode(self.raw, self.scale, self.layout)
+
+    def select(self, rows: np.ndarray, start: int) -> RowChunk:
+        """Rows by their numbers within the chunk, as a chunk that begins at ``start``."""
+        where: Any = torch.from_numpy(rows)
+        if np.all(np.diff(rows) == 1):
+            where = slice(int(rows[0]), int(rows[-1]) + 1)  # a run of rows needs no copy
+        scale = None if self.scale is None else self.scale[where]
+        return RowChunk(start, self.raw[where], scale, self.encoding, self.layout)
+
+
+class GradientReader:
+    """The gradients of a table: ``reader[a:b]``, ``reader[[3, 1]]``, ``reader[mask]``, ``reader[7]``."""
+
+    def __init__(self, segments: Sequence[Segment], layout: Layout, encoding: Encoding) -> None:
+        self._segments = tuple(segments)
+        self._layout = layout
+        self._encoding = encoding
+        self._starts = np.array([segment.first for segment in self._segments], dtype=np.int64)
+        self._kept: OrderedDict[int, RowChunk] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+        self.rows = self._segments[-1].stop if self._segments else 0
+        """Number of rows."""
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, width)``."""
+        return self.rows, self._layout.width
+
+    def __getitem__(self, key: RowKey) -> Tensor:
+        """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
+        wanted = row_numbers(key, self.rows)
+        order = np.argsort(wanted, kind="stable")
+        result = torch.empty(len(wanted), self._layout.width, dtype=self._encoding.staging)
+        for chunk in self.selected(wanted[order]):
+            result[torch.from_numpy(order[chunk.start : chunk.stop])] = chunk.decode()
+        return result[0] if isinstance(key, int | np.integer) else result
+
+    def chunks(self) -> Iterator[RowChunk]:
+        """All rows in order, chunk by chunk."""
+        for number in range(len(self._segments)):
+            yield self._map(number)
+
+    def selected(self, rows: np.ndarray) -> Iterator[RowChunk]:
+        """The rows of these ascending numbers (repeats allowed), by chunk; ``start`` counts within them."""
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        edges = np.flatnonzero(np.diff(owners)) + 1
+        begin = 0
+        for end in (*edges.tolist(), len(rows)):
+            if begin < end:
+                owner = int(owners[begin])
+                local = rows[begin:end] - self._starts[owner]
+                yield self._map(owner).select(local, begin)
+            begin = end
+
+    def _map(self, number: int) -> RowChunk:
+        with self._lock:
+            if number in self._kept:
+                self._kept.move_to_end(number)
+                return self._kept[number]
+            chunk = self._open(self._segments[number])
+            self._kept[number] = chunk
+            self._kept_bytes += chunk.raw.nbytes
+            while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].raw.nbytes
+            return chunk
+
+    def _open(self, segment: Segment) -> RowChunk:
+        raw = _mapped(segment, GRADIENTS, self._encoding.dtype, self._layout.width)
+        scale = None
+        if self._encoding.scaled:
+            scale = _mapped(segment, SCALE, torch.float32, len(self._layout))
+        return RowChunk(segment.first, raw, scale, self._encoding, self._layout)
+
+
+def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int) -> Tensor:
+    file = chunk_file(segment.folder / array, segment.chunk, 2)
+    size = segment.rows * width * dtype.itemsize
+    try:
+        found = file.stat().st_size
+        if found != size + CHECKSUM_BYTES:
+            raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
+        content = map_bytes(file)
+    except OSError as error:
+        raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
+    return torch.frombuffer(content, dtype=dtype, count=segment.rows * width).view(segment.rows, width)
+
+
+def row_numbers(key: RowKey, rows: int) -> np.ndarray:
+    """Row numbers, int64, that a key of a table of ``rows`` rows stands for; IndexError outside."""
+    if isinstance(key, EllipsisType):
+        key = slice(None)
+    if isinstance(key, slice):
+        return np.arange(*key.indices(rows), dtype=np.int64)
+    wanted = np.atleast_1d(np.asarray(key))
+    if wanted.dtype == bool:
+        if wanted.shape != (rows,):
+            raise IndexError(f"a mask of shape {wanted.shape} for {rows} rows; give one entry for each row")
+        return np.flatnonzero(wanted)
+    if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
+        raise IndexError(f"rows are chosen by numbers, a slice or a mask, found {key!r}")
+    wanted = wanted.astype(np.int64)
+    if wanted.size and not (-rows <= wanted.min() and wanted.max() < rows):
+        raise IndexError(f"row {wanted.min() if wanted.min() < -rows else wanted.max()} of {rows} rows")
+    return np.where(wanted < 0, wanted + rows, wanted)

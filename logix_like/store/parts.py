@@ -1,0 +1,113 @@
+"""Writing one part of a store: a group of arrays that grow by whole chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logix_like.layout import Layout
+from logix_like.store.arrays import ArraySpec, chunk_file, write_document, write_group
+from logix_like.store.columns import encode_texts
+from logix_like.store.encoding import Encoding
+from logix_like.store.files import Bytes, as_bytes, write_checked
+from logix_like.store.schema import COLUMNS, DATA_ID, GRADIENTS, METADATA, SCALE
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Some rows as they will stand on disk."""
+
+    values: Tensor
+    """``[rows, width]`` of the encoding's type."""
+    scale: Tensor | None
+    """``[rows, modules]`` float32, where the encoding has scales."""
+    numbers: np.ndarray
+    """``[rows, columns]`` float64: step, epoch, loss, ..."""
+    texts: Mapping[str, list[str]]
+    """By array (``data_id``, ``metadata/<name>``): one text for each row."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class PartWriter:
+    """Writes the arrays of one part; every chunk once, each file atomically."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        encoding: Encoding,
+        *,
+        chunk_rows: int,
+        column_names: tuple[str, ...],
+        sync: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._chunk_rows = chunk_rows
+        self._sync = sync
+        self._specs = part_arrays(layout, encoding, column_names)
+        self._capacity = 0
+        self._rows = 0
+
+    def write(self, chunk: int, rows: EncodedRows) -> dict[str, int]:
+        """Write chunk number ``chunk`` of every array; returns the files' checksums by array."""
+        self._make_room(chunk + 1, rows.texts)
+        crc = {name: self._write_chunk(name, chunk, data) for name, data in _buffers(rows).items()}
+        self._rows = chunk * self._chunk_rows + len(rows)
+        return crc
+
+    def finish(self) -> None:
+        """Cut the arrays' shapes to the rows that were written."""
+        self._write_documents(self._rows)
+
+    def _write_chunk(self, name: str, chunk: int, data: Bytes) -> int:
+        dimensions = 1 if self._specs[name].width is None else 2
+        return write_checked(chunk_file(self._folder / name, chunk, dimensions), [data], sync=self._sync)
+
+    def _make_room(self, chunks: int, texts: Mapping[str, list[str]]) -> None:
+        """Grow the shapes well ahead of the rows: rows beyond the record do not exist anyway."""
+        new = [name for name in texts if name not in self._specs]
+        if new:
+            if not any(name.startswith(METADATA) for name in self._specs):
+                write_group(self._folder / METADATA, sync=self._sync)
+            self._specs |= dict.fromkeys(new, _TEXTS)
+        if chunks > self._capacity:
+            # The first chunk of a part is often its only one.
+            self._capacity = chunks if self._capacity == 0 else 2 * chunks
+        elif not new:
+            return
+        self._write_documents(self._capacity * self._chunk_rows)
+
+    def _write_documents(self, rows: int) -> None:
+        for name, spec in self._specs.items():
+            write_document(self._folder / name, spec, rows, self._chunk_rows, sync=self._sync)
+
+
+_TEXTS = ArraySpec("string", "")
+
+
+def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...]) -> dict[str, ArraySpec]:
+    """The arrays that each part has."""
+    about = {"dtype": encoding.name}
+    arrays = {
+        GRADIENTS: ArraySpec(encoding.data_type, encoding.fill_value, layout.width, about),
+        COLUMNS: ArraySpec("float64", "NaN", len(column_names), {"columns": list(column_names)}),
+        DATA_ID: _TEXTS,
+    }
+    if encoding.scaled:
+        arrays[SCALE] = ArraySpec("float32", "NaN", len(layout), {"modules": list(layout.names)})
+    return arrays
+
+
+def _buffers(rows: EncodedRows) -> dict[str, Bytes]:
+    buffers: dict[str, Bytes] = {GRADIENTS: as_bytes(rows.values)}
+    if rows.scale is not None:
+        buffers[SCALE] = as_bytes(rows.scale)
+    buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
+    return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}

@@ -1,0 +1,325 @@
+"""Reading a store: nothing is ever written to it, and no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from torch import Tensor
+
+from logix_like.errors import QueryError, StoreDamagedError
+from logix_like.layout import Layout
+from logix_like.statistics import Statistics
+from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
+from logix_like.store.commits import Commits, StatisticsRecord, read_commits
+from logix_like.store.creation import read_projections
+from logix_like.store.encoding import ENCODINGS
+from logix_like.store.files import folder_size
+from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.schema import (
+    CHECKPOINTS,
+    DOCUMENT,
+    PROJECTIONS,
+    STATISTICS_FOLDER,
+    VIEWS,
+    WRITER_COLUMNS,
+    WRITERS,
+    StoreManifest,
+    read_manifest,
+)
+from logix_like.store.sums import load_statistics
+from logix_like.store.table import PartSource, RowTable, make_table
+from logix_like.store.view import REDUCTIONS, Rows
+from logix_like.store.views import SampleViews
+
+if TYPE_CHECKING:
+    import zarr
+
+
+@dataclass(frozen=True)
+class WriterInfo:
+    """One writing process, as its record tells of it."""
+
+    name: str
+    """``<rank>-<attempt>``."""
+    rank: int
+    """Number of the process."""
+    attempt: int
+    """Which start of it, from 1."""
+    folder: Path
+    """Its part of the store."""
+    commits: Commits
+    """Its record."""
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return self.commits.total
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """``(epoch, step)`` of the last committed row, -1 unknown."""
+        return (self.commits.rows[-1].epoch, self.commits.rows[-1].step) if self.commits.rows else (-1, -1)
+
+    @property
+    def statistics_rows(self) -> int:
+        """How many of the rows the written statistics cover."""
+        return self.commits.statistics.watermark if self.commits.statistics else 0
+
+    @property
+    def state(self) -> str:
+        """``closed``; or ``open``, which a live writer and a killed one are alike."""
+        return "closed" if self.commits.closed else "open"
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A store as it was at one moment."""
+
+    manifest: StoreManifest
+    writers: tuple[WriterInfo, ...]
+    table: RowTable
+    views: SampleViews
+
+
+def open_store(path: str | Path) -> GradientStore:
+    """Open the store at ``path`` for reading.
+
+    Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
+    """
+    return GradientStore(path)
+
+
+class GradientStore:
+    """All committed rows of a store, of all its writers, as one table.
+
+    What is seen is the store as it was when it was opened, or at the last :meth:`refresh`. Rows are
+    in the order of the writers' starts, then ranks, then commits.
+    """
+
+    factor: Tensor | None = None
+    """Rows of visits are not scaled."""
+    left_out = 0
+    """No visit is left out."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        """The store's folder."""
+        self._snapshot = _read(self.path)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        return f"GradientStore({str(self.path)!r}: {len(self)} rows, {self.layout or 'not described yet'})"
+
+    def refresh(self) -> Self:
+        """See what was committed since; returns the store itself."""
+        snapshot = _read(self.path)
+        if snapshot.writers != self.writers or snapshot.manifest != self.manifest:
+            self._snapshot = snapshot
+            for name in ("statistics", "statistics_of_writers", "projections"):
+                self.__dict__.pop(name, None)
+        return self
+
+    @property
+    def table(self) -> RowTable:
+        """The rows themselves; unlike the store, a table never changes."""
+        return self._snapshot.table
+
+    @property
+    def manifest(self) -> StoreManifest:
+        """What the store says of itself."""
+        return self._snapshot.manifest
+
+    @property
+    def layout(self) -> Layout | None:
+        """The module table, None before the first batch was logged."""
+        return self.manifest.layout
+
+    @property
+    def modules(self) -> Layout:
+        """The module table, empty before the first batch was logged."""
+        return self.table.layout
+
+    @property
+    def writers(self) -> tuple[WriterInfo, ...]:
+        """The writing processes and restarts, in row order."""
+        return self._snapshot.writers
+
+    @property
+    def key(self) -> str:
+        """Identifies the rows: equal keys, equal rows."""
+        return self.table.key
+
+    @property
+    def data_id(self) -> np.ndarray:
+        """The sample's id of each row, object ``[n]`` of str and int."""
+        return self.table.data_id
+
+    @property
+    def step(self) -> np.ndarray:
+        """Optimizer step of each row, -1 unknown."""
+        return self.table.step
+
+    @property
+    def epoch(self) -> np.ndarray:
+        """Epoch of each row, -1 unknown."""
+        return self.table.epoch
+
+    @property
+    def loss(self) -> np.ndarray:
+        """Loss of each row's sample, NaN unknown."""
+        return self.table.loss
+
+    @property
+    def norm(self) -> np.ndarray:
+        """Euclidean norm of each row."""
+        return self.table.norm
+
+    @property
+    def lr(self) -> np.ndarray:
+        """Learning rate of each row's step, NaN unknown."""
+        return self.table.lr
+
+    @property
+    def flags(self) -> np.ndarray:
+        """Bits of :class:`~logix_like.store.schema.Flag`."""
+        return self.table.flags
+
+    @property
+    def metadata(self) -> Mapping[str, np.ndarray]:
+        """The user's columns by name."""
+        return self.table.metadata
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Mask of the rows that are finite and not superseded."""
+        return self.table.valid
+
+    @property
+    def visits(self) -> np.ndarray:
+        """One for each row."""
+        return self.table.visits
+
+    @property
+    def gradients(self) -> GradientReader:
+        """Rows by slice, numbers or mask: decoded tensors ``[n, width]``."""
+        return self.table.gradients
+
+    def chunks(self) -> Iterator[RowChunk]:
+        """All rows in order, chunk by chunk, mapped and not copied."""
+        return self.table.chunks()
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """All writers' statistics together; ``statistics.rows`` may be behind ``len(store)``."""
+        parts = list(self.statistics_of_writers.values())
+        return Statistics.merge(parts) if parts else Statistics(self.modules, {}, 0)
+
+    @cached_property
+    def statistics_of_writers(self) -> Mapping[str, Statistics]:
+        """The latest statistics of each writer that has written some, by the writer's name."""
+        return {
+            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules)
+            for writer in self.writers
+            if writer.commits.statistics is not None
+        }
+
+    @cached_property
+    def projections(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
+        """By module: input ``[rank_in, d_in]`` and output ``[rank_out, d_out]``, None for the identity."""
+        return read_projections(self.path, self.manifest)
+
+    @property
+    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
+        """The checkpoints in the store, in order."""
+        return list_checkpoints(self.path)
+
+    def load_checkpoint(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a checkpoint, by its number."""
+        return load_checkpoint(self.path, number)
+
+    def view(self, reduce: str = "mean") -> Rows:
+        """One row for each sample: ``mean`` or ``sum`` of its valid visits, the ``last``, or all (``none``).
+
+        A mean over several visits is built once, in a cache folder of the user's unless the run left it in
+        the store; without repeated visits the view is the rows as they are.
+
+        Raises :class:`QueryError` for an unknown name.
+        """
+        if reduce not in REDUCTIONS:
+            raise QueryError(f"unknown reduce {reduce!r}; known: {', '.join(REDUCTIONS)}")
+        return self._snapshot.views.get(reduce)
+
+    @property
+    def bytes(self) -> Mapping[str, int]:
+        """Bytes on disk by kind: rows (with their columns and records), statistics, projections, ..."""
+        total = folder_size(self.path)
+        sizes = {name: folder_size(self.path / name) for name in (PROJECTIONS, VIEWS, CHECKPOINTS)}
+        sizes[STATISTICS_FOLDER] = sum(folder_size(w.folder / STATISTICS_FOLDER) for w in self.writers)
+        sizes["rows"] = folder_size(self.path / WRITERS) - sizes[STATISTICS_FOLDER]
+        return sizes | {"other": total - sum(sizes.values())}
+
+    def as_zarr(self) -> zarr.Group:
+        """The store as a read-only Zarr group, for tools of that world.
+
+        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN.
+        """
+        import zarr
+
+        return zarr.open_group(self.path, mode="r", zarr_format=3)
+
+
+def build_view(path: str | Path) -> Path | None:
+    """Build the mean view of a store's present rows into the store, for its readers to find.
+
+    For the process that owns the store (a reader's views go to its cache folder). Returns the view's
+    folder, or None when no sample has two visits, where the rows themselves are the view.
+    """
+    return _read(Path(path).absolute()).views.build()
+
+
+def _read(path: Path) -> _Snapshot:
+    manifest = read_manifest(path)
+    if manifest.layout is not None and manifest.encoding not in ENCODINGS:
+        raise StoreDamagedError(
+            f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
+            f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
+        )
+    writers = _read_writers(path)
+    parts = [PartSource(writer.folder, writer.name, writer.commits) for writer in writers]
+    # A store without a module table has no rows, so any encoding reads them all.
+    encoding = ENCODINGS[manifest.encoding or "float32"]
+    layout = manifest.layout or Layout(())
+    table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
+    return _Snapshot(manifest, writers, table, SampleViews(path, manifest.created, table))
+
+
+def _read_writers(path: Path) -> tuple[WriterInfo, ...]:
+    folder = path / WRITERS
+    if not folder.is_dir():
+        raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
+    names = {entry.name: parse_writer_name(entry.name) for entry in folder.iterdir()}
+    started = sorted((order, name) for name, order in names.items() if order is not None)
+    return tuple(
+        WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name))
+        for (attempt, rank), name in started
+    )
+
+
+def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:
+    folder = writer.folder / STATISTICS_FOLDER
+    try:
+        return load_statistics(folder / str(record.generation), layout, record.watermark)
+    except StoreDamagedError:
+        # A live writer removes a generation once it has switched to the next.
+        latest = read_commits(writer.folder).statistics
+        if latest is None or latest == record:
+            raise
+        return load_statistics(folder / str(latest.generation), layout, latest.watermark)

@@ -1,0 +1,227 @@
+"""Format 1 of the store: its names, paths, flags and its manifest.
+
+This is the only place that spells a path or the format's version::
+
+    <store>/                                 Zarr v3 group; its attributes are the StoreManifest
+      projections/<module>/{input,output}    float32 [rank, d]; a side that is the identity has no array
+      writers/<rank>-<attempt>/              one part for each writing process and restart
+        gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
+        tails/<n>/...                        the same arrays, one short chunk each
+        statistics/<generation>/<field>      float64 sums of all modules, one after another
+        commits                              the record: rows that it does not name do not exist
+      views/mean/<key>/                      a part with one mean row for each sample
+      checkpoints/<n>.safetensors, <n>.json
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
+from logix_like.layout import Layout
+from logix_like.store.files import read_bytes, write_file
+
+FORMAT = "logix_like"
+VERSION = 1
+
+DOCUMENT = "zarr.json"
+PROJECTIONS = "projections"
+WRITERS = "writers"
+TAILS = "tails"
+STATISTICS_FOLDER = "statistics"
+COMMITS = "commits"
+VIEWS = "views"
+MEAN_VIEWS = "views/mean"
+CHECKPOINTS = "checkpoints"
+
+GRADIENTS = "gradients"
+SCALE = "scale"
+COLUMNS = "columns"
+DATA_ID = "data_id"
+METADATA = "metadata"
+
+WRITER_COLUMNS = ("step", "epoch", "loss", "norm", "lr", "flags")
+"""Columns of the float64 array ``columns`` of a writer's part (whole numbers below 2^53 are exact)."""
+VIEW_COLUMNS = (*WRITER_COLUMNS, "visits")
+"""The same for a view's part."""
+
+ROOT_MODULE = "@root"
+"""Path segment of the module whose name is empty; no quoted name can be equal to it."""
+
+
+class Flag(enum.IntFlag):
+    """Bits of the ``flags`` column."""
+
+    NONFINITE = 1
+    """The row holds a number that is not finite in the stored precision."""
+    SUPERSEDED = 2
+    """The row was taken back: it stays on disk and is not read."""
+    INTEGER_ID = 4
+    """The sample's id is an int, written in decimal."""
+
+
+INVALID = Flag.NONFINITE | Flag.SUPERSEDED
+"""Rows with one of these take part in no statistic, view or ranking."""
+
+
+def segment(name: str) -> str:
+    """The path segment of a module or of a metadata column; never leads out of its folder.
+
+    Raises :class:`StoreDamagedError` for ``.`` and ``..``, which no module can be called.
+    """
+    if name in (".", ".."):
+        raise StoreDamagedError(
+            f"{name!r} stands where a module's name is expected; no module can be called so: "
+            "the store's manifest was altered, restore it from a copy"
+        )
+    return quote(name, safe="") if name else ROOT_MODULE
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """What a store says of itself; the attributes of its root group."""
+
+    created: str
+    """When the store was created, ISO 8601, UTC."""
+    library: str
+    """Version of the library that created it."""
+    config: Mapping[str, Any]
+    """The run's configuration, plain data."""
+    layout: Layout | None = None
+    """The module table; None until the first batch was logged."""
+    encoding: str | None = None
+    """Name of the rows' encoding; None until the first batch was logged."""
+    projection: Mapping[str, Any] = field(default_factory=dict)
+    """How the projections were made, plain data."""
+    projection_shapes: Mapping[str, Mapping[str, tuple[int, int] | None]] = field(default_factory=dict)
+    """By side (``input``, ``output``) and module: shape of the stored matrix, None for the identity."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the model, by name."""
+
+    def described(self, **changes: Any) -> StoreManifest:
+        """A copy with some fields set."""
+        return replace(self, **changes)
+
+    def to_attributes(self) -> dict[str, Any]:
+        """The group's attributes, with a digest by which a flipped bit is found."""
+        attributes: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created": self.created,
+            "library": self.library,
+            "config": dict(self.config),
+        }
+        if self.layout is not None:
+            attributes |= {
+                "layout": self.layout.to_json(),
+                "encoding": self.encoding,
+                "projection": dict(self.projection),
+                "projection_shapes": {side: dict(s) for side, s in self.projection_shapes.items()},
+                "fingerprints": dict(self.fingerprints),
+            }
+        attributes = json.loads(json.dumps(attributes))  # as a reader will see it: keys are text
+        return attributes | {"digest": _digest(attributes)}
+
+
+def _digest(attributes: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in attributes.items() if key != "digest"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
+    """The ``zarr.json`` of a group."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
+    return json.dumps(document, indent=1).encode()
+
+
+def write_manifest(store: Path, manifest: StoreManifest) -> None:
+    """Write the manifest in one atomic step, and to the disk itself."""
+    write_file(store / DOCUMENT, [group_document(manifest.to_attributes())], sync=True)
+
+
+def is_store(path: Path) -> bool:
+    """Whether ``path`` is a folder that this library made, of whatever version."""
+    try:
+        return bool(_attributes(path)["format"] == FORMAT)
+    except (StoreDamagedError, StoreNotFoundError, KeyError):
+        return False
+
+
+def read_manifest(store: Path) -> StoreManifest:
+    """Read and check a store's manifest.
+
+    Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
+    """
+    attributes, where = _attributes(store), store / DOCUMENT
+    if attributes.get("format") != FORMAT:
+        raise StoreNotFoundError(
+            f"{store} is a Zarr group but no {FORMAT} store; give the folder <root>/<project> of a run"
+        )
+    version = attributes.get("version")
+    if version != VERSION:
+        if isinstance(version, int) and version > VERSION:
+            raise StoreVersionError(
+                f"{store} was written by format {version}, this library reads format {VERSION}; "
+                "upgrade logix_like to read it"
+            )
+        raise StoreDamagedError(f"{where} names format version {version!r}, expected {VERSION}")
+    if attributes.get("digest") != _digest(attributes):
+        raise StoreDamagedError(
+            f"{where} does not match its digest: it was damaged or edited; restore it from a copy"
+        )
+    return _manifest(attributes, where)
+
+
+def _attributes(store: Path) -> dict[str, Any]:
+    document = store / DOCUMENT
+    try:
+        content = json.loads(read_bytes(document))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreNotFoundError(
+            f"{store} holds no store: there is no {DOCUMENT}; give the folder <root>/<project> of a run"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreDamagedError(f"{document} cannot be read: {error}; restore it from a copy") from error
+    attributes = content.get("attributes") if isinstance(content, dict) else None
+    if not isinstance(attributes, dict):
+        raise StoreDamagedError(f"{document} has no attributes; restore it from a copy")
+    return attributes
+
+
+def _manifest(attributes: Mapping[str, Any], where: Path) -> StoreManifest:
+    try:
+        manifest = StoreManifest(
+            created=str(attributes["created"]),
+            library=str(attributes["library"]),
+            config=dict(attributes["config"]),
+        )
+        if "layout" not in attributes:
+            return manifest
+        return manifest.described(
+            layout=Layout.from_json(attributes["layout"]),
+            encoding=str(attributes["encoding"]),
+            projection=dict(attributes["projection"]),
+            projection_shapes=_shapes(attributes["projection_shapes"]),
+            fingerprints={str(k): str(v) for k, v in attributes["fingerprints"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreDamagedError(f"{where} lacks or garbles a field: {error!r}; restore it") from error
+
+
+def _shapes(table: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, int] | None]]:
+    return {
+        side: {name: None if shape is None else _shape(shape) for name, shape in table[side].items()}
+        for side in ("input", "output")
+    }
+
+
+def _shape(pair: Any) -> tuple[int, int]:
+    rank, width = pair
+    return int(rank), int(width)

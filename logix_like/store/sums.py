@@ -1,0 +1,90 @@
+"""A writer's statistics on disk: for each field one float64 array, all modules one after another."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import StoreDamagedError
+from logix_like.layout import Layout
+from logix_like.statistics import Statistics
+from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.files import as_bytes, read_bytes
+from logix_like.store.schema import DOCUMENT
+
+FIELDS = (*Statistics.ADDITIVE, *Statistics.CORRECTED)
+
+
+def save_statistics(folder: Path, statistics: Statistics, *, sync: bool = False) -> None:
+    """Write all sums below ``folder``.
+
+    A file for each module and field would be thousands; so each field's array has an attribute
+    ``modules``, a list of ``[name, shape]`` in the order in which their numbers follow.
+    """
+    fields = {field for sums in statistics.sums.values() for field in sums}
+    for name in sorted(fields):
+        tensors = {module: sums[name] for module, sums in statistics.sums.items() if name in sums}
+        shapes = [[module, list(tensor.shape)] for module, tensor in tensors.items()]
+        spec = ArraySpec("float64", "NaN", attributes={"modules": shapes})
+        buffers = (as_bytes(tensor.double()) for tensor in tensors.values())
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        write_array(folder / name, spec, numbers, buffers, sync=sync)
+    write_group(folder, {"rows": statistics.rows, "fields": sorted(fields)}, sync=sync)
+
+
+def load_statistics(folder: Path, layout: Layout, rows: int) -> Statistics:
+    """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record."""
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in layout.names}
+    attributes = _attributes(folder)
+    if attributes.get("rows") != rows:
+        raise _damaged(folder, f"covers {attributes.get('rows')!r} rows, the commit record says {rows}")
+    for name in attributes.get("fields", ()):
+        if name not in FIELDS:
+            raise _damaged(folder, f"names a sum {name!r} that does not exist")
+        for module, tensor in _load_field(folder / name).items():
+            if module not in sums:
+                raise _damaged(folder / name, f"names the module {module!r} that the store does not have")
+            sums[module][name] = tensor
+    return Statistics(layout, sums, rows)
+
+
+def _load_field(folder: Path) -> dict[str, Tensor]:
+    shapes = _shapes(folder)
+    size = 8 * sum(math.prod(shape) for _, shape in shapes)
+    content = read_chunk(chunk_file(folder, 0, 1), f"the sums {folder.name!r}", size=size)
+    numbers = torch.from_numpy(content).view(torch.float64)
+    parts = numbers.split([math.prod(shape) for _, shape in shapes])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+
+
+def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+    try:
+        table = _attributes(folder)["modules"]
+        shapes = [(str(name), tuple(int(n) for n in shape)) for name, shape in table]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(folder, f"has no readable table of modules ({error!r})") from error
+    if any(n < 0 for _, shape in shapes for n in shape):
+        raise _damaged(folder, "gives a negative shape")
+    return shapes
+
+
+def _attributes(folder: Path) -> dict[str, Any]:
+    try:
+        attributes = json.loads(read_bytes(folder / DOCUMENT))["attributes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, f"has no readable {DOCUMENT} ({error!r})") from error
+    if not isinstance(attributes, dict):
+        raise _damaged(folder, f"has no attributes in {DOCUMENT}")
+    return attributes
+
+
+def _damaged(folder: Path, finding: str) -> StoreDamagedError:
+    return StoreDamagedError(
+        f"{folder} {finding}; the statistics are not those that were committed: restore the folder "
+        "from a copy"
+    )

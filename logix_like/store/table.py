@@ -1,0 +1,222 @@
+"""Committed rows seen as one table: columns in memory, gradients mapped from their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from torch import Tensor
+
+from logix_like.layout import Layout
+from logix_like.store.arrays import chunk_file, damaged, read_chunk
+from logix_like.store.columns import decode_ids, decode_texts, decode_values
+from logix_like.store.commits import Commits
+from logix_like.store.encoding import Encoding
+from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.schema import COLUMNS, DATA_ID, INVALID, METADATA, ROOT_MODULE, Flag
+from logix_like.store.segments import Segment
+
+
+class RowTable:
+    """Rows of some parts, one after another, as they were at one moment; never changes.
+
+    Columns are numpy arrays, read at first use and then kept: ``step`` and ``epoch`` (int64, -1 unknown),
+    ``loss``, ``norm`` and ``lr`` (float64, NaN unknown), ``flags`` (int64), ``data_id`` (object).
+    They are shared: do not write to them.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        layout: Layout,
+        encoding: Encoding,
+        column_names: tuple[str, ...],
+        key: str,
+        *,
+        left_out: int = 0,
+        factor: Tensor | None = None,
+    ) -> None:
+        self.layout = layout
+        """The rows' module table."""
+        self.encoding = encoding
+        """How the rows are stored."""
+        self.key = key
+        """Identifies the rows: equal keys, equal rows."""
+        self.left_out = left_out
+        """Samples that are not there since none of their visits is valid (views only)."""
+        self.factor = factor
+        """Multiplier ``[n]`` of each row, None for 1."""
+        self.segments = tuple(segments)
+        """Where the rows lie."""
+        self.column_names = column_names
+        """Names of the columns of numbers."""
+        self.gradients = GradientReader(self.segments, layout, encoding)
+        """Rows by slice, index array, mask or number: float32 tensors ``[n, width]``."""
+
+    def __len__(self) -> int:
+        return self.gradients.rows
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} rows of {self.layout.width} numbers)"
+
+    def chunks(self) -> Iterator[RowChunk]:
+        """All rows in order, chunk by chunk, mapped and not copied."""
+        return self.gradients.chunks()
+
+    def number(self, name: str) -> np.ndarray:
+        """A column of numbers by name, float64 ``[n]``."""
+        return self._numbers[:, self.column_names.index(name)]
+
+    @cached_property
+    def step(self) -> np.ndarray:
+        """Optimizer step of each row."""
+        return self.number("step").astype(np.int64)
+
+    @cached_property
+    def epoch(self) -> np.ndarray:
+        """Epoch of each row."""
+        return self.number("epoch").astype(np.int64)
+
+    @property
+    def loss(self) -> np.ndarray:
+        """Loss of each row's sample."""
+        return self.number("loss")
+
+    @property
+    def norm(self) -> np.ndarray:
+        """Euclidean norm of each row before rounding."""
+        return self.number("norm")
+
+    @property
+    def lr(self) -> np.ndarray:
+        """Learning rate of each row's step."""
+        return self.number("lr")
+
+    @cached_property
+    def flags(self) -> np.ndarray:
+        """Bits of :class:`~logix_like.store.schema.Flag`."""
+        return self.number("flags").astype(np.int64)
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """Mask of the rows that count: finite, and not superseded."""
+        mask: np.ndarray = (self.flags & int(INVALID)) == 0
+        return mask
+
+    @cached_property
+    def visits(self) -> np.ndarray:
+        """How many visits each row stands for."""
+        if "visits" in self.column_names:
+            return self.number("visits").astype(np.int64)
+        return np.ones(len(self), dtype=np.int64)
+
+    @cached_property
+    def data_id(self) -> np.ndarray:
+        """The sample's id of each row, str or int."""
+        return decode_ids(self._texts(DATA_ID), (self.flags & int(Flag.INTEGER_ID)) != 0)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, np.ndarray]:
+        """The user's columns by name; None where a row was logged without a value."""
+        return MetadataColumns(self)
+
+    def metadata_arrays(self) -> dict[str, str]:
+        """The user's columns by name, with the path of their arrays, in order of appearance."""
+        arrays = dict.fromkeys(array for segment in self.segments for array in segment.crc)
+        return {_column_name(a): a for a in arrays if a.startswith(f"{METADATA}/")}
+
+    def metadata_column(self, name: str) -> np.ndarray:
+        """Values of one of the user's columns, object ``[n]``."""
+        return decode_values(self._texts(self.metadata_arrays()[name], missing="null"), name)
+
+    @cached_property
+    def _numbers(self) -> np.ndarray:
+        width = len(self.column_names)
+        numbers = np.empty((len(self), width))
+        for segment in self.segments:
+            content = self._chunk(segment, COLUMNS, 2, 8 * segment.rows * width)
+            numbers[segment.first : segment.stop] = content.view("<f8").reshape(segment.rows, width)
+        return numbers
+
+    def _texts(self, array: str, missing: str | None = None) -> np.ndarray:
+        texts = np.empty(len(self), dtype=object)
+        for segment in self.segments:
+            if array not in segment.crc and missing is not None:
+                texts[segment.first : segment.stop] = missing
+                continue
+            content = self._chunk(segment, array, 1, None)
+            texts[segment.first : segment.stop] = decode_texts(content, segment.rows, str(segment))
+        return texts
+
+    def _chunk(self, segment: Segment, array: str, dimensions: int, size: int | None) -> np.ndarray:
+        file = chunk_file(segment.folder / array, segment.chunk, dimensions)
+        if array not in segment.crc:
+            raise damaged(file, f"{array} of {segment}", "is not named by the commit record")
+        return read_chunk(file, f"{array} of {segment}", size=size, crc=segment.crc[array])
+
+
+class MetadataColumns(Mapping[str, np.ndarray]):
+    """The user's columns of a table, each read at its first use."""
+
+    def __init__(self, table: RowTable) -> None:
+        self._table = table
+        self._names = tuple(table.metadata_arrays())
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(f"no metadata column {name!r}; there are: {', '.join(self._names) or 'none'}")
+        if name not in self._columns:
+            self._columns[name] = self._table.metadata_column(name)
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """A part that a table is made of."""
+
+    folder: Path
+    """Where it lies."""
+    name: str
+    """What it is called in the table's key."""
+    commits: Commits
+    """Its record."""
+
+
+def make_table(
+    parts: Sequence[PartSource],
+    layout: Layout,
+    encoding: Encoding,
+    column_names: tuple[str, ...],
+    kind: str,
+) -> RowTable:
+    """The committed rows of ``parts``, in their order; the key tells of the rows and their kind."""
+    segments: list[Segment] = []
+    first = 0
+    identity = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for record in part.commits.rows:
+            folder = part.folder / record.part if record.part else part.folder
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc))
+            first += record.rows
+            entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
+            identity.update(json.dumps(entry).encode())
+    return RowTable(segments, layout, encoding, column_names, f"{kind}:{identity.hexdigest()}")
+
+
+def _column_name(array: str) -> str:
+    name = array.removeprefix(f"{METADATA}/")
+    return "" if name == ROOT_MODULE else unquote(name)

@@ -1,0 +1,79 @@
+"""The sample views of a table: found on disk, made when there is none, kept while it is open."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from logix_like.errors import StoreError
+from logix_like.store.compaction import build_means, cache_folder, open_means
+from logix_like.store.schema import MEAN_VIEWS
+from logix_like.store.table import RowTable
+from logix_like.store.view import Rows, Visits, digest, group_visits, select_last
+
+
+class SampleViews:
+    """Views of one table, each made at its first use."""
+
+    def __init__(self, store: Path, created: str, table: RowTable) -> None:
+        self._table = table
+        self._own = store / MEAN_VIEWS / digest(table)
+        self._cached = cache_folder(store, created) / digest(table)
+        self._views: dict[str, Rows] = {}
+
+    def get(self, reduce: str) -> Rows:
+        """The view for one of :data:`~logix_like.store.view.REDUCTIONS`."""
+        if reduce not in self._views:
+            self._views[reduce] = self._make(reduce)
+        return self._views[reduce]
+
+    def build(self) -> Path | None:
+        """Write the mean view into the store itself; None where the rows are the view."""
+        if self._visits.single:
+            return None
+        if open_means(self._own, self._table, "mean") is None:
+            build_means(self._table, self._visits, self._own)
+        return self._own
+
+    @cached_property
+    def _visits(self) -> Visits:
+        return group_visits(self._table)
+
+    def _make(self, reduce: str) -> Rows:
+        if reduce == "none":
+            return self._table
+        if reduce == "last":
+            return select_last(self._table, self._visits, reduce)
+        means = self._find(reduce)
+        if means is not None:
+            return means
+        if self._visits.single:
+            return select_last(self._table, self._visits, reduce)
+        build_means(self._table, self._visits, self._cached)
+        means = self._find(reduce)
+        if means is None:
+            raise StoreError(f"the sample view at {self._cached} disappeared while it was opened; ask again")
+        return means
+
+    def _find(self, reduce: str) -> RowTable | None:
+        key = f"{reduce}:{digest(self._table)}"
+        for folder in (self._own, self._cached):
+            means = open_means(folder, self._table, key)
+            if means is not None:
+                return _as_sum(means) if reduce == "sum" else means
+        return None
+
+
+def _as_sum(means: RowTable) -> RowTable:
+    """The same rows with the number of visits as their factor."""
+    return RowTable(
+        means.segments,
+        means.layout,
+        means.encoding,
+        means.column_names,
+        means.key,
+        left_out=means.left_out,
+        factor=torch.from_numpy(means.visits).to(torch.float32),
+    )

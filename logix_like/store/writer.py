@@ -1,0 +1,341 @@
+"""The background writer: a bounded queue before one thread that writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.errors import ConfigError, StoreError, StoreWriteError
+from logix_like.layout import Layout
+from logix_like.statistics import Statistics, StatisticsAccumulator
+from logix_like.store.columns import id_text, value_text
+from logix_like.store.encoding import encoding_named
+from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
+from logix_like.store.schema import read_manifest, segment
+
+_log = logging.getLogger(__name__)
+
+STATISTICS_SHARE = 0.05
+"""Statistics are written at a timed commit only if that takes less than this share of the time."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Something to do after all rows put before it."""
+
+    last: bool = False
+    statistics: Statistics | None = None
+    done: Future[int] = field(default_factory=Future)
+
+
+class _Inbox:
+    """A queue of batches, bounded by their bytes, and of requests, which are never held up."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._items: deque[tuple[ProjectedBatch | _Request, int]] = deque()
+        self._changed = threading.Condition()
+        self.error: BaseException | None = None
+
+    def put(self, item: ProjectedBatch | _Request, size: int = 0) -> bool:
+        """Queue an item, waiting while it does not fit; False if the worker has failed."""
+        with self._changed:
+            while self.error is None and size and self._bytes and self._bytes + size > self._limit:
+                self._changed.wait()
+            if self.error is not None:
+                return False
+            self._items.append((item, size))
+            self._bytes += size
+            self._changed.notify_all()
+            return True
+
+    def take(self, timeout: float | None) -> ProjectedBatch | _Request | None:
+        """The next item, or None after ``timeout`` seconds without one."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(self._items), timeout):
+                return None
+            item, size = self._items.popleft()
+            self._bytes -= size
+            self._changed.notify_all()
+            return item
+
+    def fail(self, error: BaseException) -> None:
+        """Refuse all further items and wake everyone who waits."""
+        with self._changed:
+            self.error = error
+            requests = [item for item, _ in self._items if isinstance(item, _Request)]
+            self._items.clear()
+            self._bytes = 0
+            self._changed.notify_all()
+        for request in requests:
+            request.done.set_exception(error)
+
+
+class _Worker:
+    """The thread's side: takes items out of the inbox until the last request or an error."""
+
+    def __init__(self, inbox: _Inbox, pipeline: RowPipeline, commit_seconds: float) -> None:
+        self._inbox = inbox
+        self._pipeline = pipeline
+        self._commit_seconds = commit_seconds
+        self._waiting_since = 0.0
+        self._next_statistics = 0.0
+        self._ready = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="logix_like-writer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread with one torch thread of its own.
+
+        ``torch.set_num_threads`` sets the caller's number and the default of threads to come, so
+        the starting thread puts its own number back.
+        """
+        threads = torch.get_num_threads()
+        self.thread.start()
+        self._ready.wait()
+        torch.set_num_threads(threads)
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
+        self._ready.set()
+        request: _Request | None = None
+        try:
+            with torch.no_grad():
+                while request is None or not request.last:
+                    item = self._inbox.take(self._patience())
+                    request = item if isinstance(item, _Request) else None
+                    self._handle(item)
+        except BaseException as error:  # whatever it is, the training thread has to hear of it
+            self._pipeline.abandon()
+            self._inbox.fail(error)
+            if request is not None:
+                request.done.set_exception(error)
+
+    def _patience(self) -> float | None:
+        if not self._pipeline.staged:
+            return None
+        return max(0.0, self._waiting_since + self._commit_seconds - time.monotonic())
+
+    def _handle(self, item: ProjectedBatch | _Request | None) -> None:
+        if isinstance(item, _Request):
+            self._answer(item)
+            return
+        if item is not None:
+            # Full chunks in between do not put the timed commit off: it also writes the statistics.
+            if not self._pipeline.staged:
+                self._waiting_since = time.monotonic()
+            self._pipeline.add(item)
+        if self._pipeline.staged and self._patience() == 0:
+            self._timed_commit()
+
+    def _timed_commit(self) -> None:
+        self._pipeline.flush()
+        start = time.monotonic()
+        if start >= self._next_statistics:
+            self._pipeline.save_statistics()
+            end = time.monotonic()
+            self._next_statistics = end + (end - start) / STATISTICS_SHARE
+
+    def _answer(self, request: _Request) -> None:
+        if request.last:
+            self._pipeline.close()
+        else:
+            self._pipeline.flush()
+            self._pipeline.save_statistics(request.statistics)
+        request.done.set_result(self._pipeline.committed)
+
+
+def _shut(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
+    """Flush and end the thread when its writer was forgotten or the interpreter exits."""
+    if os.getpid() == process and inbox.put(_Request(last=True)):
+        thread.join()
+
+
+class StoreWriter:
+    """Writes one process's rows to a described store, in the background.
+
+    Every start makes a part of its own (``writers/<rank>-<attempt>``), so nothing is ever
+    overwritten. A row is safe once :meth:`commit` (or :meth:`close`) has returned; full chunks,
+    and every ``commit_seconds`` what waits, are committed without being asked.
+
+    Args:
+        path: The store's folder; :func:`~logix_like.store.creation.describe` was called on it.
+        layout: The rows' module table; :class:`ModelMismatchError` if it is not the store's.
+        encoding: Name of the stored type; must be the store's.
+        rank: Number of this process among those that write.
+        chunk_mib: Size of a chunk on disk; the memory used is about three times this and the queue.
+        commit_seconds: How long a row may wait for its commit.
+        queue_mib: Bound of the queue; :meth:`put` waits while it is full.
+        durability: ``process``: commits survive the death of the process; ``commit``: a power
+            loss too (every file is forced to the disk).
+        statistics: Gathers over the rows that are finite, in the background; owned by the writer.
+        on_error: ``raise``: the next call raises; ``stop_logging``: it is logged once and
+            further rows are dropped and counted.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layout: Layout,
+        encoding: str = "bfloat16",
+        *,
+        rank: int = 0,
+        chunk_mib: float = 4.0,
+        commit_seconds: float = 60.0,
+        queue_mib: float = 16.0,
+        durability: Literal["process", "commit"] = "process",
+        statistics: StatisticsAccumulator | None = None,
+        on_error: Literal["raise", "stop_logging"] = "raise",
+    ) -> None:
+        _require_choice("durability", durability, ("process", "commit"))
+        _require_choice("on_error", on_error, ("raise", "stop_logging"))
+        store, codec, sync = Path(path), encoding_named(encoding), durability == "commit"
+        _require_described(store, layout, encoding)
+        self.folder = claim_writer(store, rank, sync=sync)
+        """The writer's part of the store."""
+        rows = chunk_rows(layout, codec, chunk_mib)
+        self._pipeline = RowPipeline(self.folder, layout, codec, rows=rows, statistics=statistics, sync=sync)
+        self._width = layout.width
+        self._raises = on_error == "raise"
+        self._inbox = _Inbox(int(queue_mib * 2**20))
+        worker = _Worker(self._inbox, self._pipeline, commit_seconds)
+        worker.start()
+        self._thread = worker.thread
+        self._told = False
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker.thread, self._process)
+        self.rows = 0
+        """Rows that were put."""
+        self.dropped = 0
+        """Rows that were dropped after a failure, with ``on_error="stop_logging"``."""
+
+    @property
+    def committed(self) -> int:
+        """Rows that are safe."""
+        return self._pipeline.committed
+
+    @property
+    def nonfinite(self) -> int:
+        """Committed rows that are flagged since they are not finite."""
+        return self._pipeline.nonfinite
+
+    def put(self, batch: ProjectedBatch) -> None:
+        """Hand over a batch (its rows must not change afterwards); waits while the queue is full.
+
+        Raises :class:`StoreError` if the batch does not fit the store, :class:`StoreWriteError` if
+        the writer has failed or is closed.
+        """
+        self._require_open()
+        _check_batch(batch, self._width)
+        if not batch.data_id:
+            return
+        if self._inbox.put(batch, batch.rows.nbytes):
+            self.rows += len(batch.data_id)
+        else:
+            self.dropped += len(batch.data_id)
+            self._report()
+
+    def commit(self) -> int:
+        """Make all rows put so far durable, with their statistics; returns the committed rows."""
+        self._require_open()
+        return self._ask(_Request())
+
+    def write_statistics(self, statistics: Statistics) -> None:
+        """Commit, with these statistics in place of the gathered ones (e.g. corrected ones added)."""
+        self._require_open()
+        self._ask(_Request(statistics=statistics))
+
+    def close(self) -> None:
+        """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
+        if not self._finalizer.alive or os.getpid() != self._process:
+            return  # a forked child has no such thread, and its parent's rows are not its to flush
+        self._finalizer.detach()
+        self._inbox.put(_Request(last=True))
+        self._thread.join()
+        if self._inbox.error is not None and not self._told:
+            self._report()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: _Request) -> int:
+        if not self._inbox.put(request) or request.done.exception() is not None:
+            self._report()
+        return self.committed
+
+    def _require_open(self) -> None:
+        if not self._finalizer.alive:
+            raise StoreWriteError(
+                f"the writer of {self.folder} is closed; no row was taken, start a new writer to go on"
+            )
+
+    def _report(self) -> None:
+        """Raise the worker's failure, or log it once."""
+        cause = self._inbox.error
+        message = (
+            f"writing to {self.folder} failed: {cause!r}; {self.committed} of {self.rows} rows are "
+            "committed and safe; see to the cause (disk space, permissions) and go on with resume=True"
+        )
+        if self._raises:
+            self._told = True
+            raise StoreWriteError(message) from cause
+        if not self._told:
+            self._told = True
+            _log.error("%s; logging has stopped, training goes on", message)
+
+
+def _require_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
+
+
+def _require_described(store: Path, layout: Layout, encoding: str) -> None:
+    manifest = read_manifest(store)
+    if manifest.layout is None:
+        raise StoreError(f"{store} has no module table yet; call describe(...) before writing to it")
+    manifest.layout.require_same(layout)
+    if manifest.encoding != encoding:
+        raise ConfigError(
+            f"the store's dtype is {manifest.encoding!r}, asked for was {encoding!r}; "
+            "go on with the store's, or start another store"
+        )
+
+
+def _check_batch(batch: ProjectedBatch, width: int) -> None:
+    """Refuse what cannot be stored, while the caller's line is on the stack."""
+    count = len(batch.data_id)
+    if batch.rows.shape != (count, width):
+        raise StoreError(
+            f"a batch has rows of shape {tuple(batch.rows.shape)} for {count} ids, "
+            f"expected ({count}, {width}); give one id for each sample"
+        )
+    columns = {name: len(values) for name, values in batch.metadata.items()}
+    if batch.loss is not None:
+        columns["loss"] = batch.loss.numel()
+    for name, length in columns.items():
+        if length != count:
+            raise StoreError(f"{name!r} has {length} values for {count} samples; give one for each")
+    for data_id in batch.data_id:
+        id_text(data_id)
+    for name, values in batch.metadata.items():
+        segment(name)
+        for value in values:
+            value_text(value)

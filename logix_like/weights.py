@@ -1,0 +1,92 @@
+"""A model's weights: fingerprints, freezing and swapping them for a while, leaving no trace."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from logix_like.errors import ModelMismatchError
+
+_SAMPLED = 4096
+"""Numbers of each tensor that enter a fingerprint: enough to see any training step, cheap at any size."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """BLAKE2b-128 hex over the names, shapes and evenly spaced values of all parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)]
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    training = [m for m in model.modules() if m.training]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def gradients_put_aside(model: nn.Module) -> Iterator[None]:
+    """A backward pass inside leaves no gradient behind and adds to none that was there."""
+    kept = [(p, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+@contextmanager
+def restored_weights(model: nn.Module) -> Iterator[None]:
+    """Whatever is loaded into the model inside, its weights and buffers are the same bits afterwards."""
+    kept = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    try:
+        yield
+    finally:
+        load_weights(model, kept)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy ``weights`` (by ``state_dict`` name) into the model's own tensors.
+
+    Raises:
+        ModelMismatchError: a name or a shape differs.
+    """
+    own = _tensors(model)
+    for name, tensor in own.items():
+        if name not in weights:
+            raise ModelMismatchError(f"the checkpoint has no {name!r}; it was taken from another model")
+        if weights[name].shape != tensor.shape:
+            raise ModelMismatchError(
+                f"the checkpoint's {name!r} has shape {tuple(weights[name].shape)}, the model's {tuple(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
