@@ -279,7 +279,11 @@ class _Group:
     def apply(self, rows: Tensor, out: Tensor) -> None:
         """Write the group's columns of the result into ``out``, which has the shape of ``rows``."""
         blocks = rows[:, self._columns].reshape(len(rows), self._count, -1).transpose(0, 1)
-        out[:, self._columns] = self._leaf.apply(blocks).transpose(0, 1).flatten(1)
+        applied = self._leaf.apply(blocks).transpose(0, 1)
+        if isinstance(self._columns, slice):  # written in place: one copy, not two
+            out[:, self._columns].view(len(rows), self._count, -1).copy_(applied)
+        else:
+            out[:, self._columns] = applied.flatten(1)
 
 
 def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[list[ModuleBlock]]:

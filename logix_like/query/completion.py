@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from logix_like.errors import StatisticsError
 from logix_like.preconditioner import has_kronecker
-from logix_like.query.rows import GatheredRows
 from logix_like.query.scan import Candidates
 from logix_like.statistics import (
     COVARIANCE_LIMIT,
@@ -17,6 +19,30 @@ from logix_like.statistics import (
     StatisticsAccumulator,
     corrected_sums,
 )
+from logix_like.store.view import Rows
+
+
+class QueryStore(Protocol):
+    """What a query reads of a store."""
+
+    def __len__(self) -> int:
+        """Count the stored rows, valid or not."""
+
+    @property
+    def key(self) -> str:
+        """Identifies the rows: equal keys, equal rows."""
+
+    @property
+    def valid(self) -> NDArray[Any]:
+        """``[rows]`` bool: which rows are finite and not superseded."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Sums over the rows, as far as they were gathered."""
+
+    def view(self, reduce: str) -> Rows:
+        """Give each sample's ``mean``, ``sum`` or ``last`` visit, or every visit by itself (``none``)."""
+
 
 NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -30,7 +56,7 @@ NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Statistics that a preconditioner needs of every module; ``auto`` is decided by what there is."""
 
 
-def statistics_for(preconditioner: str, store: GatheredRows, progress: bool | None = None) -> Statistics:
+def statistics_for(preconditioner: str, store: QueryStore, progress: bool | None = None) -> Statistics:
     """Give the statistics to fit ``preconditioner`` from, completed by a pass over the store where needed.
 
     ``auto`` brings a gathered covariance up to date, and computes one only when some module has neither
@@ -40,14 +66,14 @@ def statistics_for(preconditioner: str, store: GatheredRows, progress: bool | No
         return ensure_statistics(
             store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress
         )
-    small = [block for block in store.layout if block.size <= COVARIANCE_LIMIT]
+    small = [block for block in store.statistics.layout if block.size <= COVARIANCE_LIMIT]
     gathered = any(store.statistics.has(block.name, "outer_sum") for block in small)
     bare = any(not has_kronecker(store.statistics, block) for block in small)
     return ensure_statistics(store, ("covariance",) if gathered or bare else (), progress=progress)
 
 
 def ensure_statistics(
-    store: GatheredRows,
+    store: QueryStore,
     needed: Collection[str],
     *,
     covariance_limit: int = COVARIANCE_LIMIT,
@@ -73,7 +99,7 @@ def ensure_statistics(
     if "kronecker" in needed:
         _require_kronecker(statistics)
     names = [name for name in needed if ROW_SUMS[name]]
-    candidates = Candidates.valid(store)
+    candidates = Candidates.valid(store.view("none"))
     if names and not _covers(statistics, names, candidates.count, covariance_limit):
         statistics = _with_row_sums(statistics, names, candidates, covariance_limit, progress)
     if "corrected_eigval" in needed and not _covers_corrected(statistics, candidates.count):

@@ -15,12 +15,12 @@ from torch import Tensor
 from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.layout import DataId
 from logix_like.preconditioner import FittedPreconditioner, require_preconditioner
+from logix_like.query.completion import QueryStore
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import FlatIndex
 from logix_like.query.modes import MODES
 from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
-from logix_like.query.rows import GatheredRows
 from logix_like.query.scan import Candidates
 from logix_like.query.scoring import Extremes, Task, every_score, exact_extremes, indexed_extremes
 
@@ -75,7 +75,7 @@ class QueryEngine:
     settings they were made for are the ones asked for.
     """
 
-    def __init__(self, store: GatheredRows) -> None:
+    def __init__(self, store: QueryStore) -> None:
         self._store = store
         self._fitter = Fitter(store)
         self._candidates: Recent[Candidates] = Recent(2)
@@ -230,7 +230,8 @@ class QueryEngine:
         def compute() -> Tensor:
             lengths = torch.zeros(len(candidates.rows), dtype=candidates.dtype)
             for tile in candidates.tiles(progress, "self-influence"):
-                lengths[tile.positions] = _squared_lengths(tile.values, fit.preconditioner)
+                for start, stop, values in tile.pieces(candidates.rows.layout.width):
+                    lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
             return lengths
 
         if not candidates.complete:
@@ -272,7 +273,7 @@ def _squared_lengths(rows: Tensor, preconditioner: FittedPreconditioner) -> Tens
 
 def _factor(candidates: Candidates) -> Tensor | None:
     factor = candidates.rows.factor
-    return None if factor is None else torch.from_numpy(np.array(factor)).to(candidates.dtype)
+    return None if factor is None else torch.as_tensor(factor).to(candidates.dtype)
 
 
 def _id_array(ids: Sequence[DataId]) -> Ids:

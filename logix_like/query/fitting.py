@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from logix_like.preconditioner import Curvature, FittedPreconditioner, fit_preconditioner
-from logix_like.query.completion import statistics_for
-from logix_like.query.rows import GatheredRows
+from logix_like.query.completion import QueryStore, statistics_for
 
 Value = TypeVar("Value")
 
@@ -49,7 +48,7 @@ class Fitter:
     another damping takes eigenbases over from the fit before.
     """
 
-    def __init__(self, store: GatheredRows) -> None:
+    def __init__(self, store: QueryStore) -> None:
         self._store = store
         self._curvatures: Recent[Curvature] = Recent(2)
         self._fits: Recent[Fit] = Recent(4)
@@ -65,7 +64,8 @@ class Fitter:
             key[:2], lambda: Curvature(statistics_for(name, self._store, progress))
         )
         statistics = curvature.statistics
-        fitted = fit_preconditioner(name, statistics, self._store.layout, damping, curvature=curvature)
+        layout = statistics.layout
+        fitted = fit_preconditioner(name, statistics, layout, damping, curvature=curvature)
         rows = int(self._store.valid.sum())
         covered = f"{min(statistics.rows, rows):,}" + ("" if statistics.rows >= rows else f" of {rows:,}")
         coverage = f"damping {damping:g}, empirical Fisher over {covered} rows"

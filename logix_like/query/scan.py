@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.layout import DataId
-from logix_like.query.rows import Rows
+from logix_like.store.gradients import RowChunk
+from logix_like.store.view import Rows
 
 SPARSE_SHARE = 8
 """When fewer than one row in so many is wanted, rows are fetched one by one instead of by chunks."""
@@ -24,14 +27,34 @@ PROGRESS_DELAY = 2.0
 """Seconds before a progress bar shows itself."""
 
 
+PIECE_BYTES = 4 * 2**20
+"""Decoded rows that are used once are made so many bytes at a time: they then stay in the caches."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Some rows, decoded."""
+    """Some rows of a scan, decoded when asked for."""
 
     positions: Tensor
     """``[n]``, where the rows stand among all rows; ascending."""
-    values: Tensor
-    """``[n, width]``, float32 or float64."""
+    decode: Callable[[int, int], Tensor]
+    """From a and b, the a-th to (b-1)-th of these rows: ``[b - a, width]``, float32 or float64."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.positions)
+
+    @property
+    def values(self) -> Tensor:
+        """All of the rows, ``[n, width]``."""
+        return self.decode(0, len(self))
+
+    def pieces(self, width: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the rows in pieces, as ``(a, b, values [b - a, width])``."""
+        step = max(1, PIECE_BYTES // (4 * width))
+        for start in range(0, len(self), step):
+            stop = min(start + step, len(self))
+            yield start, stop, self.decode(start, stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +123,27 @@ class Candidates:
         ) as bar:
             for tile in tiles:
                 yield tile
-                bar.update(len(tile.positions))
+                bar.update(len(tile))
+
+    def fetch(self, positions: Tensor) -> Tile:
+        """The rows at ``positions [n]``, fetched one by one."""
+        return Tile(positions, partial(_fetch, self.rows, positions.numpy()))
 
     def _streamed(self) -> Iterator[Tile]:
         for chunk in self.rows.chunks():
             wanted = self.wanted[chunk.start : chunk.start + len(chunk.raw)]
             chosen = wanted.nonzero().flatten()
             if len(chosen):
-                values = chunk.decode()
-                yield Tile(chosen + chunk.start, values if len(chosen) == len(values) else values[chosen])
+                yield Tile(chosen + chunk.start, partial(_decode, chunk, chosen.numpy()))
 
     def _gathered(self) -> Iterator[Tile]:
         for positions in self.positions().split(GATHERED_ROWS):
-            yield Tile(positions, self.rows.gradients[positions.numpy()])
+            yield self.fetch(positions)
+
+
+def _decode(chunk: RowChunk, chosen: NDArray[np.int64], start: int, stop: int) -> Tensor:
+    return chunk.select(chosen[start:stop], start).decode()
+
+
+def _fetch(rows: Rows, positions: NDArray[np.int64], start: int, stop: int) -> Tensor:
+    return rows.gradients[positions[start:stop]]

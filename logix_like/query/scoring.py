@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from logix_like.query.index import FlatIndex
 from logix_like.query.modes import Mode
 from logix_like.query.ranking import RunningTop, stable_top
 from logix_like.query.scan import Candidates, Tile
+
+RANKED_AT_ONCE = 4096
+"""The scores of so many rows are collected before the highest and lowest are picked out of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,10 @@ class Task:
 
     def scores(self, tile: Tile) -> Tensor:
         """``[queries, n]`` for the rows of ``tile``."""
-        products = self.queries @ tile.values.T
+        products = torch.empty(len(tile), len(self.queries), dtype=self.queries.dtype)
+        for start, stop, values in tile.pieces(self.queries.shape[1]):
+            torch.mm(values, self.queries.T, out=products[start:stop])
+        products = products.T.contiguous()
         if self.factor is not None:
             products *= self.factor[tile.positions]
         if not self.mode.uses_lengths:
@@ -55,19 +62,38 @@ def every_score(task: Task) -> Tensor:
     scores = torch.empty(len(task.queries), task.candidates.count, dtype=task.queries.dtype)
     start = 0
     for tile in task.candidates.tiles(task.progress, "influence"):
-        scores[:, start : start + len(tile.positions)] = task.scores(tile)
-        start += len(tile.positions)
+        scores[:, start : start + len(tile)] = task.scores(tile)
+        start += len(tile)
     return scores
 
 
 def exact_extremes(task: Task, k: int) -> tuple[Extremes, Extremes]:
     """The ``k`` highest and the ``k`` lowest in one pass over the rows, in bounded memory."""
     highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
-    for tile in task.candidates.tiles(task.progress, "influence"):
-        scores = task.scores(tile)
-        highest.update(scores, tile.positions)
-        lowest.update(scores, tile.positions)
+    for scores, positions in _gathered(task):
+        highest.update(scores, positions)
+        lowest.update(scores, positions)
     return Extremes(*highest.result()), Extremes(*lowest.result())
+
+
+def _gathered(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield scores and positions of :data:`RANKED_AT_ONCE` rows or a few more."""
+    held: list[tuple[Tensor, Tensor]] = []
+    rows = 0
+    for tile in task.candidates.tiles(task.progress, "influence"):
+        held.append((task.scores(tile), tile.positions))
+        rows += len(tile)
+        if rows >= RANKED_AT_ONCE:
+            yield _joined(held)
+            held, rows = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(held) == 1:
+        return held[0]
+    return torch.cat([scores for scores, _ in held], dim=1), torch.cat([positions for _, positions in held])
 
 
 def indexed_extremes(task: Task, index: FlatIndex, k: int) -> tuple[Extremes, Extremes]:
@@ -81,7 +107,7 @@ def _rescored(task: Task, positions: Tensor, k: int, sign: int) -> Extremes:
     """Rank each query's ``positions [queries, c]`` by their exact scores; ``sign`` -1 for the lowest."""
     found = []
     for query, own in enumerate(positions.sort(dim=1).values):  # row order, in which ties are broken
-        tile = Tile(own, task.candidates.rows.gradients[own.numpy()])
+        tile = task.candidates.fetch(own)
         scores, chosen = stable_top(sign * task.scores(tile)[query : query + 1], k)
         found.append((sign * scores, own[chosen]))
     return Extremes(torch.cat([s for s, _ in found]), torch.cat([p for _, p in found]))

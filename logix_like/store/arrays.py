@@ -55,7 +55,7 @@ class ArraySpec:
             "shape": [rows, *tail],
             "data_type": self.data_type,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *tail]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": self.fill_value,
             "codecs": [_TEXT if self.data_type == "string" else _BYTES, _CRC],
             "attributes": dict(self.attributes),
@@ -75,8 +75,12 @@ def write_document(folder: Path, spec: ArraySpec, rows: int, chunk_rows: int, *,
 
 
 def chunk_file(folder: Path, chunk: int, dimensions: int) -> Path:
-    """The file of a chunk of whole rows, by Zarr's default key encoding."""
-    return folder.joinpath("c", str(chunk), *["0"] * (dimensions - 1))
+    """The file of a chunk of whole rows, by Zarr's default key encoding with the separator ``.``.
+
+    With the usual ``/`` each chunk would have a folder of its own: twice the inodes, and one more
+    folder to be forced to the disk at each commit.
+    """
+    return folder / ".".join(["c", str(chunk), *["0"] * (dimensions - 1)])
 
 
 def write_array(folder: Path, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:

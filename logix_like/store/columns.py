@@ -18,6 +18,8 @@ Value = str | int | float | None
 
 def id_text(data_id: DataId) -> tuple[str, bool]:
     """An id as text, and whether it is an int; :class:`StoreError` for anything else."""
+    if type(data_id) is int:
+        return str(data_id), True
     if isinstance(data_id, str):
         _require_utf8(data_id)
         return str(data_id), False

@@ -74,7 +74,7 @@ class RowPipeline:
         self._encoding = encoding
         self._sync = sync
         self._accumulator = statistics
-        self._staged = StagedChunk(layout, encoding, rows)
+        self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
         self._main = self._part(folder, rows)
         self._log = CommitLog(folder, sync=sync)
         self._chunks = self._tails = self._generation = 0
@@ -99,7 +99,8 @@ class RowPipeline:
             if self._staged.full:
                 self._commit(self._main, "", self._chunks)
                 self._chunks += 1
-        if self._accumulator is not None and batch.moments is not None:
+        # Moments are sums over the whole batch: one row that is not finite spoils them.
+        if self._accumulator is not None and batch.moments is not None and batch.rows.isfinite().all():
             self._accumulator.add_moments(batch.moments)
 
     def flush(self) -> None:
@@ -156,10 +157,10 @@ class RowPipeline:
         )
 
     def _commit(self, part: PartWriter, name: str, chunk: int) -> None:
-        encoded, rows = self._staged.encode()
+        encoded = self._staged.encoded()
         crc = part.write(chunk, encoded)
         finite = torch.from_numpy(encoded.numbers[:, 5].astype("int64") & int(Flag.NONFINITE) == 0)
-        self._gather(rows, finite)
+        self._gather(self._staged.rows, finite)
         self._log.append(self._record(name, chunk, encoded, crc))
         self.committed += len(encoded)
         self.nonfinite += int((~finite).sum())

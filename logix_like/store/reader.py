@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -87,7 +88,7 @@ class _Snapshot:
     views: SampleViews
 
 
-def open_store(path: str | Path) -> GradientStore:
+def open_store(path: str | PathLike[str]) -> GradientStore:
     """Open the store at ``path`` for reading.
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
@@ -102,12 +103,12 @@ class GradientStore:
     in the order of the writers' starts, then ranks, then commits.
     """
 
-    factor: Tensor | None = None
+    factor: np.ndarray | None = None
     """Rows of visits are not scaled."""
     left_out = 0
     """No visit is left out."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path).absolute()
         """The store's folder."""
         self._snapshot = _read(self.path)
@@ -276,7 +277,7 @@ class GradientStore:
         return zarr.open_group(self.path, mode="r", zarr_format=3)
 
 
-def build_view(path: str | Path) -> Path | None:
+def build_view(path: str | PathLike[str]) -> Path | None:
     """Build the mean view of a store's present rows into the store, for its readers to find.
 
     For the process that owns the store (a reader's views go to its cache folder). Returns the view's

@@ -138,7 +138,7 @@ def _digest(attributes: Mapping[str, Any]) -> str:
 def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
     """The ``zarr.json`` of a group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
-    return json.dumps(document, indent=1).encode()
+    return json.dumps(document).encode()
 
 
 def write_manifest(store: Path, manifest: StoreManifest) -> None:

@@ -1,15 +1,13 @@
-"""Rows on their way to disk: collected in one preallocated chunk, then encoded together."""
+"""Rows on their way to disk: encoded as they come into one preallocated chunk."""
 
 from __future__ import annotations
-
-from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logix_like.capture.batch import ProjectedBatch
-from logix_like.layout import Layout
+from logix_like.layout import DataId, Layout
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.encoding import Encoding
 from logix_like.store.parts import EncodedRows
@@ -20,16 +18,20 @@ SUSPICIOUS_NORM = 1e18
 
 
 class StagedChunk:
-    """One chunk of rows in memory; filled batch by batch, encoded, and filled again."""
+    """One chunk of rows in memory, encoded as they come; written, and filled again.
 
-    def __init__(self, layout: Layout, encoding: Encoding, capacity: int) -> None:
+    The rows as they were given are kept beside them where ``keep_rows`` asks for it.
+    """
+
+    def __init__(self, layout: Layout, encoding: Encoding, capacity: int, *, keep_rows: bool) -> None:
         self._layout = layout
         self._encoding = encoding
-        self._rows = torch.empty(capacity, layout.width, dtype=encoding.staging)
-        # Kept, since fresh memory for each chunk costs a page fault every 4 KiB.
+        # Allocated once, since fresh memory for each chunk costs a page fault every 4 KiB.
         self._values = torch.empty(capacity, layout.width, dtype=encoding.dtype)
-        self._numbers = np.empty((capacity, len(WRITER_COLUMNS)))
-        self._texts: dict[str, list[str]] = {DATA_ID: []}
+        self._scale = torch.empty(capacity, len(layout)) if encoding.scaled else None
+        self._rows = torch.empty(capacity if keep_rows else 0, layout.width, dtype=encoding.staging)
+        self._norm = torch.empty(capacity, dtype=encoding.staging)
+        self._columns = StagedColumns()
         self.capacity = capacity
         self.count = 0
         """Rows that wait."""
@@ -39,53 +41,89 @@ class StagedChunk:
         """Whether no further row fits."""
         return self.count == self.capacity
 
+    @property
+    def rows(self) -> Tensor:
+        """The waiting rows as they were given, ``[count, width]``; valid until the next :meth:`fill`."""
+        return self._rows[: self.count]
+
     def fill(self, batch: ProjectedBatch, first: int) -> int:
-        """Copy rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
+        """Encode rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
         taken = min(self.capacity - self.count, len(batch.data_id) - first)
         source, target = slice(first, first + taken), slice(self.count, self.count + taken)
-        self._rows[target].copy_(batch.rows[source])
-        loss = torch.full((taken,), torch.nan) if batch.loss is None else batch.loss.detach()[source]
-        ids = [id_text(data_id) for data_id in batch.data_id[source]]
-        numbers = self._numbers[target]
-        numbers[:, 0], numbers[:, 1], numbers[:, 4] = batch.step, batch.epoch, batch.lr
-        numbers[:, 2] = loss.to(torch.float64).numpy()
-        numbers[:, 5] = [Flag.INTEGER_ID if integer else 0 for _, integer in ids]
-        self._add_texts(batch, source, [text for text, _ in ids])
+        rows = batch.rows[source].to(self._encoding.staging)
+        scale = self._encoding.encode(rows, self._layout, self._values[target])
+        if self._scale is not None and scale is not None:
+            self._scale[target] = scale
+        if len(self._rows):
+            self._rows[target] = rows
+        torch.linalg.vector_norm(rows, dim=1, out=self._norm[target])
+        self._columns.add(batch, source, self.count)
         self.count += taken
         return taken
 
-    def _add_texts(self, batch: ProjectedBatch, source: slice, ids: list[str]) -> None:
-        self._texts[DATA_ID] += ids
-        for name in batch.metadata:
-            # Rows before the column's first value have none.
-            self._texts.setdefault(f"{METADATA}/{segment(name)}", ["null"] * self.count)
-        for array, texts in self._texts.items():
-            if array != DATA_ID:
-                texts += repeat("null", self.count + len(ids) - len(texts))
-        for name, values in batch.metadata.items():
-            column = self._texts[f"{METADATA}/{segment(name)}"]
-            column[self.count :] = [value_text(value) for value in values[source]]
+    def encoded(self) -> EncodedRows:
+        """The waiting rows as they will stand on disk, valid until the next :meth:`fill`.
 
-    def encode(self) -> tuple[EncodedRows, Tensor]:
-        """The waiting rows as they will stand on disk, and as they were given, ``[count, width]``.
-
-        Both are valid until the next :meth:`fill`. Rows that are not finite (or would not be, as
-        stored) get their flag.
+        Rows that are not finite (or would not be, as stored) get their flag.
         """
-        rows, values = self._rows[: self.count], self._values[: self.count]
-        scale = self._encoding.encode(rows, self._layout, values)
-        norm = torch.linalg.vector_norm(rows, dim=1)
-        numbers = self._numbers[: self.count]
+        values = self._values[: self.count]
+        scale = None if self._scale is None else self._scale[: self.count]
+        norm = self._norm[: self.count].double()
+        numbers = self._columns.numbers(norm.numpy())
         for row in (~(norm < SUSPICIOUS_NORM)).nonzero().flatten().tolist():
             own = None if scale is None else scale[row : row + 1]
             stored = self._encoding.decode(values[row : row + 1], own, self._layout).double()
-            norm[row] = torch.linalg.vector_norm(stored)
+            numbers[row, 3] = torch.linalg.vector_norm(stored)
             if not stored.isfinite().all():
                 numbers[row, 5] = int(numbers[row, 5]) | Flag.NONFINITE
-        numbers[:, 3] = norm.double().numpy()
-        return EncodedRows(values, scale, numbers, self._texts), rows
+        return EncodedRows(values, scale, numbers, self._columns.texts())
 
     def clear(self) -> None:
         """Forget the waiting rows."""
         self.count = 0
-        self._texts = {DATA_ID: []}
+        self._columns = StagedColumns()
+
+
+class StagedColumns:
+    """What the waiting rows carry besides their gradients; put into arrays once for a whole chunk."""
+
+    def __init__(self) -> None:
+        self._ids: list[DataId] = []
+        self._batches: list[tuple[int, int, float]] = []
+        self._lengths: list[int] = []
+        self._losses: list[Tensor] = []
+        self._metadata: dict[str, dict[int, tuple[str | int | float, ...]]] = {}
+
+    def add(self, batch: ProjectedBatch, source: slice, start: int) -> None:
+        """Take the samples ``source`` of a batch, which become the rows from ``start`` on."""
+        ids = batch.data_id[source]
+        self._ids += ids
+        self._batches.append((batch.step, batch.epoch, batch.lr))
+        self._lengths.append(len(ids))
+        loss = torch.full((len(ids),), torch.nan) if batch.loss is None else batch.loss[source]
+        self._losses.append(loss.detach().reshape(-1))
+        for name, values in batch.metadata.items():
+            self._metadata.setdefault(name, {})[start] = values[source]
+
+    def numbers(self, norm: np.ndarray) -> np.ndarray:
+        """The columns ``WRITER_COLUMNS`` of all rows, float64 ``[rows, columns]``."""
+        step, epoch, lr = np.repeat(np.array(self._batches, dtype=np.float64), self._lengths, axis=0).T
+        columns = {
+            "step": step,
+            "epoch": epoch,
+            "loss": torch.cat([loss.double() for loss in self._losses]).numpy(),
+            "norm": norm,
+            "lr": lr,
+            "flags": [0 if isinstance(data_id, str) else int(Flag.INTEGER_ID) for data_id in self._ids],
+        }
+        return np.stack([np.asarray(columns[name], np.float64) for name in WRITER_COLUMNS], axis=1)
+
+    def texts(self) -> dict[str, list[str]]:
+        """The columns of text by array; metadata that a batch did not have is ``null``."""
+        texts = {DATA_ID: [id_text(data_id)[0] for data_id in self._ids]}
+        for name, pieces in self._metadata.items():
+            column = ["null"] * len(self._ids)
+            for start, values in pieces.items():
+                column[start : start + len(values)] = [value_text(value) for value in values]
+            texts[f"{METADATA}/{segment(name)}"] = column
+        return texts

@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-from torch import Tensor
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged, read_chunk
@@ -41,7 +40,7 @@ class RowTable:
         key: str,
         *,
         left_out: int = 0,
-        factor: Tensor | None = None,
+        factor: np.ndarray | None = None,
     ) -> None:
         self.layout = layout
         """The rows' module table."""

@@ -93,8 +93,8 @@ class Rows(Protocol):
         ...
 
     @property
-    def factor(self) -> Tensor | None:
-        """What each row is to be multiplied with, float32 ``[n]``, or None."""
+    def factor(self) -> np.ndarray | None:
+        """What each row is to be multiplied with, float64 ``[n]``, or None."""
         ...
 
     @property
@@ -153,7 +153,7 @@ def last_visits(table: RowTable, visits: Visits) -> np.ndarray:
 class SelectedRows:
     """Some rows of a table, by ascending numbers; they are read where they lie."""
 
-    factor: Tensor | None = None
+    factor: np.ndarray | None = None
     """No row is scaled."""
 
     def __init__(

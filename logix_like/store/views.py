@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from logix_like.errors import StoreError
 from logix_like.store.compaction import build_means, cache_folder, open_means
@@ -75,5 +75,5 @@ def _as_sum(means: RowTable) -> RowTable:
         means.column_names,
         means.key,
         left_out=means.left_out,
-        factor=torch.from_numpy(means.visits).to(torch.float32),
+        factor=means.visits.astype(np.float64),
     )

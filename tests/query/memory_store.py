@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,29 +12,22 @@ from torch import Tensor
 
 from logix_like.layout import DataId, Layout
 from logix_like.statistics import Statistics
-
-
-@dataclass(frozen=True, eq=False)
-class MemoryChunk:
-    """Some adjoining rows."""
-
-    start: int
-    raw: Tensor
-
-    def decode(self) -> Tensor:
-        """Bfloat16 comes as float32, all else as it is."""
-        return self.raw.float() if self.raw.dtype == torch.bfloat16 else self.raw.clone()
+from logix_like.store.encoding import ENCODINGS
+from logix_like.store.gradients import RowChunk, RowKey, row_numbers
 
 
 class MemoryGradients:
     """Rows by slice or index array."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
+    def __init__(self, table: MemoryRows) -> None:
+        self._table = table
 
-    def __getitem__(self, key: slice | NDArray[np.int64]) -> Tensor:
-        index = key if isinstance(key, slice) else torch.from_numpy(key)
-        return MemoryChunk(0, self._rows[index]).decode()
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, key: RowKey) -> Tensor:
+        numbers = row_numbers(key, len(self))
+        return self._table.chunk(0, len(self)).select(numbers, 0).decode()
 
 
 @dataclass(eq=False)
@@ -47,8 +40,9 @@ class MemoryRows:
     valid: NDArray[np.bool_]
     step: NDArray[np.int64]
     key: str = "rows"
-    factor: NDArray[np.float64] | None = None
+    factor: Tensor | None = None
     chunk_rows: int = 7
+    left_out: int = 0
     scans: int = field(default=0, init=False)
 
     def __len__(self) -> int:
@@ -64,13 +58,40 @@ class MemoryRows:
     @property
     def gradients(self) -> MemoryGradients:
         """Random access."""
-        return MemoryGradients(self.rows)
+        return MemoryGradients(self)
 
-    def chunks(self) -> Iterator[MemoryChunk]:
+    @property
+    def visits(self) -> NDArray[np.int64]:
+        """One for each row."""
+        return np.ones(len(self), dtype=np.int64)
+
+    @property
+    def epoch(self) -> NDArray[np.int64]:
+        """Not known."""
+        return np.full(len(self), -1)
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        """Not known."""
+        return np.full(len(self), np.nan)
+
+    norm = lr = loss
+
+    @property
+    def metadata(self) -> Mapping[str, NDArray[np.object_]]:
+        """None."""
+        return {}
+
+    def chunk(self, start: int, stop: int) -> RowChunk:
+        """The rows from ``start`` to ``stop``."""
+        name = str(self.rows.dtype).removeprefix("torch.")
+        return RowChunk(start, self.rows[start:stop], None, ENCODINGS[name], self.layout)
+
+    def chunks(self) -> Iterator[RowChunk]:
         """All rows, ``chunk_rows`` at a time."""
         self.scans += 1
         for start in range(0, len(self.rows), self.chunk_rows):
-            yield MemoryChunk(start, self.rows[start : start + self.chunk_rows])
+            yield self.chunk(start, start + self.chunk_rows)
 
 
 class MemoryStore(MemoryRows):
@@ -92,6 +113,11 @@ class MemoryStore(MemoryRows):
         self.statistics = Statistics(layout, {}, 0) if statistics is None else statistics
         self.views: dict[str, MemoryRows] = {}
 
+    def grow(self, rows: Tensor, statistics: Statistics) -> None:
+        """Hold other rows, as a store does that was refreshed."""
+        fresh = MemoryStore(self.layout, rows, statistics=statistics)
+        self.__dict__.update(fresh.__dict__, key=f"{self.key}+")
+
     def view(self, reduce: str) -> MemoryRows:
         """One row for each sample, or each visit by itself."""
         if reduce == "none":
@@ -107,7 +133,7 @@ class MemoryStore(MemoryRows):
         groups = list(visits.values())
         chosen = [group[-1:] if reduce == "last" else group for group in groups]
         rows = torch.stack([self.rows[group].mean(0) for group in chosen])
-        factor = np.array([float(len(group)) for group in groups]) if reduce == "sum" else None
+        factor = torch.tensor([float(len(group)) for group in groups]) if reduce == "sum" else None
         everything = np.ones(len(rows), dtype=bool)
         step = np.array([self.step[group[-1]] for group in groups])
         key = f"{self.key}-{reduce}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -223,8 +222,7 @@ def test_changed_rows_take_effect(rows: Tensor, query: QueryGradients) -> None:
     store = MemoryStore(LAYOUT, rows[:20], statistics=_gathered(rows[:20]))
     engine = QueryEngine(store)
     engine.influence(query, mode="cosine")
-    store.__init__(LAYOUT, rows, statistics=_gathered(rows))  # type: ignore[misc]
-    store.key = "more rows"
+    store.grow(rows, _gathered(rows))
     grown = engine.influence(query, mode="cosine")
     fresh = QueryEngine(store).influence(query, mode="cosine")
     assert grown.scores is not None and fresh.scores is not None

@@ -1,0 +1,293 @@
+"""What is put into a store is what comes out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from logix_like.capture.batch import FactorMoments, ProjectedBatch
+from logix_like.layout import Layout, ModuleBlock
+from logix_like.statistics import StatisticsAccumulator
+from logix_like.store import ENCODINGS, StoreWriter, open_store
+from logix_like.store.schema import Flag
+from tests.store.store_runs import (
+    CHUNK_ROWS,
+    WIDTH,
+    batches,
+    chunk_mib,
+    log,
+    new_store,
+    projections,
+    small_layout,
+    writer,
+)
+
+# Half a unit in the last place: 8, 24, 53 and 11 bits of precision.
+ROUNDING = {"bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0, "float16": 2.0**-11}
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, encoding: str) -> bool:
+    """Equal up to the rounding of the encoding, number by number (float16: by block)."""
+    error = (found - expected).abs()
+    if encoding != "float16":
+        return bool((error <= ROUNDING[encoding] * expected.abs()).all())
+    split = small_layout().split
+    return all(
+        bool((e.flatten(1).amax(1) <= ROUNDING[encoding] * x.abs().flatten(1).amax(1)).all())
+        for e, x in zip(split(error).values(), split(expected).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("size", [1, 7, CHUNK_ROWS, 50])
+def test_rows_come_back_in_order(tmp_path: Path, encoding: str, size: int) -> None:
+    store = new_store(tmp_path / "s", encoding)
+    rows = torch.randn(50, WIDTH, dtype=ENCODINGS[encoding].staging)
+    log(store, rows, encoding, size=size)
+    opened = open_store(store)
+    assert len(opened) == 50
+    assert opened.gradients[:].dtype == ENCODINGS[encoding].staging
+    assert close(opened.gradients[:], rows, encoding)
+    assert opened.data_id.tolist() == list(range(50))
+    assert opened.step.tolist() == [i // size for i in range(50)]
+    assert torch.cat([chunk.decode() for chunk in opened.chunks()]).equal(opened.gradients[:])
+    assert [chunk.start for chunk in opened.chunks()] == [0, 16, 32, 48]
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("magnitude", [1e-12, 1e-8, 1.0, 1e12])
+def test_gradients_of_any_size_survive(tmp_path: Path, encoding: str, magnitude: float) -> None:
+    store = new_store(tmp_path / "s", encoding)
+    rows = torch.randn(20, WIDTH) * magnitude
+    rows[3] = 0
+    log(store, rows, encoding)
+    found = open_store(store).gradients[:]
+    assert close(found, rows, encoding)
+    assert found[3].count_nonzero() == 0
+
+
+def test_float16_scales_each_module_by_itself(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s", "float16")
+    rows = torch.randn(5, WIDTH)
+    rows[:, :12] *= 1e-10
+    log(store, rows, "float16")
+    assert close(open_store(store).gradients[:], rows, "float16")
+
+
+def test_columns_and_ids_keep_their_types(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    ids: list[str | int] = ["7", 7, "naïve ☃", -3, 2**70, "", "line\nbreak", np.int64(12)]  # type: ignore[list-item]
+    rows = torch.randn(8, WIDTH)
+    log(store, rows, ids=ids, epoch=4, step=100, size=8)
+    opened = open_store(store)
+    assert opened.data_id.tolist() == ["7", 7, "naïve ☃", -3, 2**70, "", "line\nbreak", 12]
+    assert [type(i) for i in opened.data_id] == [str, int, str, int, int, str, str, int]
+    assert opened.epoch.tolist() == [4] * 8
+    assert opened.step[2:4].tolist() == [100, 100]
+    assert opened.lr[[0, 7]].tolist() == [0.5, 0.5]
+    assert np.allclose(opened.loss, rows.sum(1).numpy())
+    assert np.allclose(opened.norm, rows.norm(dim=1).numpy())
+    assert opened.flags.tolist() == [0, 4, 0, 4, 4, 0, 0, 4]
+    assert opened.visits.tolist() == [1] * 8
+    assert opened.valid.all()
+
+
+def test_unknown_columns_hold_nan_and_minus_one(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store) as out:
+        out.put(ProjectedBatch(("a",), torch.ones(1, WIDTH)))
+    opened = open_store(store)
+    assert (opened.step[0], opened.epoch[0]) == (-1, -1)
+    assert np.isnan(opened.loss[0]) and np.isnan(opened.lr[0])
+
+
+def test_metadata_keeps_types_and_gaps(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    rows = torch.randn(30, WIDTH)
+    with writer(store) as out:
+        for i, batch in enumerate(batches(rows, size=10)):
+            values = {"a/b.c": tuple(range(10)), "": ("x", 1, 0.1, 1e300, "é", "1", -1, 2.0, "", 5)}
+            more = {} if i == 0 else values
+            out.put(ProjectedBatch(batch.data_id, batch.rows, metadata=more))
+    metadata = open_store(store).metadata
+    assert sorted(metadata) == ["", "a/b.c"]
+    assert metadata["a/b.c"].tolist() == [None] * 10 + 2 * list(range(10))
+    assert metadata[""][10:20].tolist() == ["x", 1, 0.1, 1e300, "é", "1", -1, 2.0, "", 5]
+    assert [type(v) for v in metadata[""][10:14]] == [str, int, float, float]
+    with pytest.raises(KeyError, match=r"no metadata column 'label'; there are: .*a/b\.c"):
+        metadata["label"]
+
+
+def test_gradients_are_chosen_like_rows_of_an_array(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    rows = torch.randn(50, WIDTH)
+    log(store, rows)
+    gradients = open_store(store).gradients
+    for key in (slice(3, 40), slice(None, None, -3), [49, 0, 17, 17, -1], torch.tensor([15, 16]), []):
+        expected = rows[list(range(50))[key]] if isinstance(key, slice) else rows[torch.as_tensor(key).long()]
+        assert gradients[key].equal(expected)
+    mask = np.arange(50) % 7 == 0
+    assert gradients[mask].equal(rows[torch.from_numpy(mask)])
+    assert gradients[-2].equal(rows[-2])
+    assert gradients[...].equal(rows)
+    assert gradients.shape == (50, WIDTH)
+    with pytest.raises(IndexError, match="row 50 of 50 rows"):
+        gradients[[1, 50]]
+    with pytest.raises(IndexError, match="one entry for each row"):
+        gradients[mask[:3]]
+    with pytest.raises(IndexError, match="by numbers, a slice or a mask"):
+        gradients[[0.5]]  # type: ignore[list-item]
+
+
+def test_reading_does_not_let_its_memory_reach_the_file(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    rows = torch.randn(20, WIDTH)
+    log(store, rows)
+    next(open_store(store).chunks()).raw.zero_()
+    open_store(store).gradients[:].zero_()
+    assert open_store(store).gradients[:].equal(rows)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_any_zarr_reader_reads_the_arrays(tmp_path: Path, encoding: str) -> None:
+    store = new_store(tmp_path / "s", encoding)
+    rows = torch.randn(2 * CHUNK_ROWS, WIDTH, dtype=ENCODINGS[encoding].staging)
+    ids: list[str | int] = [f"é{i}" if i % 2 else i for i in range(2 * CHUNK_ROWS)]
+    log(store, rows, encoding, ids=ids)
+    part = zarr.open_group(store, mode="r")["writers/0-1"]
+    assert isinstance(part, zarr.Group)
+    array = part["gradients"]
+    assert isinstance(array, zarr.Array)
+    assert array.shape == (2 * CHUNK_ROWS, WIDTH)
+    values = torch.from_numpy(np.asarray(array[:]).copy())
+    if encoding == "bfloat16":
+        values = values.view(torch.bfloat16)
+    raw = torch.cat([chunk.raw for chunk in open_store(store).chunks()])
+    assert values.dtype == raw.dtype and values.equal(raw)
+    assert array.attrs["dtype"] == encoding
+    columns = part["columns"]
+    assert isinstance(columns, zarr.Array)
+    names = columns.attrs["columns"]
+    assert np.asarray(columns[:])[:, list(names).index("step")].tolist() == open_store(store).step.tolist()
+    assert list(part["data_id"][:]) == [str(i) for i in ids]
+    assert ("scale" in part) == ENCODINGS[encoding].scaled
+    assert open_store(store).as_zarr().attrs["format"] == "logix_like"
+
+
+def test_what_is_not_there_reads_as_nan_in_zarr(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s", "bfloat16")
+    log(store, torch.randn(CHUNK_ROWS, WIDTH), "bfloat16")
+    (store / "writers/0-1/gradients/c.0.0").unlink()
+    array = zarr.open_array(store / "writers/0-1/gradients", mode="r")
+    values = torch.from_numpy(np.asarray(array[:]).copy()).view(torch.bfloat16)
+    assert values.isnan().all()
+
+
+def test_projections_come_back(tmp_path: Path) -> None:
+    opened = open_store(new_store(tmp_path / "s"))
+    assert list(opened.projections) == ["encoder.q", "encoder.k", ""]
+    for name, expected in projections().items():
+        for found, matrix in zip(opened.projections[name], expected, strict=True):
+            assert (found is None) if matrix is None else (found is not None and found.equal(matrix))
+    stored = sorted(str(p.relative_to(opened.path)) for p in opened.path.glob("projections/*/*/zarr.json"))
+    assert stored == [
+        "projections/@root/input/zarr.json",
+        "projections/encoder.k/output/zarr.json",
+        "projections/encoder.q/input/zarr.json",
+        "projections/encoder.q/output/zarr.json",
+    ]
+    assert np.array_equal(np.asarray(opened.as_zarr()["projections/encoder.q/input"][:]), np.arange(32).reshape(4, 8))
+
+
+def test_statistics_come_back(tmp_path: Path) -> None:
+    store, layout = new_store(tmp_path / "s"), small_layout()
+    names = ["mean", "variance", "covariance", "kronecker"]
+    rows = torch.randn(50, WIDTH)
+    moments = FactorMoments(
+        inputs={"encoder.q": torch.eye(4), "": torch.eye(1)},
+        outputs={block.name: torch.eye(block.rank[0]) for block in layout},
+        positions={"encoder.q": 70, "": 7},
+        samples=7,
+    )
+    expected = StatisticsAccumulator(layout, names)
+    expected.update(rows)
+    with writer(store, statistics=StatisticsAccumulator(layout, names)) as out:
+        for batch in batches(rows):
+            out.put(ProjectedBatch(batch.data_id, batch.rows, moments=moments))
+            expected.add_moments(moments)
+    found = open_store(store).statistics
+    assert found.rows == 50
+    for module, sums in expected.snapshot().sums.items():
+        assert found.sums[module].keys() == sums.keys()
+        for field, tensor in sums.items():
+            torch.testing.assert_close(found.sums[module][field], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_given_statistics_replace_the_gathered_ones(tmp_path: Path) -> None:
+    store, layout = new_store(tmp_path / "s"), small_layout()
+    rows = torch.randn(20, WIDTH)
+    with writer(store, statistics=StatisticsAccumulator(layout, ["covariance"])) as out:
+        for batch in batches(rows):
+            out.put(batch)
+        out.commit()
+        gathered = open_store(store).statistics
+        corrected = {"": {"corrected_rows": torch.tensor(20.0, dtype=torch.float64)}}
+        out.write_statistics(gathered.with_corrected(corrected))
+    opened = open_store(store)
+    assert opened.statistics.sums[""]["corrected_rows"].item() == 20
+    assert opened.statistics.covariance("").equal(gathered.covariance(""))
+    assert [p.name for p in (store / "writers/0-1/statistics").iterdir() if p.is_dir()] == ["2"]
+    sums = opened.as_zarr()["writers/0-1/statistics/2/outer_sum"]
+    assert np.asarray(sums[:]).size == 12**2 + 4**2 + 5**2
+
+
+def test_nonfinite_rows_are_kept_flagged_and_left_out(tmp_path: Path) -> None:
+    store, layout = new_store(tmp_path / "s", "bfloat16"), small_layout()
+    rows = torch.randn(40, WIDTH)
+    rows[3, 2], rows[17, 0], rows[39] = torch.nan, torch.inf, -torch.inf
+    rows[20, 5] = 3.4e38  # finite in float32, not in bfloat16
+    rows[21, 5] = 1e30  # large and fine
+    bad = [3, 17, 20, 39]
+    with writer(store, "bfloat16", statistics=StatisticsAccumulator(layout, ["mean"])) as out:
+        for batch in batches(rows):
+            out.put(batch)
+        out.commit()
+        assert out.nonfinite == 4
+    opened = open_store(store)
+    assert np.flatnonzero(~opened.valid).tolist() == bad
+    assert np.flatnonzero(opened.flags & Flag.NONFINITE).tolist() == bad
+    assert opened.gradients[3].isnan().sum() == 1
+    assert opened.gradients[39].isinf().all()
+    good = [i for i in range(40) if i not in bad]
+    assert opened.statistics.rows == 40
+    assert opened.statistics.sums[""]["rows"].item() == 36
+    torch.testing.assert_close(opened.statistics.mean("").float(), rows[good][:, 16:].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_size_on_disk_is_the_rows_and_little_more(tmp_path: Path) -> None:
+    layout = Layout(
+        [
+            ModuleBlock(f"layers.{i}", "linear", (256, 256), (16, 16), 256 * i, f"layers.{i}")
+            for i in range(28)
+        ]
+    )
+    store = new_store(tmp_path / "s", "bfloat16", layout)
+    with StoreWriter(store, layout) as out:
+        for start in range(0, 512, 8):
+            ids = tuple(range(start, start + 8))
+            out.put(ProjectedBatch(ids, torch.randn(8, 7168), step=start, loss=torch.randn(8)))
+    opened = open_store(store)
+    assert opened.bytes["rows"] / 512 <= 14_500
+    assert sum(opened.bytes.values()) == sum(p.stat().st_size for p in store.rglob("*") if p.is_file())
+
+
+def test_chunk_sizes_are_in_mebibytes(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store, chunk_mib=chunk_mib(5)) as out:
+        for batch in batches(torch.randn(20, WIDTH)):
+            out.put(batch)
+    assert [len(chunk) for chunk in open_store(store).chunks()] == [5, 5, 5, 5]
