@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from logix_like.capture.tracker import Recording
-from logix_like.errors import CaptureError
+from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 
@@ -47,6 +47,9 @@ class BlockOptions:
         **others: Any,
     ) -> BlockOptions:
         """Check what a user gave; lengths that differ from the number of ids are refused."""
+        if others.get("reduction", "mean") not in get_args(Reduction):
+            known = ", ".join(get_args(Reduction))
+            raise ConfigError(f"loss_reduction is {others['reduction']!r}; known are {known}")
         ids = as_data_ids(data_id, mask)
         if not ids:
             raise CaptureError("data_id is empty; give one id for each sample of the batch")

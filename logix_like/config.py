@@ -20,12 +20,8 @@ from logix_like.config_source import KeyPath, Source, read_source
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Natural = Annotated[int, Field(strict=True, ge=0, description="a whole number, 0 or more")]
 Positive = Annotated[int, Field(strict=True, ge=1, description="a whole number, 1 or more")]
-NonNegativeNumber = Annotated[
-    float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number, 0 or more")
-]
-PositiveNumber = Annotated[
-    float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")
-]
+NonNegativeNumber = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number, 0 or more")]
+PositiveNumber = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
 Names = Annotated[tuple[str, ...], Field(description="a list of text")]
 Folder = Annotated[
     str,
@@ -63,9 +59,7 @@ class ModulesConfig(_Section):
     """Globs of modules to leave out; they win over ``include``."""
     types: Names = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
     """Class names of the modules that globs choose among."""
-    batch_dim: Annotated[
-        dict[str, Natural], Field(description="a mapping from globs to whole numbers, 0 or more")
-    ] = {}
+    batch_dim: Annotated[dict[str, Natural], Field(description="a mapping from globs to whole numbers, 0 or more")] = {}
     """Which dimension counts the samples, by glob: 1 for sequence-first modules. 0 where none fits."""
     frozen: Flag = False
     """Whether modules whose weights are frozen are tracked too."""
@@ -180,9 +174,7 @@ class Config(_Section):
             raise explain(error, type(self), settings, place or (lambda path: "Config")) from None
 
 
-def load_config(
-    source: str | PathLike[str] | Mapping[str, Any] | Config | None = None, **overrides: Any
-) -> Config:
+def load_config(source: str | PathLike[str] | Mapping[str, Any] | Config | None = None, **overrides: Any) -> Config:
     """Read settings from ``source``; keywords win over it.
 
     Args:

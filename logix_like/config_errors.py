@@ -18,9 +18,7 @@ Place = Callable[[KeyPath], str]
 """Names the file and line (or the argument) that a setting comes from."""
 
 
-def explain(
-    error: ValidationError, model: type[BaseModel], settings: Mapping[str, Any], place: Place
-) -> ConfigError:
+def explain(error: ValidationError, model: type[BaseModel], settings: Mapping[str, Any], place: Place) -> ConfigError:
     """The error to raise for what is wrong with ``settings`` of ``model``: one line for each setting."""
     messages: dict[KeyPath, str] = {}
     for details in error.errors(include_url=False):
@@ -39,9 +37,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _locate(
-    model: type[BaseModel], details: ErrorDetails
-) -> tuple[KeyPath, type[BaseModel], FieldInfo | None]:
+def _locate(model: type[BaseModel], details: ErrorDetails) -> tuple[KeyPath, type[BaseModel], FieldInfo | None]:
     """Path of the setting, the section it stands in and its field (None if there is no such setting)."""
     path: KeyPath = ()
     for part in map(str, details["loc"]):

@@ -26,14 +26,12 @@ def batch_size(batch: Any) -> int:
     return len(tensor)
 
 
-def progress_over(
-    loader: Iterable[Any], shown: bool, name: str, *, shuffled_ids: bool
-) -> Iterator[tuple[int, Any]]:
+def progress_over(loader: Iterable[Any], shown: bool, name: str, *, running_ids: bool) -> Iterator[tuple[int, Any]]:
     """Batches with the number of samples before them; a bar counts the samples.
 
-    ``shuffled_ids`` says that ids are running numbers, which a shuffling loader would give to the wrong samples.
+    ``running_ids`` says that samples are named by running numbers, which a shuffling loader would misplace.
     """
-    if shuffled_ids and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+    if running_ids and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ConfigError(
             "the loader shuffles, so running numbers name no sample; give data_id=lambda batch: ..., or do not shuffle"
         )

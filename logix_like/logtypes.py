@@ -20,8 +20,9 @@ _STREAMS = ("grad", "forward", "backward")
 def statistics_from_setup(log_types: Mapping[str, Sequence[str]]) -> frozenset[str]:
     """The statistics that ``log_types`` asks for.
 
-    Rows are stored whether ``log`` is named or not: statistics here belong to rows. The second moments of projected inputs (``forward``) and output gradients (``backward``) are the two Kronecker
-    factors, which only make sense together; other statistics of them have no use in influence and are refused.
+    Rows are stored whether ``log`` is named or not: statistics here belong to rows. The second moments of
+    projected inputs (``forward``) and output gradients (``backward``) are the two Kronecker factors, which only
+    make sense together; other statistics of them have no use in influence and are refused.
 
     Raises:
         ConfigError: an unknown stream or log type (lists the known), or one that has no meaning.
@@ -41,7 +42,7 @@ def statistics_from_setup(log_types: Mapping[str, Sequence[str]]) -> frozenset[s
                 statistics.add("kronecker")
             else:
                 raise ConfigError(
-                    f"setup: {name!r} of {stream!r} is not kept: activations and output gradients leave a block only as "
-                    "'covariance' (the Kronecker factors); use 'grad' for rows and their statistics"
+                    f"setup: {name!r} of {stream!r} is not kept: activations and output gradients leave a block only "
+                    "as 'covariance' (the Kronecker factors); use 'grad' for rows and their statistics"
                 )
     return frozenset(statistics)

@@ -186,9 +186,7 @@ def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: float) -> Modul
 
 def has_kronecker(statistics: Statistics, block: ModuleBlock) -> bool:
     """Whether both Kronecker factors of ``block`` were gathered."""
-    return statistics.has(block.name, "output_outer_sum") and statistics.has(
-        block.input_group, "input_outer_sum"
-    )
+    return statistics.has(block.name, "output_outer_sum") and statistics.has(block.input_group, "input_outer_sum")
 
 
 PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, float], ModuleFit]] = MappingProxyType(
@@ -207,9 +205,7 @@ PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, float], ModuleFi
 class FittedPreconditioner:
     """A preconditioner for whole rows, made by :func:`fit_preconditioner`."""
 
-    def __init__(
-        self, name: str, damping: float, layout: Layout, fit: Callable[[ModuleBlock], ModuleFit]
-    ) -> None:
+    def __init__(self, name: str, damping: float, layout: Layout, fit: Callable[[ModuleBlock], ModuleFit]) -> None:
         self.name = name
         self.damping = damping
         self.layout = layout

@@ -1,4 +1,6 @@
-"""Kronecker projections: a module's gradient ``G [d_out, d_in]`` becomes ``P_out G P_in^T`` (LoGra, Choe et al. 2024).
+"""Kronecker projections: a module's gradient ``G [d_out, d_in]`` becomes ``P_out G P_in^T``.
+
+This is LoGra (Choe et al. 2024, arXiv 2405.13954).
 
 Random matrices are drawn from a counter-based generator (Philox) keyed by the seed and the module's
 name, on the CPU, so that they are the same on every device and in every process; they are stored with
@@ -58,8 +60,8 @@ class Orthogonal(Init):
     def matrix(self, key: str, rank: int, dim: int, moment: Tensor | None) -> Tensor:
         columns, triangle = torch.linalg.qr(_normal(key, rank, dim).T)
         # With the signs of R's diagonal fixed, Q is uniform (Haar) and does not depend on LAPACK's choice.
-        columns = columns * triangle.diagonal().sign()
-        return (columns.T * math.sqrt(dim / rank)).float().contiguous()
+        rows: Tensor = (columns * triangle.diagonal().sign()).T
+        return (rows * math.sqrt(dim / rank)).float().contiguous()
 
 
 class Pca(Init):
@@ -75,7 +77,8 @@ class Pca(Init):
         vectors = torch.linalg.eigh(moment.double())[1].flip(1)[:, :rank]
         # An eigenvector's sign is arbitrary: make its largest entry positive.
         largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        return (vectors * largest.sign()).T.float().contiguous()
+        rows: Tensor = (vectors * largest.sign()).T
+        return rows.float().contiguous()
 
 
 class Identity(Init):
@@ -100,8 +103,7 @@ def rank_for(name: str, shape: tuple[int, int], rank: int | Mapping[str, int] | 
             if fnmatchcase(name, pattern):
                 return value
         raise ConfigError(
-            f"projection.rank has no pattern for module {name!r} (patterns: {', '.join(rank)}); "
-            "add '*' as the last one"
+            f"projection.rank has no pattern for module {name!r} (patterns: {', '.join(rank)}); add '*' as the last one"
         )
     if rank == "auto":
         return 32 if max(shape) >= WIDE else 16

@@ -7,9 +7,8 @@ Sign convention, here as everywhere: a positive score means that training on the
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -19,23 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.block import Block, BlockOptions
-from logix_like.capture.batch import ProjectedBatch
-from logix_like.capture.tracker import Recording, Tracker
+from logix_like.asking import Asker, Query, as_gradients
+from logix_like.block import Block
 from logix_like.config import Config, EverySteps, load_config
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
-from logix_like.layout import DataId
+from logix_like.ids import as_data_ids
+from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
-from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
-from logix_like.querying import Query
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
 from logix_like.store import GradientStore, open_store
-from logix_like.tracking import describe, new_tracker, stored_projections, tracker_of_store, warn_of_coupling
-from logix_like.weights import fingerprint, frozen, gradients_put_aside, load_weights, restored_weights
+from logix_like.tracking import describe, new_tracker, tracker_of_store
+from logix_like.weights import frozen
 
 
 def init(
@@ -97,7 +94,8 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
 class Run:
     """Logs the gradients of training samples, and answers queries about them.
 
-    Made by :func:`init` (logging) or :func:`load` (queries only).
+    Made by :func:`init` (logging) or :func:`load` (queries only). A run composes a :class:`StoreSession` (writing), a
+    :class:`Logbook` (blocks) and an :class:`Asker` (queries), and owns their lifetimes.
     """
 
     def __init__(
@@ -113,22 +111,12 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._tracker: Tracker | None = None
-        self._statistics = frozenset(config.statistics)
-        self._saving = True
-        self._finished = session is None
-        self._open: Block | None = None
-        self._blocks = 0
-        self._waiting: list[tuple[Recording, BlockOptions, ProjectedBatch | None]] = []
-        self._last_log: QueryGradients | None = None
-        self._engine: QueryEngine | None = None
-        self._averaged: dict[tuple[DataId, ...], Query] | None = None
-        self._warned = False
+        if isinstance(config.checkpoints, EverySteps) and session is not None and optimizer is None:
+            raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
         self._progress = Progress(optimizer, **_cursor(session))
-        if isinstance(config.checkpoints, EverySteps):
-            if not self._progress.counts_steps:
-                raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
-            self._progress.on_step = self._checkpoint_every(config.checkpoints.every_steps)
+        self._progress.on_step = self._stepped
+        self._logbook = Logbook(config, session, self._progress)
+        self._asker = Asker(path, config.query, self._logbook)
 
     # What is tracked
 
@@ -140,34 +128,35 @@ class Run:
             ModelMismatchError: the store was made with another model.
             UnsupportedModuleError: a module chosen by name has no rule.
         """
-        if self._tracker is not None:
-            if self._tracker.model is not model:
+        if self._logbook.watching:
+            if self._logbook.tracker.model is not model:
                 raise CaptureError("this run watches another model already; one run logs one model")
             return
-        stored = self._stored()
-        if stored is not None:
-            self._tracker = tracker_of_store(model, self.config, stored)
+        store = self.store if self._session is None else self._session.resumed
+        if store is not None and store.layout is not None:
+            tracker = tracker_of_store(model, self.config, store)
         else:
-            self._tracker = new_tracker(model, self.config)
+            tracker = new_tracker(model, self.config)
+        self._logbook.tracker = tracker
         if self._verbose:
-            print(describe(self._tracker, self.config), file=sys.stderr)
+            sys.stderr.write(describe(tracker, self.config) + "\n")
 
     def setup(self, log_types: Mapping[str, Sequence[str]]) -> None:
         """Choose what is gathered, in LogIX's words: ``{"grad": ["log", "covariance"]}``.
 
-        ``grad`` takes ``log`` (rows are stored in any case), ``mean``, ``variance``, ``covariance`` and ``corrected_eigval``;
-        ``forward`` and ``backward`` take ``covariance`` (together the Kronecker factors).
+        ``grad`` takes ``log`` (rows are stored in any case), ``mean``, ``variance``, ``covariance`` and
+        ``corrected_eigval``; ``forward`` and ``backward`` take ``covariance`` (together the Kronecker factors).
 
         Raises:
             ConfigError: an unknown name (lists the known), or rows were logged already.
         """
-        if self._blocks or self._finished:
+        if self._logbook.blocks or self._logbook.closed:
             raise ConfigError("setup() must be called before the first batch is logged")
-        self._statistics = statistics_from_setup(log_types)
+        self._logbook.statistics = statistics_from_setup(log_types)
 
     def save(self, enabled: bool = True) -> None:
         """Whether blocks are stored (the default) or only kept for :meth:`get_log`."""
-        self._saving = enabled
+        self._logbook.saving = enabled
 
     # Blocks of the training loop
 
@@ -195,8 +184,16 @@ class Run:
         Raises:
             CaptureError: at the end of the block, if no gradient reached a tracked module.
         """
-        options = self._options(data_id, mask, scale, scaler, loss_reduction, loss=loss, metadata=metadata)
-        return self._new_block(options, detached=False)
+        options = self._logbook.options(
+            data_id,
+            mask=mask,
+            scale=scale,
+            scaler=scaler,
+            loss_reduction=loss_reduction,
+            loss=loss,
+            metadata=metadata,
+        )
+        return self._logbook.open(options)
 
     def start(self, data_id: Any, mask: Tensor | None = None, **options: Any) -> None:
         """Open a block, as ``with run(data_id=...)`` does; :meth:`end` closes it."""
@@ -208,13 +205,15 @@ class Run:
         Raises:
             CaptureError: none is open, or no gradient reached a tracked module.
         """
-        if self._open is None:
-            raise CaptureError("end() without start(): no block is open")
-        self._open.__exit__(None, None, None)
+        self._logbook.end()
 
     def epoch(self, number: int) -> None:
-        """Say that epoch ``number`` begins; with ``checkpoints: every_epoch`` the weights of the last one are kept."""
-        if self._progress.epoch not in (-1, number) and self.config.checkpoints == "every_epoch":
+        """Say that epoch ``number`` begins.
+
+        With ``checkpoints: every_epoch`` the weights are kept, those that the last epoch ended with.
+        """
+        last = self._progress.epoch
+        if last not in (-1, number) and self.config.checkpoints == "every_epoch":
             self.checkpoint()
         self._progress.epoch = number
 
@@ -224,9 +223,7 @@ class Run:
         Raises:
             CaptureError: no block has ended yet, or its rows wait for the projection's warm-up.
         """
-        if self._last_log is None:
-            raise CaptureError("there is no log yet: run a block first" + self._warmup_note())
-        return self._last_log
+        return self._logbook.last
 
     def extract(
         self,
@@ -239,8 +236,8 @@ class Run:
     ) -> None:
         """Log one pass over ``loader`` at the present weights, without training.
 
-        For its duration weights are frozen (no weight gradient is computed) and the model is in eval mode; both are
-        restored. Ids are running numbers 0, 1, ... unless ``data_id`` takes them from a batch.
+        For its duration weights are frozen (no weight gradient is computed) and the model is in eval mode; both
+        are restored. Ids are running numbers 0, 1, ... unless ``data_id`` takes them from a batch.
 
         Args:
             loader: yields batches in a fixed order.
@@ -249,42 +246,44 @@ class Run:
             mask: mask of a batch, as in :meth:`__call__`.
             progress: whether a bar is shown.
         """
-        tracker = self._required_tracker()
-        with frozen(tracker.model), torch.enable_grad():
-            for number, batch in progress_over(loader, progress, self.path.name, shuffled_ids=data_id is None):
+        model = self._logbook.tracker.model
+        batches = progress_over(loader, progress, self.path.name, running_ids=data_id is None)
+        with frozen(model), torch.enable_grad():
+            for number, batch in batches:
                 ids = batch_ids(batch, number) if data_id is None else data_id(batch)
-                options = self._options(ids, None if mask is None else mask(batch), 1.0, None, None)
-                with self._new_block(options, detached=True):
-                    loss_fn(tracker.model, batch).backward()
+                options = self._logbook.options(ids, mask=None if mask is None else mask(batch))
+                with self._logbook.open(options, detached=True):
+                    loss_fn(model, batch).backward()
 
     # What is kept
 
     def commit(self) -> None:
-        """Everything logged so far is durable when this returns."""
-        if self._session is not None:
-            self._project_waiting(force=False)
+        """Everything logged so far is durable when this returns.
+
+        During a projection's warm-up there are no rows yet: the blocks wait in memory.
+        """
+        if self._session is not None and not self._logbook.closed:
             self._session.commit()
 
     def checkpoint(self) -> None:
         """Keep the model's weights in the store (safetensors)."""
-        if self._session is None or self._finished:
+        if self._session is None or self._logbook.closed:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
-        self._session.checkpoint(self._required_tracker().model, self._progress.step, self._progress.epoch)
+        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
 
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
 
         Afterwards blocks are captured for :meth:`get_log` but not stored, and queries go on working.
         """
-        if self._finished or self._session is None:
+        if self._session is None or self._logbook.closed:
             return
-        self._finished = True
         self._progress.close()
-        model = None if self._tracker is None else self._tracker.model
-        self._project_waiting(force=True)
-        if model is not None and self.config.checkpoints != "none":
-            self._session.checkpoint(model, self._progress.step, self._progress.epoch)
-        self._session.finish(model)
+        self._logbook.flush(force=True)
+        if self._logbook.watching and self.config.checkpoints != "none":
+            self.checkpoint()
+        self._logbook.closed = True
+        self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
 
     def __enter__(self) -> Run:
         return self
@@ -309,48 +308,26 @@ class Run:
 
     # Questions
 
-    @contextmanager
-    def query(self, data_id: Any, mask: Tensor | None = None, loss_reduction: str | None = None) -> Iterator[Query]:
-        """Capture the gradients of queries at the model's present weights; nothing is stored.
+    def query(
+        self, data_id: Any, mask: Tensor | None = None, loss_reduction: str | None = None
+    ) -> AbstractContextManager[Query]:
+        """A context manager that captures the gradients of queries at the model's present weights.
 
-        Gradients that the model's parameters hold are put aside meanwhile, so that a query in the midst of training
-        changes nothing. Inside :meth:`at_checkpoints`, queries of equal ids are averaged.
+        Nothing is stored. Gradients that the model's parameters hold are put aside meanwhile, so that a query in the
+        midst of training changes nothing. Inside :meth:`at_checkpoints`, queries of equal ids are averaged.
         """
-        options = self._options(data_id, mask, 1.0, None, loss_reduction)
-        tracker = self._required_tracker()
-        if tracker.needs_warmup:
-            raise CaptureError("a query needs the projections first" + self._warmup_note())
-        query = Query(options.data_id)
-        if self._averaged is not None:
-            query = self._averaged.setdefault(options.data_id, query)
-        recording = tracker.recording(len(options.data_id))
-        with gradients_put_aside(tracker.model), recording:
-            yield query
-        recording.check()
-        recording.factor = options.factor()
-        query.add(_rows(recording, options)[0].cpu(), tracker.layout)
-        if self._finished and self._averaged is None:
-            self._warn_of_other_weights()
+        return self._asker.query(self._logbook.options(data_id, mask=mask, loss_reduction=loss_reduction))
 
     def at_checkpoints(self, which: str | Sequence[int] = "all") -> Iterator[nn.Module]:
         """The model at its checkpoints, one after another; queries inside are averaged over them.
 
-        ``which`` is ``"all"``, ``"last"`` or a list of checkpoint numbers. The weights are restored at the end,
-        whatever happens.
+        ``which`` is ``"all"``, ``"last"`` or a list of checkpoint numbers (they count from 1). The weights are
+        restored at the end, whatever happens.
 
         Raises:
             StoreError: there are no checkpoints, or not those asked for.
         """
-        store, model = self.store, self._required_tracker().model
-        chosen = _chosen([record.number for record in store.checkpoints], which)
-        with restored_weights(model):
-            self._averaged = {}
-            try:
-                for number in chosen:
-                    load_weights(model, store.load_checkpoint(number))
-                    yield model
-            finally:
-                self._averaged = None
+        return self._asker.at_checkpoints(which)
 
     def query_fn(
         self,
@@ -361,216 +338,55 @@ class Run:
         mask: Tensor | None = None,
         checkpoints: str | Sequence[int] | None = None,
     ) -> Query:
-        """Gradients of one batch of queries in one call, at the present weights or averaged over ``checkpoints``."""
-        ids = batch_ids(batch, 0) if data_id is None else data_id
-        query = None
-        with ExitStack() as stack:
-            models: Iterable[nn.Module] = [self._required_tracker().model]
-            if checkpoints is not None:
-                models = self.at_checkpoints(checkpoints)
-                stack.callback(models.close)  # type: ignore[attr-defined]
-            for model in models:
-                with self.query(ids, mask) as query:
-                    loss_fn(model, batch).backward()
-        assert query is not None
-        return query
+        """Gradients of one batch of queries, at the present weights or averaged over ``checkpoints``.
 
-    def compute_influence_all(self, query: Query | QueryGradients, k: int | None = None, **options: Any) -> InfluenceResult:
+        ``loss_fn(model, batch)`` returns the batch's loss, reduced as the config says; ids are running numbers
+        unless given.
+        """
+        options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        return self._asker.query_fn(batch, loss_fn, options, checkpoints)
+
+    def compute_influence_all(
+        self, query: Query | QueryGradients, k: int | None = None, **options: Any
+    ) -> InfluenceResult:
         """Scores of all stored samples for each query.
 
         Args:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
-            options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the config's.
+            options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
+                config's; ``progress`` to show a bar.
 
         Raises:
             EmptyStoreError: nothing was logged.
             QueryError: an option or the query makes no sense.
         """
-        return self._query_engine().influence(_gradients(query), k=k, **self._query_options(options))
+        self.commit()
+        return self._asker.engine().influence(as_gradients(query), k=k, **self._asker.settings(options))
 
     def compute_influence(
-        self,
-        query: Query | QueryGradients,
-        data_id: Any = None,
-        *,
-        k: int | None = None,
-        **options: Any,
+        self, query: Query | QueryGradients, data_id: Any = None, *, k: int | None = None, **options: Any
     ) -> InfluenceResult:
-        """Scores of the samples named by ``data_id`` (all if None) for each query."""
-        ids = None if data_id is None else BlockOptions.of(data_id).data_id
-        return self._query_engine().influence(
-            _gradients(query), k=k, data_id=ids, **self._query_options(options)
-        )
+        """Scores of the samples named by ``data_id`` (all if None) for each query; else as above."""
+        self.commit()
+        ids = None if data_id is None else as_data_ids(data_id)
+        settings = self._asker.settings(options)
+        return self._asker.engine().influence(as_gradients(query), k=k, data_id=ids, **settings)
 
     def compute_self_influence(self, query: Query | QueryGradients | None = None, **options: Any) -> SelfInfluence:
-        """``g^T F^-1 g`` of every stored sample, or of the given log's samples."""
-        settings = self._query_options(options)
-        settings = {key: settings[key] for key in ("preconditioner", "damping", "reduce") if key in settings}
-        gradients = None if query is None else _gradients(query)
-        return self._query_engine().self_influence(gradients, **settings)
+        """``g^T (F + lambda I)^-1 g`` of every stored sample, or of the given log's samples.
 
-    # Inside
+        ``options`` are ``preconditioner``, ``damping``, ``reduce`` and ``progress``.
+        """
+        self.commit()
+        settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
+        gradients = None if query is None else as_gradients(query)
+        return self._asker.engine().self_influence(gradients, **settings)
 
-    def _options(
-        self,
-        data_id: Any,
-        mask: Tensor | None,
-        scale: float,
-        scaler: Any,
-        loss_reduction: str | None,
-        **columns: Any,
-    ) -> BlockOptions:
-        reduction = loss_reduction or self.config.loss_reduction
-        if reduction not in ("mean", "sum", "token_mean"):
-            raise ConfigError(f"loss_reduction is {reduction!r}; known are mean, sum, token_mean")
-        return BlockOptions.of(
-            data_id,
-            mask=mask,
-            scale=scale,
-            scaler=scaler,
-            reduction=reduction,
-            per_token=self.config.per_token,
-            **columns,
-        )
-
-    def _new_block(self, options: BlockOptions, *, detached: bool) -> Block:
-        tracker = self._required_tracker()
-        if self._open is not None:
-            raise CaptureError("a block is open already: blocks are not nested; close it with end() first")
-        recording = None
-        if self._finished or self._blocks % self.config.every == 0:
-            recording = tracker.recording(
-                len(options.data_id),
-                mask=options.mask,
-                moments=self._storing and "kronecker" in self._statistics,
-                detached=detached,
-            )
-        self._open = Block(recording, options, self._block_ended, self._block_dropped)
-        return self._open
-
-    def _block_dropped(self, block: Block) -> None:
-        self._open = None
-
-    def _block_ended(self, block: Block) -> None:
-        if block.recording is not None:
-            self._check_first(block.recording)
-            self._waiting.append((block.recording, block.options, self._columns(block.options)))
-            self._project_waiting(force=False)
-        self._blocks += 1
-        if not self._finished:
-            self._progress.block_ended()
-
-    @property
-    def _storing(self) -> bool:
-        return self._saving and not self._finished
-
-    def _columns(self, options: BlockOptions) -> ProjectedBatch | None:
-        """What is stored beside the rows, as it is now; None when nothing is stored."""
-        if not self._storing:
-            return None
-        return ProjectedBatch(
-            data_id=options.data_id,
-            rows=torch.empty(0),
-            step=self._progress.step,
-            epoch=self._progress.epoch,
-            lr=self._progress.lr,
-            loss=None if options.loss is None else options.loss.float().cpu(),
-            metadata=options.metadata,
-        )
-
-    def _project_waiting(self, *, force: bool) -> None:
-        """Turn ended blocks into rows; during a warm-up they wait for enough samples."""
-        tracker = self._tracker
-        if tracker is None or not self._waiting:
-            return
-        if tracker.needs_warmup:
-            samples = sum(len(options.data_id) for _, options, _ in self._waiting)
-            if not force and samples < self.config.projection.warmup:
-                return
-            tracker.fit(recording for recording, _, _ in self._waiting)
-        waiting, self._waiting = self._waiting, []
-        for recording, options, columns in waiting:
-            rows, moments = _rows(recording, options)
-            layout = tracker.settle()
-            self._last_log = QueryGradients(options.data_id, rows, layout)
-            if columns is not None and self._session is not None:
-                if not self._session.begun:
-                    self._begin(tracker)
-                batch = ProjectedBatch(**{**vars(columns), "rows": rows.cpu(), "moments": moments})
-                self._session.put(batch)
-
-    def _begin(self, tracker: Tracker) -> None:
-        assert self._session is not None
-        layout = tracker.settle()
-        self._session.begin(layout, stored_projections(tracker), self._statistics)
-
-    def _check_first(self, recording: Recording) -> None:
-        if self._blocks == 0 and not self._finished:
-            warn_of_coupling(recording, self._required_tracker().model)
-
-    def _stored(self) -> GradientStore | None:
-        """The store whose projections must be used: a loaded or resumed one that holds rows' layout."""
-        store = self.store if self._session is None else self._session.resumed
-        return store if store is not None and store.layout is not None else None
-
-    def _required_tracker(self) -> Tracker:
-        if self._tracker is None:
-            raise CaptureError("no model is watched: give init(model=...) or call run.watch(model) first")
-        return self._tracker
-
-    def _warmup_note(self) -> str:
-        if self._tracker is None or not self._tracker.needs_warmup:
-            return ""
-        return (
-            f" (projection.init {self.config.projection.init!r} is made from the first "
-            f"{self.config.projection.warmup} samples; log them first)"
-        )
-
-    def _query_engine(self) -> QueryEngine:
-        if not self._finished:
-            self.commit()
-        if self._engine is None or not self._finished:
-            self._engine = QueryEngine(self.store)
-        return self._engine
-
-    def _query_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        settings = self.config.query.model_dump()
-        unknown = [key for key in given if key not in settings and key != "progress"]
-        if unknown:
-            raise ConfigError(f"unknown query option {unknown[0]!r}; known are {', '.join(settings)}, progress")
-        return {**settings, **given}
-
-    def _checkpoint_every(self, steps: int) -> Callable[[int], None]:
-        def after_step(step: int) -> None:
-            if step % steps == 0 and self._tracker is not None and not self._finished:
-                self.checkpoint()
-
-        return after_step
-
-    def _warn_of_other_weights(self) -> None:
-        if self._warned:
-            return
-        self._warned = True
-        store = self.store
-        known = {store.manifest.fingerprints.get("weights"), *(c.fingerprint for c in store.checkpoints)} - {None}
-        if known and fingerprint(self._required_tracker().model) not in known:
-            warnings.warn(
-                "the model's weights are neither those at the end of the logged run nor those of a checkpoint: scores "
-                "compare gradients of different models; load the trained weights, or use run.at_checkpoints()",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-
-
-def _rows(recording: Recording, options: BlockOptions) -> tuple[Tensor, Any]:
-    rows, moments = recording.project()
-    divisors = options.row_divisors()
-    return (rows if divisors is None else rows / divisors.to(rows)), moments
-
-
-def _gradients(query: Query | QueryGradients) -> QueryGradients:
-    return query.gradients if isinstance(query, Query) else query
+    def _stepped(self, step: int) -> None:
+        kept = self.config.checkpoints
+        if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
+            self.checkpoint()
 
 
 def _cursor(session: StoreSession | None) -> dict[str, int]:
@@ -578,17 +394,3 @@ def _cursor(session: StoreSession | None) -> dict[str, int]:
         return {}
     epoch, step = session.cursor
     return {"epoch": epoch, "step": step + 1}
-
-
-def _chosen(known: Sequence[int], which: str | Sequence[int]) -> Sequence[int]:
-    if not known:
-        raise StoreError("the store holds no checkpoint; call run.checkpoint() while training, or set 'checkpoints'")
-    if which == "all":
-        return known
-    if which == "last":
-        return known[-1:]
-    if isinstance(which, str) or not which or any(number not in known for number in which):
-        raise StoreError(
-            f"checkpoints {which!r} were asked for; there are 'all', 'last' and the numbers {', '.join(map(str, known))}"
-        )
-    return which

@@ -173,9 +173,7 @@ class Statistics:
 class StatisticsAccumulator:
     """Gathers the named statistics of a stream of rows; not thread-safe, one owner."""
 
-    def __init__(
-        self, layout: Layout, names: Iterable[str], *, covariance_limit: int = COVARIANCE_LIMIT
-    ) -> None:
+    def __init__(self, layout: Layout, names: Iterable[str], *, covariance_limit: int = COVARIANCE_LIMIT) -> None:
         self._layout = layout
         self.names = frozenset(names)
         unknown = sorted(self.names - set(STATISTICS))
@@ -196,9 +194,7 @@ class StatisticsAccumulator:
                 fields |= {"samples": (), "output_outer_sum": (block.rank[0],) * 2}
                 if block.input_group == block.name:
                     fields |= {"positions": (), "input_outer_sum": (block.rank[1],) * 2}
-            self._sums[block.name] = {
-                field: torch.zeros(shape, dtype=torch.float64) for field, shape in fields.items()
-            }
+            self._sums[block.name] = {field: torch.zeros(shape, dtype=torch.float64) for field, shape in fields.items()}
 
     def update(self, rows: Tensor, covered: int | None = None) -> None:
         """Add finite ``rows [n, width]``; ``covered`` rows of the store are accounted for by them.

@@ -51,7 +51,10 @@ def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> 
         )
     selection = select_modules(model, include=wanted, batch_dim=config.modules.batch_dim, frozen=True)
     projector = Projector(
-        selection.blocks, INITS[config.projection.init], rank=config.projection.rank, seed=config.projection.seed
+        selection.blocks,
+        INITS[config.projection.init],
+        rank=config.projection.rank,
+        seed=config.projection.seed,
     )
     projector.restore(layout, store.projections)
     return Tracker(model, selection, projector)
@@ -80,7 +83,8 @@ def describe(tracker: Tracker, config: Config) -> str:
         lines.append(f"  not tracked: {_first(reasons)}")
     if tracker.needs_warmup:
         lines.append(
-            f"  the first {config.projection.warmup} samples are kept un-projected in memory until the projections are made"
+            f"  the first {config.projection.warmup} samples are kept un-projected in memory until the "
+            "projections are made"
         )
     return "\n".join(lines)
 
@@ -102,8 +106,8 @@ def warn_of_coupling(recording: Recording, model: nn.Module) -> None:
     bypassed = [t.name for t in recording.uncalled if t.module.weight.grad is not None]
     if bypassed:
         warnings.warn(
-            f"the weights of {_first(bypassed)} were used without calling the modules: their gradients are not captured; "
-            "exclude them",
+            f"the weights of {_first(bypassed)} were used without calling the modules: their gradients are not "
+            "captured; exclude them",
             RuntimeWarning,
             stacklevel=6,
         )

@@ -49,6 +49,10 @@ def classify(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
 
 
+def classify_positions(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch["x"]).mean((1, 2)), batch["y"], reduction="none")
+
+
 def token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Mean loss over the counted positions of each sequence."""
     losses = F.cross_entropy(logits.transpose(1, 2), batch["y"], reduction="none")
@@ -192,7 +196,11 @@ def cnn() -> nn.Module:
 
 def conv1d() -> nn.Module:
     return nn.Sequential(
-        nn.Conv1d(4, 6, 3, stride=2, groups=2), nn.Tanh(), nn.Conv1d(6, 4, 1), nn.Flatten(), nn.LazyLinear(CLASSES)
+        nn.Conv1d(4, 6, 3, stride=2, groups=2),
+        nn.Tanh(),
+        nn.Conv1d(6, 4, 1),
+        nn.Flatten(),
+        nn.LazyLinear(CLASSES),
     )
 
 
@@ -238,7 +246,7 @@ _NO_POSITIONS = {"exclude": ("*.wpe",)}
 
 ZOO = (
     Case("mlp", mlp, features(6), classify),
-    Case("mlp_positions", mlp, features(4, 3, 6), lambda m, b: F.cross_entropy(m(b["x"]).mean((1, 2)), b["y"], reduction="none")),
+    Case("mlp_positions", mlp, features(4, 3, 6), classify_positions),
     Case("in_place", in_place_mlp, features(6), classify),
     Case("cnn", cnn, features(4, 9, 8), classify),
     Case("conv1d", conv1d, features(4, 9), classify),

@@ -62,7 +62,7 @@ def test_the_snippet_of_logix(workplace: Path) -> None:
         ids = batch["input_ids"]
         return F.cross_entropy(model(ids[:, :-1]).transpose(1, 2), ids[:, 1:])
 
-    names = {
+    names: dict[str, Any] = {
         "logix": logix,
         "model": model,
         "loss_fn": loss_fn,
@@ -180,7 +180,8 @@ def test_queries_are_averaged_over_checkpoints(tmp_path: Path) -> None:
 def test_weights_come_back_when_the_loop_is_left_early(tmp_path: Path) -> None:
     model = network()
     run = trained_run(tmp_path, model, epochs=2, lr=0.5, checkpoints="every_epoch")
-    before = model[0].weight.clone()
+    weight = next(model.parameters())
+    before = weight.clone()
 
     def leave() -> None:
         for _ in run.at_checkpoints():
@@ -188,7 +189,7 @@ def test_weights_come_back_when_the_loop_is_left_early(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         leave()
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(weight, before)
 
 
 def test_checkpoints_every_n_steps(tmp_path: Path) -> None:

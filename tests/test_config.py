@@ -50,11 +50,7 @@ def test_no_source_gives_the_defaults() -> None:
 
 @pytest.mark.parametrize("name", ["default", "language_model", "vision"])
 def test_a_preset_loads_by_name_and_by_path(name: str) -> None:
-    assert (
-        load_config(name)
-        == load_config(CONFIGS / f"{name}.yaml")
-        == load_config(str(CONFIGS / f"{name}.yaml"))
-    )
+    assert load_config(name) == load_config(CONFIGS / f"{name}.yaml") == load_config(str(CONFIGS / f"{name}.yaml"))
 
 
 def test_presets_are_the_files_in_the_checkout() -> None:
@@ -81,9 +77,7 @@ def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
     assert config.projection == Config().projection
 
 
-def test_a_bare_word_is_a_preset_whatever_the_folder_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bare_word_is_a_preset_whatever_the_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vision").write_text("every: 7\n")
     monkeypatch.chdir(tmp_path)
     assert load_config("vision").every == 1
@@ -96,9 +90,7 @@ def test_a_file_or_section_of_comments_sets_nothing(tmp_path: Path, text: str) -
 
 
 def test_numbers_and_dates_are_read_as_people_write_them(tmp_path: Path) -> None:
-    config = load_config(
-        _write(tmp_path, "project: 2026-11-22\nquery:\n  damping: 1e-3\nstore: {chunk_mib: 2}\n")
-    )
+    config = load_config(_write(tmp_path, "project: 2026-11-22\nquery:\n  damping: 1e-3\nstore: {chunk_mib: 2}\n"))
     assert (config.project, config.query.damping, config.store.chunk_mib) == ("2026-11-22", 1e-3, 2.0)
 
 
@@ -262,9 +254,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
         ({"root": None}, "'root' is None", "the path of a folder"),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_is_allowed(
-    written: dict[str, Any], found: str, expected: str
-) -> None:
+def test_a_wrong_value_is_shown_with_what_is_allowed(written: dict[str, Any], found: str, expected: str) -> None:
     message = _message(written)
     assert message.startswith("the config mapping: ")
     assert found in message
@@ -282,9 +272,7 @@ def test_a_wrong_value_names_its_line(tmp_path: Path) -> None:
     path = _write(tmp_path, "query:\n  mode: dot\n\n  reduce: max\nstatistics:\n  - mean\n  - median\n")
     first, second = sorted(_message(path).splitlines())
     assert first.startswith(f"{path}, line 4: 'query.reduce' is 'max'; expected one of mean, sum, last, none")
-    assert second.startswith(
-        f"{path}, line 5: 'statistics' is ['mean', 'median']; expected a list of any of mean"
-    )
+    assert second.startswith(f"{path}, line 5: 'statistics' is ['mean', 'median']; expected a list of any of mean")
 
 
 def test_a_mistake_in_a_keyword_is_not_blamed_on_the_file(tmp_path: Path) -> None:

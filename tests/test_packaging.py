@@ -65,9 +65,7 @@ def test_every_extra_but_the_gpu_is_in_all_or_for_developers() -> None:
 
 def test_the_two_faiss_packages_never_meet() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    together = [
-        extra for extra in extras if "faiss-gpu" in str(extras[extra]) and "faiss-cpu" in str(extras[extra])
-    ]
+    together = [extra for extra in extras if "faiss-gpu" in str(extras[extra]) and "faiss-cpu" in str(extras[extra])]
     assert not together
     assert "faiss" not in str(PROJECT["project"]["dependencies"])
 

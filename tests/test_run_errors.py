@@ -147,7 +147,10 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path, run: logix.Run, 
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), r"'2'.*shape is \(4, 9\), logged was \(3, 9\)"),
+        (
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)),
+            r"'2'.*shape is \(4, 9\), logged was \(3, 9\)",
+        ),
         (nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)), r"'0'.*shape"),
         (nn.Sequential(nn.Linear(6, 8)), "'2' of the store is not in this model"),
         (nn.Sequential(nn.Conv1d(6, 8, 1), nn.Tanh(), nn.Linear(8, 3)), "'0'.*kind is 'conv'"),
@@ -169,7 +172,7 @@ def test_other_weights_are_warned_of_once(tmp_path: Path, model: nn.Module) -> N
         F.cross_entropy(model(x[:1]), y[:1]).backward()
     run = logix.load(tmp_path / "run", model)
     with torch.no_grad():
-        model[0].weight.add_(1e-3)
+        next(model.parameters()).add_(1e-3)
     with pytest.warns(RuntimeWarning, match="weights are neither"), run.query(data_id=["q"]):
         F.cross_entropy(model(x[:1]), y[:1]).backward()
 
@@ -205,7 +208,6 @@ def test_watching(run: logix.Run, model: nn.Module) -> None:
     run.finalize()
     run.finalize()
     assert len(run.store) == 4
-    x, y = data()
     expected = float(run.store.statistics.covariance("0").trace())
     assert expected == pytest.approx(float(run.store.gradients[:][:, : 8 * 7].square().sum(1).mean()), rel=1e-2)
 
@@ -213,13 +215,13 @@ def test_watching(run: logix.Run, model: nn.Module) -> None:
 def test_no_project_and_unknown_words(tmp_path: Path, run: logix.Run) -> None:
     with pytest.raises(ConfigError, match="no project"):
         logix.init()
-    with pytest.raises(ConfigError, match="nearest|did you mean|modules"):
+    with pytest.raises(ConfigError, match="'modules'"):
         logix.init("p", modulse={}, root=str(tmp_path))
     with pytest.raises(ConfigError, match="known are log, mean, variance, covariance, corrected_eigval"):
         run.setup({"grad": ["logs"]})
     with pytest.raises(ConfigError, match="known are grad, forward, backward"):
         run.setup({"gradient": ["log"]})
-    with pytest.raises(ConfigError, match="every_steps .*optimizer"):
+    with pytest.raises(ConfigError, match=r"every_steps .*optimizer"):
         logix.init("p", root=str(tmp_path), checkpoints={"every_steps": 3})
     run.finalize()
 
@@ -228,7 +230,7 @@ def test_modules_that_cannot_be_tracked(tmp_path: Path) -> None:
     model = nn.ModuleDict({"act": nn.PReLU(), "rnn": nn.LSTM(3, 4), "fc": nn.Linear(3, 4)})
     with pytest.raises(UnsupportedModuleError, match=r"'rnn' \(LSTM\) .* rules exist for Linear"):
         logix.init("a", model, root=str(tmp_path), modules={"include": ["rnn"]})
-    with pytest.raises(ConfigError, match="'dense\\*' fits no module"):
+    with pytest.raises(ConfigError, match=r"'dense\*' fits no module"):
         logix.init("b", model, root=str(tmp_path), modules={"include": ["dense*"]})
     with pytest.raises(ConfigError, match="'LSTM' has no rule; rules exist for"):
         logix.init("c", model, root=str(tmp_path), modules={"types": ["LSTM"]})
@@ -248,7 +250,10 @@ def test_a_module_that_mixes_samples_is_refused_by_name(tmp_path: Path) -> None:
 
     model = Flattened()
     run = logix.init("run", model, root=str(tmp_path), verbose=False)
-    with pytest.raises(CaptureError, match="module 'tokens': .*20 samples .*but 4 data ids"), run(data_id=range(4)):
+    with (
+        pytest.raises(CaptureError, match=r"module 'tokens': .*20 samples .*but 4 data ids"),
+        run(data_id=range(4)),
+    ):
         model(torch.randn(4, 5, 3)).sum().backward()
     run.finalize()
 

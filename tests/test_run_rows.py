@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logix_like as logix
-from tests.training import SAMPLES, batches, data, full, network, own_gradients, trained_run
+from tests.training import SAMPLES, batches, data, full, linear_gradient, network, own_gradients, trained_run
 
 EXACT = 1e-9
 NORMS = 1.001
@@ -97,7 +97,7 @@ def test_norms_agree_over_batches_accumulation_scaler_and_epochs(tmp_path: Path)
     assert run.store.norm[:] == pytest.approx(expected.numpy(), rel=1e-4)
 
 
-def token_model() -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
+def token_model() -> tuple[torch.nn.Sequential, Tensor, Tensor, Tensor]:
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).double()
     tokens = torch.randint(9, (4, 6))
@@ -105,14 +105,13 @@ def token_model() -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
     return model, tokens, torch.randint(9, (4, 6)), mask
 
 
-def token_rows(model: torch.nn.Module, tokens: Tensor, labels: Tensor, mask: Tensor, reduction: str) -> Tensor:
+def token_rows(model: torch.nn.Sequential, tokens: Tensor, labels: Tensor, mask: Tensor, reduction: str) -> Tensor:
     rows = []
     for i in range(len(tokens)):
         model.zero_grad()
         losses = F.cross_entropy(model(tokens[i]), labels[i], reduction="none")[mask[i]]
         getattr(losses, reduction)().backward()
-        linear = model[1]
-        rows.append(torch.cat([linear.weight.grad, linear.bias.grad[:, None]], 1).flatten())
+        rows.append(linear_gradient(model[1]).flatten())
     return torch.stack(rows)
 
 
@@ -137,10 +136,10 @@ def test_padding_does_not_change_the_id_of_a_sequence(tmp_path: Path) -> None:
         with run(data_id=ids, mask=seen):
             F.cross_entropy(model(tokens).transpose(1, 2), labels).backward()
     run.finalize()
-    ids = run.store.data_id[:]
-    assert list(ids[:4]) == list(ids[4:])
-    assert len(set(ids)) == 4
-    assert len(ids[0]) == 32
+    hashes = list(run.store.data_id[:])
+    assert hashes[:4] == hashes[4:]
+    assert len(set(hashes)) == 4
+    assert len(hashes[0]) == 32
 
 
 def test_columns_hold_what_the_loop_said(tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_columns_hold_what_the_loop_said(tmp_path: Path) -> None:
     run.epoch(7)
     with torch.no_grad():
         losses = F.cross_entropy(model(x), y, reduction="none")
-    with run(data_id=range(SAMPLES), loss=losses, metadata={"label": y, "split": ["train"] * SAMPLES}):
+    with run(data_id=range(SAMPLES), loss=losses, metadata={"label": y.tolist(), "split": ["train"] * SAMPLES}):
         F.cross_entropy(model(x), y).backward()
     run.finalize()
     store = run.store
@@ -208,7 +207,7 @@ def test_a_short_run_is_projected_when_it_ends_before_the_warm_up(tmp_path: Path
     settings = full(tmp_path, projection={"init": "pca", "rank": 4, "warmup": 1000})
     run = logix.init("run", model, settings, verbose=False)
     log_epoch(run, model)
-    with pytest.raises(logix.LogixError, match="warm|first 1000 samples"):
+    with pytest.raises(logix.LogixError, match="first 1000 samples"):
         run.get_log()
     run.finalize()
     assert len(run.store) == SAMPLES

@@ -109,7 +109,10 @@ def same_bits(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-EVERYTHING = {"modules": {"types": ["Linear", "Conv2d", "Embedding", "LayerNorm"]}, "checkpoints": "every_epoch"}
+EVERYTHING = {
+    "modules": {"types": ["Linear", "Conv2d", "Embedding", "LayerNorm"]},
+    "checkpoints": "every_epoch",
+}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ SAMPLES, FEATURES, CLASSES = 23, 6, 3
 """23 samples in batches of 5: the last batch is an odd one."""
 
 
-def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).to(dtype)
 
@@ -32,17 +32,20 @@ def batches(size: int = 5) -> Iterator[Tensor]:
     yield from torch.arange(SAMPLES).split(size)
 
 
+def linear_gradient(module: nn.Linear) -> Tensor:
+    """``[d_out, d_in + 1]``: the gradient that a backward pass left, the bias's as the last column."""
+    assert module.weight.grad is not None
+    assert module.bias.grad is not None
+    return torch.cat([module.weight.grad, module.bias.grad[:, None]], 1)
+
+
 def own_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Every sample's own gradient by a batch of one, ``[samples, width]`` with a bias as a module's last column."""
     rows = []
     for i in range(len(x)):
         model.zero_grad()
         F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
-        parts = [
-            torch.cat([m.weight.grad, m.bias.grad[:, None]], 1).flatten()
-            for m in model.modules()
-            if isinstance(m, nn.Linear)
-        ]
+        parts = [linear_gradient(m).flatten() for m in model.modules() if isinstance(m, nn.Linear)]
         rows.append(torch.cat(parts))
     model.zero_grad()
     return torch.stack(rows)

@@ -1,0 +1,1 @@
+"""From module calls to projected per-sample gradients."""

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from logix_like.capture.selection import TrackedModule
 
 OnCall = Callable[[TrackedModule, Tensor, Tensor], Tensor | None]
-"""Told of each call of a tracked module: the module, its input, its output; may return another output."""
+"""Told of each call of a tracked module (module, input, output); may return another output."""
 
 
 class HookSet:

@@ -33,7 +33,8 @@ class Side:
     bias: Tensor | None = None
     """``[rank]``: what the appended 1 adds; None if nothing is appended.
 
-    On an identity side it is the last unit vector, or zeros where the block has a bias column and this use has none.
+    On an identity side it is the last unit vector, or zeros where the block has a bias column and this
+    use has none.
     """
     weight: bool = True
     """Whether the weight itself is tracked; without it only the appended 1 is."""
@@ -91,7 +92,7 @@ class Rule(ABC):
         return None
 
     def input_moment(self, module: Any, value: Tensor, side: Side) -> Tensor:
-        """Sum of ``a a^T`` over the positions of ``value``; its diagonal ``[width]`` where all else is zero."""
+        """Sum of ``a a^T`` over the positions of ``value``, or its diagonal where all else is zero."""
         kept = self.read_input(module, value, side)
         flat = kept.reshape(-1, kept.shape[-1])
         return flat.T @ flat

@@ -49,9 +49,7 @@ class Projector:
             for b in blocks
             for r in (rank_for(b.name, b.shape, rank),)
         }
-        self.capped = {
-            b.name for b in blocks if not min(self._ranks[b.name]) >= rank_for(b.name, b.shape, rank)
-        }
+        self.capped = {b.name for b in blocks if not min(self._ranks[b.name]) >= rank_for(b.name, b.shape, rank)}
         """Blocks whose rank is smaller than asked for, because a dimension is."""
 
     def restore(self, layout: Layout, stored: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:

@@ -92,9 +92,10 @@ class CallReader:
             value = value.transpose(0, tracked.batch_dim)
         if value.ndim == 0 or len(value) != self._batch:
             raise CaptureError(
-                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {len(value) if value.ndim else 0} "
-                f"samples along dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each "
-                "sample, name another dimension in modules.batch_dim, or exclude a module that mixes samples"
+                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so "
+                f"{len(value) if value.ndim else 0} samples along dimension {tracked.batch_dim}, but "
+                f"{self._batch} data ids were given; give one id for each sample, name another dimension in "
+                "modules.batch_dim, or exclude a module that mixes samples"
             )
         return value
 

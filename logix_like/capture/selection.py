@@ -92,7 +92,7 @@ def select_modules(
     inside_attention = _attention_parts(model)
     for name, module in model.named_modules():
         exact = name in include and not _is_glob(name)
-        if not exact and not _fits(name, include) or _fits(name, exclude):
+        if (not exact and not _fits(name, include)) or _fits(name, exclude):
             continue
         kind = type_name(module)
         if kind not in types and not exact:
@@ -105,7 +105,8 @@ def select_modules(
             chosen.append((name, module, RULES[kind]))
         elif exact:
             raise UnsupportedModuleError(
-                f"module {name!r} ({type(module).__name__}) cannot be tracked: {reason}; rules exist for {', '.join(RULES)}"
+                f"module {name!r} ({type(module).__name__}) cannot be tracked: {reason}; "
+                f"rules exist for {', '.join(RULES)}"
             )
         elif next(module.parameters(), None) is not None:
             skipped[name] = reason

@@ -42,8 +42,14 @@ class Tracker:
         self.projector = projector
         weights = [tracked.module.weight for tracked in selection.modules]
         self.dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+        """Of the rows."""
         self._layout: Layout | None = None
         self._expected = projector.layout()
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are summed: the first tracked module's device."""
+        return next(self.selection.modules[0].module.parameters()).device
 
     @property
     def needs_warmup(self) -> bool:
@@ -84,9 +90,9 @@ class Tracker:
                 for block, moments in self._raw_moments(recording, call):
                     known = sums.get(block)
                     sums[block] = [a + b for a, b in zip(known, moments, strict=True)] if known else moments
-        for block in self._expected:
-            if block.name not in sums:
-                sums[block.name] = [torch.eye(block.shape[1]), torch.eye(block.shape[0])]
+        for uncalled in self._expected:
+            if uncalled.name not in sums:
+                sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
@@ -97,7 +103,10 @@ class Tracker:
             kept = rule.read_input(module, value, inward)
             gradients = rule.read_gradient(module, kept, call.gradient, inward, outward)[1]
             flat = gradients.reshape(-1, gradients.shape[-1]) * recording.factor
-            moments = [rule.input_moment(module, value, inward).double().cpu(), (flat.T @ flat).double().cpu()]
+            moments = [
+                rule.input_moment(module, value, inward).double().cpu(),
+                (flat.T @ flat).double().cpu(),
+            ]
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
             yield use.block, moments[::-1] if use.transposed else moments
@@ -106,9 +115,7 @@ class Tracker:
 class Recording:
     """What one block of training code called, and the rows that come of it."""
 
-    def __init__(
-        self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool
-    ) -> None:
+    def __init__(self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool) -> None:
         self._tracker = tracker
         self._batch = batch
         self._mask = mask
@@ -179,7 +186,7 @@ class Recording:
             mask=self._mask,
             moments=self._with_moments,
             dtype=self._tracker.dtype,
-            device=self._tracker.selection.modules[0].module.weight.device,
+            device=self._tracker.device,
         )
 
     def _keep_value(self, tracked: TrackedModule, value: Tensor) -> Tensor:

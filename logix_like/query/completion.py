@@ -63,9 +63,7 @@ def statistics_for(preconditioner: str, store: QueryStore, progress: bool | None
     covariance nor Kronecker factors. A covariance asked for by name is computed whatever the block's size.
     """
     if preconditioner != "auto":
-        return ensure_statistics(
-            store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress
-        )
+        return ensure_statistics(store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress)
     small = [block for block in store.statistics.layout if block.size <= COVARIANCE_LIMIT]
     gathered = any(store.statistics.has(block.name, "outer_sum") for block in small)
     bare = any(not has_kronecker(store.statistics, block) for block in small)

@@ -120,12 +120,9 @@ class QueryEngine:
         """
         question = Question(k, preconditioner, damping, mode, reduce, engine)
         candidates = self._select(reduce, data_id)
-        candidates.rows.layout.require_same(query.layout)
-        query.require_answerable()
+        _require_answerable(query, candidates)
         if k is not None and k > candidates.count:
-            raise QueryError(
-                f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer"
-            )
+            raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
         fit = self._fitter.fit(preconditioner, damping, progress)
         task = self._task(question, query, candidates, fit, progress)
         return InfluenceResult(
@@ -157,8 +154,7 @@ class QueryEngine:
         question = Question(None, preconditioner, damping, "dot", reduce, "exact")
         candidates = self._select(reduce, data_id)
         if query is not None:
-            candidates.rows.layout.require_same(query.layout)
-            query.require_answerable()
+            _require_answerable(query, candidates)
         fit = self._fitter.fit(preconditioner, damping, progress)
         note = self._note(question, candidates, fit, query)
         if query is not None:
@@ -187,9 +183,7 @@ class QueryEngine:
 
     def _select(self, reduce: str, data_id: Sequence[DataId] | None) -> Candidates:
         self._require_rows()
-        candidates = self._candidates.get(
-            (self._store.key, reduce), lambda: Candidates.valid(self._store.view(reduce))
-        )
+        candidates = self._candidates.get((self._store.key, reduce), lambda: Candidates.valid(self._store.view(reduce)))
         if data_id is None:
             return candidates
         return candidates.restrict([data_id] if isinstance(data_id, str | int) else data_id)
@@ -210,7 +204,7 @@ class QueryEngine:
             query_lengths = (gradients * preconditioned).sum(dim=1)
             lengths = self._row_lengths(candidates, fit, progress)
             lengths = lengths if factor is None else lengths * factor.square()
-        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, progress)
+        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, candidates.buffer(), progress)
 
     def _answer(self, question: Question, task: Task, fit: Fit) -> dict[str, Any]:
         """The fields of a result that hold scores."""
@@ -229,8 +223,9 @@ class QueryEngine:
 
         def compute() -> Tensor:
             lengths = torch.zeros(len(candidates.rows), dtype=candidates.dtype)
+            buffer = candidates.buffer()
             for tile in candidates.tiles(progress, "self-influence"):
-                for start, stop, values in tile.pieces(candidates.rows.layout.width):
+                for start, stop, values in tile.pieces(buffer):
                     lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
             return lengths
 
@@ -251,19 +246,23 @@ class QueryEngine:
 
         return self._indexes.get((every.rows.key, question.reduce, fit.key, question.mode), build)
 
-    def _note(
-        self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None
-    ) -> str:
+    def _note(self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None) -> str:
         parts = [
             f"{candidates.count:,} {REDUCTIONS[question.reduce]}",
             f"{question.mode} score" if query is not None else "self-influence",
-            f"preconditioner {fit.preconditioner.summary()}, {fit.coverage}",
+            fit.described,
             f"{question.engine} engine",
         ]
-        left_out = len(self._store) - int(self._store.valid.sum())
+        left_out = len(self._store) - fit.rows
         if left_out:
             parts.append(f"{left_out:,} stored rows left out (not finite, or superseded)")
         return "; ".join(parts + ([f"queries: {query.note}"] if query is not None and query.note else []))
+
+
+def _require_answerable(query: QueryGradients, candidates: Candidates) -> None:
+    if query.layout != candidates.rows.layout:
+        candidates.rows.layout.require_same(query.layout)
+    query.require_answerable()
 
 
 def _squared_lengths(rows: Tensor, preconditioner: FittedPreconditioner) -> Tensor:

@@ -35,8 +35,10 @@ class Fit:
     """A fitted preconditioner, and how to name it."""
 
     preconditioner: FittedPreconditioner
-    coverage: str
-    """What it was fitted to, in words."""
+    described: str
+    """What it is and what it was fitted to, in words."""
+    rows: int
+    """How many of the stored rows are valid."""
     key: tuple[str, str, float]
     """Identifies the rows, the preconditioner and its damping."""
 
@@ -60,13 +62,13 @@ class Fitter:
 
     def _make(self, key: tuple[str, str, float], progress: bool | None) -> Fit:
         _, name, damping = key
-        curvature = self._curvatures.get(
-            key[:2], lambda: Curvature(statistics_for(name, self._store, progress))
-        )
+        curvature = self._curvatures.get(key[:2], lambda: Curvature(statistics_for(name, self._store, progress)))
         statistics = curvature.statistics
         layout = statistics.layout
         fitted = fit_preconditioner(name, statistics, layout, damping, curvature=curvature)
         rows = int(self._store.valid.sum())
         covered = f"{min(statistics.rows, rows):,}" + ("" if statistics.rows >= rows else f" of {rows:,}")
-        coverage = f"damping {damping:g}, empirical Fisher over {covered} rows"
-        return Fit(fitted, "no Fisher" if name == "identity" else coverage, key)
+        described = f"preconditioner {fitted.summary()}"
+        if name != "identity":
+            described += f", damping {damping:g}, empirical Fisher over {covered} rows"
+        return Fit(fitted, described, rows, key)

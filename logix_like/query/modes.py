@@ -116,9 +116,7 @@ class L2(Mode):
         return torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
 
 
-MODES: Mapping[str, Mode] = MappingProxyType(
-    {"dot": Dot(), "cosine": Cosine(), "relatif": Relatif(), "l2": L2()}
-)
+MODES: Mapping[str, Mode] = MappingProxyType({"dot": Dot(), "cosine": Cosine(), "relatif": Relatif(), "l2": L2()})
 """Ways of scoring by name."""
 
 

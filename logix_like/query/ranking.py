@@ -53,12 +53,9 @@ class RunningTop:
 
 def stable_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``min(k, n)`` largest of ``scores [queries, n]`` and their columns; of equal ones the first."""
-    k = min(k, scores.shape[1])
-    values, columns = scores.topk(k, dim=1)
-    if bool(((scores >= values[:, -1:]).sum(dim=1) > k).any()):
-        # More than k reach the k-th score; topk picks any of the equal ones, a stable sort the first.
-        values, columns = scores.sort(dim=1, descending=True, stable=True)
-        return values[:, :k].clone(), columns[:, :k].clone()
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
+    k, columns = min(k, scores.shape[1]), scores.shape[1]
+    best, chosen = scores.topk(min(k + 1, columns), dim=1)
+    if bool((best[:, 1:] == best[:, :-1]).any()):
+        # topk orders equal scores, and picks among them, as it likes; a stable sort keeps them in order.
+        best, chosen = scores.sort(dim=1, descending=True, stable=True)
+    return best[:, :k].clone(), chosen[:, :k].clone()

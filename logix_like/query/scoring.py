@@ -32,12 +32,14 @@ class Task:
     """``[rows]``, squared lengths, times ``factor`` squared; not read in a mode that does not use them."""
     factor: Tensor | None
     """``[rows]``: what each row is multiplied by; None for 1."""
+    buffer: Tensor
+    """Memory for pieces of the rows."""
     progress: bool | None
 
     def scores(self, tile: Tile) -> Tensor:
         """``[queries, n]`` for the rows of ``tile``."""
         products = torch.empty(len(tile), len(self.queries), dtype=self.queries.dtype)
-        for start, stop, values in tile.pieces(self.queries.shape[1]):
+        for start, stop, values in tile.pieces(self.buffer):
             torch.mm(values, self.queries.T, out=products[start:stop])
         products = products.T.contiguous()
         if self.factor is not None:

@@ -66,9 +66,7 @@ def save_checkpoint(
         content = json.dumps(record.__dict__).encode()
         write_file(folder / f"{number}.json", [content], sync=True)
     except OSError as error:
-        raise StoreError(
-            f"a checkpoint could not be written to {folder}: {error}; see to the disk"
-        ) from error
+        raise StoreError(f"a checkpoint could not be written to {folder}: {error}; see to the disk") from error
     return record
 
 

@@ -38,9 +38,7 @@ def value_text(value: object) -> str:
     if isinstance(value, str):
         _require_utf8(value)
     elif value is not None and not isinstance(value, int | float):
-        raise StoreError(
-            f"a metadata value is {value!r} of type {type(value).__name__}, expected str, int or float"
-        )
+        raise StoreError(f"a metadata value is {value!r} of type {type(value).__name__}, expected str, int or float")
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -123,9 +123,7 @@ def read_commits(folder: Path) -> Commits:
         content = bytes(read_bytes(file))
     except FileNotFoundError:
         if (folder / GRADIENTS).exists():
-            raise StoreDamagedError(
-                f"{file} is missing, but the part has rows; restore it from a copy"
-            ) from None
+            raise StoreDamagedError(f"{file} is missing, but the part has rows; restore it from a copy") from None
         return Commits()
     except OSError as error:
         raise StoreDamagedError(f"{file} cannot be read: {error}") from error

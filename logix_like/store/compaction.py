@@ -17,10 +17,11 @@ from torch import Tensor
 from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.store.arrays import write_group
 from logix_like.store.columns import id_text, value_text
-from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, read_commits
+from logix_like.store.commits import read_commits
 from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
-from logix_like.store.parts import EncodedRows, PartWriter
+from logix_like.store.parts import EncodedRows
 from logix_like.store.pipeline import chunk_rows
+from logix_like.store.rowwriter import RowWriter
 from logix_like.store.schema import DATA_ID, DOCUMENT, METADATA, VIEW_COLUMNS, Flag, segment
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import Visits, last_visits
@@ -50,9 +51,7 @@ def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
     if not commits.closed:
         return None
     means = make_table([PartSource(folder, key, commits)], table.layout, table.encoding, VIEW_COLUMNS, key)
-    return RowTable(
-        means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=_left_out(folder)
-    )
+    return RowTable(means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=_left_out(folder))
 
 
 def _left_out(folder: Path) -> int:
@@ -94,19 +93,14 @@ def _write_means(table: RowTable, visits: Visits, folder: Path) -> None:
     # Forced to the disk: mapped rows are not checked when read, so none may get lost in a power cut.
     write_group(folder, {"left_out": visits.left_out}, sync=True)
     rows = chunk_rows(table.layout, table.encoding, VIEW_CHUNK_MIB)
-    part = PartWriter(
-        folder, table.layout, table.encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True
-    )
-    log, last = CommitLog(folder, sync=True), last_visits(table, visits)
+    out = RowWriter(folder, table.layout, table.encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True)
+    last = last_visits(table, visits)
     try:
-        for chunk, (start, means) in enumerate(_mean_chunks(table, visits, rows)):
-            encoded = _encode(table, visits, last, start, means)
-            crc = part.write(chunk, encoded)
-            log.append(RowsRecord(log.sequence, "", chunk, start, len(means), crc, -1, -1))
-        part.finish()
-        log.append(CloseRecord(log.sequence))
+        for start, means in _mean_chunks(table, visits, rows):
+            out.write(_encode(table, visits, last, start, means))
+        out.seal()
     finally:
-        log.close()
+        out.abandon()
 
 
 def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[int, Tensor]]:

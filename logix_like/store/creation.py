@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,9 +38,7 @@ Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 SIDES = ("input", "output")
 
 
-def create_store(
-    path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
-) -> Path:
+def create_store(path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False) -> Path:
     """Create an empty store at ``path`` and return its absolute path.
 
     With ``resume`` a store that is there already is kept and gone on with; with ``overwrite`` it is
@@ -69,7 +67,7 @@ def create_store(
             f"{store} exists and is no store of this library that can be read; nothing was changed: "
             "choose another project, or move it away"
         )
-    write_group(store / WRITERS)
+    write_group(store / WRITERS, sync=True)
     write_manifest(store, manifest)
     return store
 
@@ -82,6 +80,7 @@ def describe(
     *,
     projection: Mapping[str, Any] | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    durability: Literal["process", "commit"] = "process",
 ) -> StoreManifest:
     """Tell a store what its rows are, at the first batch; returns the manifest.
 
@@ -97,29 +96,28 @@ def describe(
             share the input one, which is stored under the group's name.
         projection: How the projections were made, plain data.
         fingerprints: Of the model, by name.
+        durability: ``commit`` forces the projections to the disk, file by file.
     """
-    store = Path(path)
+    store, sync = Path(path), durability == "commit"
     manifest, shared = read_manifest(store), _shared_matrices(layout, projections)
     if manifest.layout is not None:
         manifest.layout.require_same(layout)
         _require_same(store, manifest, encoding, shared)
         return manifest
     remove_tree(store / PROJECTIONS)  # what a run that was killed here left behind
-    write_group(store / PROJECTIONS)
+    write_group(store / PROJECTIONS, sync=sync)
     for module in sorted({module for matrices in shared.values() for module in matrices}):
-        write_group(store / PROJECTIONS / segment(module))
+        write_group(store / PROJECTIONS / segment(module), sync=sync)
         for side in SIDES:
             matrix = shared[side].get(module)
             if matrix is not None:
-                _write_matrix(store / PROJECTIONS / segment(module) / side, matrix)
+                _write_matrix(store / PROJECTIONS / segment(module) / side, matrix, sync=sync)
     manifest = manifest.described(
         layout=layout,
         encoding=encoding_named(encoding).name,
         projection=_plain(projection or {}),
         projection_shapes={
-            side: {
-                name: None if matrix is None else tuple(matrix.shape) for name, matrix in shared[side].items()
-            }
+            side: {name: None if matrix is None else tuple(matrix.shape) for name, matrix in shared[side].items()}
             for side in SIDES
         },
         fingerprints=dict(fingerprints or {}),
@@ -163,9 +161,9 @@ def _plain_matrix(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.detach().to("cpu", torch.float32)
 
 
-def _write_matrix(folder: Path, matrix: Tensor) -> None:
+def _write_matrix(folder: Path, matrix: Tensor, *, sync: bool) -> None:
     spec = ArraySpec("float32", "NaN", matrix.shape[1])
-    write_array(folder, spec, matrix.shape[0], [as_bytes(matrix)], sync=False)
+    write_array(folder, spec, matrix.shape[0], [as_bytes(matrix)], sync=sync)
 
 
 def _read_matrix(store: Path, module: str, side: str, shape: tuple[int, int] | None) -> Tensor | None:
@@ -191,9 +189,7 @@ def _require_same(
     for side, shapes in manifest.projection_shapes.items():
         for name, shape in shapes.items():
             stored, given = _read_matrix(store, name, side, shape), shared[side].get(name)
-            same = stored is given is None or (
-                stored is not None and given is not None and torch.equal(stored, given)
-            )
+            same = stored is given is None or (stored is not None and given is not None and torch.equal(stored, given))
             if not same:
                 raise ModelMismatchError(
                     f"the {side} projection of module {name!r} is not the one that {store} was made with; "
@@ -205,9 +201,7 @@ def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(data)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"the store keeps plain data only (text, numbers, lists, mappings): {error}"
-        ) from error
+        raise ConfigError(f"the store keeps plain data only (text, numbers, lists, mappings): {error}") from error
     return plain
 
 

@@ -6,19 +6,16 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
-from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import remove_tree
-from logix_like.store.parts import EncodedRows, PartWriter
+from logix_like.store.files import remove_tree, sync_folder
+from logix_like.store.rowwriter import RowWriter
 from logix_like.store.schema import (
     STATISTICS_FOLDER,
-    TAILS,
     WRITER_COLUMNS,
     WRITERS,
     Flag,
@@ -53,6 +50,8 @@ def claim_writer(store: Path, rank: int, *, sync: bool = False) -> Path:
             attempt += 1
             continue
         write_group(folder, {"rank": rank, "attempt": attempt}, sync=sync)
+        if sync:
+            sync_folder(writers)
         return folder
 
 
@@ -69,15 +68,12 @@ class RowPipeline:
         statistics: StatisticsAccumulator | None = None,
         sync: bool = False,
     ) -> None:
-        self._folder = folder
-        self._layout = layout
-        self._encoding = encoding
+        self._statistics_folder = folder / STATISTICS_FOLDER
         self._sync = sync
         self._accumulator = statistics
         self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
-        self._main = self._part(folder, rows)
-        self._log = CommitLog(folder, sync=sync)
-        self._chunks = self._tails = self._generation = 0
+        self._rows = RowWriter(folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, sync=sync)
+        self._generation = 0
         self._cursor = (-1, -1)
         self._saved_at = -1
         self.committed = 0
@@ -97,22 +93,24 @@ class RowPipeline:
             first += self._staged.fill(batch, first)
             self._cursor = (batch.epoch, batch.step)
             if self._staged.full:
-                self._commit(self._main, "", self._chunks)
-                self._chunks += 1
-        # Moments are sums over the whole batch: one row that is not finite spoils them.
+                self.flush()
         if self._accumulator is not None and batch.moments is not None and batch.rows.isfinite().all():
             self._accumulator.add_moments(batch.moments)
 
     def flush(self) -> None:
-        """Commit the rows that wait, as a short part of their own."""
+        """Commit the rows that wait; fewer than a chunk become a short part of their own."""
         if not self.staged:
             return
-        if self._tails == 0:
-            write_group(self._folder / TAILS, sync=self._sync)
-        name = f"{TAILS}/{self._tails}"
-        write_group(self._folder / name, sync=self._sync)
-        self._commit(self._part(self._folder / name, self.staged), name, 0)
-        self._tails += 1
+        rows = self._staged.encoded()
+        finite = torch.from_numpy(rows.numbers[:, 5].astype("int64") & int(Flag.NONFINITE) == 0)
+        if self._accumulator is not None:
+            given = self._staged.rows
+            self._accumulator.update(given if finite.all() else given[finite], covered=len(rows))
+        epoch, step = self._cursor
+        self._rows.write(rows, epoch=epoch, step=step)
+        self.committed += len(rows)
+        self.nonfinite += int((~finite).sum())
+        self._staged.clear()
 
     def save_statistics(self, statistics: Statistics | None = None) -> None:
         """Write a new generation of the statistics, switch to it, and remove the old one.
@@ -125,53 +123,20 @@ class RowPipeline:
                 return
             statistics = self._accumulator.snapshot()
             self._saved_at = self.committed
-        parent, generation = self._folder / STATISTICS_FOLDER, self._generation + 1
+        parent, generation = self._statistics_folder, self._generation + 1
         if generation == 1:
             write_group(parent, sync=self._sync)
         save_statistics(parent / str(generation), statistics, sync=self._sync)
-        self._log.append(StatisticsRecord(self._log.sequence, generation, statistics.rows))
+        self._rows.record_statistics(generation, statistics.rows)
         remove_tree(parent / str(self._generation))
         self._generation = generation
 
     def close(self) -> None:
-        """Commit everything, trim the arrays and seal the record."""
+        """Commit everything and seal the record."""
         self.flush()
         self.save_statistics()
-        if self._chunks:
-            self._main.finish()
-        self._log.append(CloseRecord(self._log.sequence))
-        self._log.close()
+        self._rows.seal()
 
     def abandon(self) -> None:
         """Let go of the record file after a failure; nothing is written."""
-        self._log.close()
-
-    def _part(self, folder: Path, rows: int) -> PartWriter:
-        return PartWriter(
-            folder,
-            self._layout,
-            self._encoding,
-            chunk_rows=rows,
-            column_names=WRITER_COLUMNS,
-            sync=self._sync,
-        )
-
-    def _commit(self, part: PartWriter, name: str, chunk: int) -> None:
-        encoded = self._staged.encoded()
-        crc = part.write(chunk, encoded)
-        finite = torch.from_numpy(encoded.numbers[:, 5].astype("int64") & int(Flag.NONFINITE) == 0)
-        self._gather(self._staged.rows, finite)
-        self._log.append(self._record(name, chunk, encoded, crc))
-        self.committed += len(encoded)
-        self.nonfinite += int((~finite).sum())
-        self._staged.clear()
-
-    def _gather(self, rows: Tensor, finite: Tensor) -> None:
-        if self._accumulator is not None:
-            kept = rows if finite.all() else rows[finite]
-            self._accumulator.update(kept, covered=len(rows))
-
-    def _record(self, name: str, chunk: int, rows: EncodedRows, crc: dict[str, int]) -> RowsRecord:
-        epoch, step = self._cursor
-        start = chunk * self._staged.capacity
-        return RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step)
+        self._rows.abandon()

@@ -309,8 +309,7 @@ def _read_writers(path: Path) -> tuple[WriterInfo, ...]:
     names = {entry.name: parse_writer_name(entry.name) for entry in folder.iterdir()}
     started = sorted((order, name) for name, order in names.items() if order is not None)
     return tuple(
-        WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name))
-        for (attempt, rank), name in started
+        WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name)) for (attempt, rank), name in started
     )
 
 

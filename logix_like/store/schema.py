@@ -173,9 +173,7 @@ def read_manifest(store: Path) -> StoreManifest:
             )
         raise StoreDamagedError(f"{where} names format version {version!r}, expected {VERSION}")
     if attributes.get("digest") != _digest(attributes):
-        raise StoreDamagedError(
-            f"{where} does not match its digest: it was damaged or edited; restore it from a copy"
-        )
+        raise StoreDamagedError(f"{where} does not match its digest: it was damaged or edited; restore it from a copy")
     return _manifest(attributes, where)
 
 

@@ -85,6 +85,5 @@ def _attributes(folder: Path) -> dict[str, Any]:
 
 def _damaged(folder: Path, finding: str) -> StoreDamagedError:
     return StoreDamagedError(
-        f"{folder} {finding}; the statistics are not those that were committed: restore the folder "
-        "from a copy"
+        f"{folder} {finding}; the statistics are not those that were committed: restore the folder from a copy"
     )

@@ -156,9 +156,7 @@ class SelectedRows:
     factor: np.ndarray | None = None
     """No row is scaled."""
 
-    def __init__(
-        self, table: RowTable, rows: np.ndarray, visits: np.ndarray, *, left_out: int, key: str
-    ) -> None:
+    def __init__(self, table: RowTable, rows: np.ndarray, visits: np.ndarray, *, left_out: int, key: str) -> None:
         self._table = table
         self._rows = rows
         self.layout = table.layout

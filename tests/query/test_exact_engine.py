@@ -121,9 +121,7 @@ def test_extremes_are_those_of_all_scores(
     for ranking, scores in ((result.top, expected), (result.bottom, -expected)):
         columns = dense_ranking(scores, k)
         assert ranking.ids.tolist() == [[f"s{c}" for c in line] for line in columns]
-        torch.testing.assert_close(
-            ranking.scores, expected.gather(1, torch.tensor(columns)), rtol=EXACT, atol=EXACT
-        )
+        torch.testing.assert_close(ranking.scores, expected.gather(1, torch.tensor(columns)), rtol=EXACT, atol=EXACT)
     full = engine.influence(query, damping=DAMPING, mode=mode)
     assert full.proponents(k).ids.tolist() == result.top.ids.tolist()
     assert full.opponents(k).ids.tolist() == result.bottom.ids.tolist()
@@ -193,9 +191,7 @@ def test_only_some_samples(store: MemoryStore, query: QueryGradients, asked: lis
     torch.testing.assert_close(part.scores, whole.scores[:, columns], rtol=EXACT, atol=EXACT)
 
 
-def test_repeating_a_query_repeats_its_scores_and_leaves_it_alone(
-    store: MemoryStore, query: QueryGradients
-) -> None:
+def test_repeating_a_query_repeats_its_scores_and_leaves_it_alone(store: MemoryStore, query: QueryGradients) -> None:
     before = query.gradients.clone()
     engine = QueryEngine(store)
     first, second = (engine.influence(query, mode="cosine").scores for _ in range(2))
@@ -204,9 +200,7 @@ def test_repeating_a_query_repeats_its_scores_and_leaves_it_alone(
     assert torch.equal(query.gradients, before)
 
 
-def test_a_changed_damping_takes_effect_and_the_old_one_comes_back(
-    store: MemoryStore, query: QueryGradients
-) -> None:
+def test_a_changed_damping_takes_effect_and_the_old_one_comes_back(store: MemoryStore, query: QueryGradients) -> None:
     engine = QueryEngine(store)
     for name in ("diagonal", "covariance", "kfac", "ekfac"):
         small, large, again = (
@@ -245,9 +239,7 @@ def test_self_influence_of_sums_and_of_some(rows: Tensor) -> None:
     expected = (summed @ inverse * summed).sum(1)
     own = engine.self_influence(preconditioner="covariance", damping=DAMPING, reduce="sum")
     torch.testing.assert_close(own.scores, expected, rtol=EXACT, atol=EXACT)
-    some = engine.self_influence(
-        preconditioner="covariance", damping=DAMPING, reduce="sum", data_id=["s4", "s9"]
-    )
+    some = engine.self_influence(preconditioner="covariance", damping=DAMPING, reduce="sum", data_id=["s4", "s9"])
     torch.testing.assert_close(some.scores, expected[[4, 9]], rtol=EXACT, atol=EXACT)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import zarr
 from torch import Tensor
 
 from logix_like.capture.batch import ProjectedBatch
@@ -70,6 +72,11 @@ def batches(
         yield ProjectedBatch(
             tuple(ids[part]), rows[part], step=step + number, epoch=epoch, lr=0.5, loss=rows[part].sum(1), **more
         )
+
+
+def zarr_values(array: Path) -> np.ndarray:
+    """All values of an array as zarr-python reads them; a copy that may be written to."""
+    return np.array(zarr.open_array(array, mode="r")[:])
 
 
 def log(store: Path, rows: Tensor, encoding: str = "float32", **more: Any) -> None:

@@ -195,9 +195,7 @@ def test_names_become_one_path_segment(name: str) -> None:
     assert (Path("root") / part).parent == Path("root")
 
 
-def test_a_kill_while_describing_leaves_an_undescribed_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_describing_leaves_an_undescribed_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(tmp_path / "s", {})
 
     def killed(*_: object) -> None:

@@ -1,0 +1,177 @@
+"""The asking side of a run: queries captured at one or several checkpoints, and the engine that answers them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from logix_like.block import BlockOptions
+from logix_like.config import QueryConfig
+from logix_like.errors import CaptureError, ConfigError, QueryError, StoreError
+from logix_like.layout import DataId, Layout
+from logix_like.logbook import Logbook, project
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.store import open_store
+from logix_like.weights import fingerprint, gradients_put_aside, load_weights, restored_weights
+
+
+class Query:
+    """What ``with run.query(...) as query`` yields; :attr:`gradients` is there once the block has ended."""
+
+    def __init__(self, data_id: tuple[DataId, ...]) -> None:
+        self.data_id = data_id
+        self._sum: Tensor | None = None
+        self._layout: Layout | None = None
+        self._count = 0
+
+    def add(self, rows: Tensor, layout: Layout) -> None:
+        """Take one block's rows ``[queries, width]``; those of several blocks are averaged."""
+        self._sum = rows if self._sum is None else self._sum + rows
+        self._layout = layout
+        self._count += 1
+
+    @property
+    def gradients(self) -> QueryGradients:
+        """Mean over the captured blocks.
+
+        Raises:
+            QueryError: the block has not ended, or ended with an exception.
+        """
+        if self._sum is None or self._layout is None:
+            raise QueryError("the query holds no gradient: run forward and backward inside 'with run.query(...)'")
+        note = "" if self._count == 1 else f"query gradient averaged over {self._count} checkpoints"
+        return QueryGradients(self.data_id, self._sum / self._count, self._layout, note)
+
+    def __len__(self) -> int:
+        return len(self.data_id)
+
+
+class Asker:
+    """Captures queries with a logbook's tracker and holds the engine over its store."""
+
+    def __init__(self, path: Path, settings: QueryConfig, logbook: Logbook) -> None:
+        self._path = path
+        self._settings = settings
+        self._logbook = logbook
+        self._engine: QueryEngine | None = None
+        self._averaged: dict[tuple[DataId, ...], Query] | None = None
+        self._warned = False
+
+    @contextmanager
+    def query(self, options: BlockOptions) -> Iterator[Query]:
+        """Capture one block of queries; inside :meth:`at_checkpoints`, equal ids are averaged."""
+        tracker = self._logbook.tracker
+        if tracker.needs_warmup:
+            raise CaptureError("a query needs the projections first" + self._logbook.warmup_note())
+        query = Query(options.data_id)
+        if self._averaged is not None:
+            query = self._averaged.setdefault(options.data_id, query)
+        recording = tracker.recording(len(options.data_id))
+        with gradients_put_aside(tracker.model), recording:
+            yield query
+        recording.check()
+        recording.factor = options.factor()
+        query.add(project(recording, options)[0].cpu(), tracker.layout)
+        if self._logbook.closed and self._averaged is None:
+            self._warn_of_other_weights(tracker.model)
+
+    def at_checkpoints(self, which: str | Sequence[int]) -> Iterator[nn.Module]:
+        """The model at its checkpoints, one after another; the weights are restored at the end."""
+        store, model = open_store(self._path), self._logbook.tracker.model
+        chosen = _chosen([record.number for record in store.checkpoints], which)
+        with restored_weights(model):
+            self._averaged = {}
+            try:
+                for number in chosen:
+                    load_weights(model, store.load_checkpoint(number))
+                    yield model
+            finally:
+                self._averaged = None
+
+    def query_fn(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        options: BlockOptions,
+        checkpoints: str | Sequence[int] | None,
+    ) -> Query:
+        """One batch of queries, at the present weights or averaged over checkpoints."""
+        if checkpoints is None:
+            return self._ask(self._logbook.tracker.model, batch, loss_fn, options)
+        query = None
+        with closing(self.at_checkpoints(checkpoints)) as models:  # type: ignore[type-var]
+            for model in models:
+                query = self._ask(model, batch, loss_fn, options)
+        assert query is not None
+        return query
+
+    def engine(self) -> QueryEngine:
+        """The engine over all that is committed; it keeps what it has fitted once logging has ended."""
+        if self._engine is None or not self._logbook.closed:
+            self._engine = QueryEngine(open_store(self._path))
+        return self._engine
+
+    def settings(self, given: Mapping[str, Any], *only: str) -> dict[str, Any]:
+        """The config's query settings with those given over them, reduced to the names in ``only``.
+
+        Raises:
+            ConfigError: an option is unknown (lists the known).
+        """
+        known = {**self._settings.model_dump(), "progress": None}
+        if only:
+            known = {name: known[name] for name in only}
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise ConfigError(f"unknown query option {unknown!r}; known are {', '.join(known)}")
+        return {**known, **given}
+
+    def _ask(
+        self,
+        model: nn.Module,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        options: BlockOptions,
+    ) -> Query:
+        with self.query(options) as query:
+            loss_fn(model, batch).backward()
+        return query
+
+    def _warn_of_other_weights(self, model: nn.Module) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        store = open_store(self._path)
+        weights = store.manifest.fingerprints.get("weights")
+        known = {weights, *(record.fingerprint for record in store.checkpoints)} - {None}
+        if known and fingerprint(model) not in known:
+            warnings.warn(
+                "the model's weights are neither those at the end of the logged run nor those of a "
+                "checkpoint: scores compare gradients of different models; load the trained weights, "
+                "or use run.at_checkpoints()",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+def as_gradients(query: Query | QueryGradients) -> QueryGradients:
+    """The gradients of whatever can be asked with."""
+    return query.gradients if isinstance(query, Query) else query
+
+
+def _chosen(known: Sequence[int], which: str | Sequence[int]) -> Sequence[int]:
+    if not known:
+        raise StoreError("the store holds no checkpoint; call run.checkpoint() while training, or set 'checkpoints'")
+    if which == "all":
+        return known
+    if which == "last":
+        return known[-1:]
+    if isinstance(which, str) or not which or any(number not in known for number in which):
+        listed = ", ".join(map(str, known))
+        raise StoreError(f"checkpoints {which!r} were asked for; there are 'all', 'last' and the numbers {listed}")
+    return which

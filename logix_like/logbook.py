@@ -1,0 +1,180 @@
+"""From the blocks of a training loop to batches of rows on their way to the store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logix_like.block import Block, BlockOptions
+from logix_like.capture.batch import FactorMoments, ProjectedBatch
+from logix_like.capture.tracker import Recording, Tracker
+from logix_like.config import Config
+from logix_like.errors import CaptureError
+from logix_like.query.gradients import QueryGradients
+from logix_like.session import StoreSession
+from logix_like.steps import Progress
+from logix_like.tracking import stored_projections, warn_of_coupling
+
+
+class Logbook:
+    """Opens blocks one at a time and hands their rows, once they are projected, to the session.
+
+    During a projection's warm-up ended blocks wait un-projected, in order, until there are samples enough.
+    """
+
+    def __init__(self, config: Config, session: StoreSession | None, progress: Progress) -> None:
+        self._config = config
+        self._session = session
+        self._progress = progress
+        self._tracker: Tracker | None = None
+        self._open: Block | None = None
+        self._waiting: list[tuple[Recording, BlockOptions, ProjectedBatch | None]] = []
+        self._last: QueryGradients | None = None
+        self.statistics: frozenset[str] = frozenset(config.statistics)
+        """What is gathered beside the rows; fixed by the first batch."""
+        self.saving = True
+        """Whether blocks are stored."""
+        self.closed = session is None
+        """Whether logging has ended; blocks are then captured for :attr:`last` only."""
+        self.blocks = 0
+        """Blocks that have ended."""
+
+    @property
+    def tracker(self) -> Tracker:
+        """The watched model's tracker.
+
+        Raises:
+            CaptureError: no model is watched.
+        """
+        if self._tracker is None:
+            raise CaptureError("no model is watched: give init(model=...) or call run.watch(model) first")
+        return self._tracker
+
+    @tracker.setter
+    def tracker(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    @property
+    def watching(self) -> bool:
+        """Whether a model is watched."""
+        return self._tracker is not None
+
+    @property
+    def last(self) -> QueryGradients:
+        """Ids and rows of the last block that was projected.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        if self._last is None:
+            raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
+        return self._last
+
+    def options(self, data_id: Any, *, loss_reduction: str | None = None, **given: Any) -> BlockOptions:
+        """What a block is told, with the config's defaults."""
+        return BlockOptions.of(
+            data_id,
+            reduction=loss_reduction or self._config.loss_reduction,
+            per_token=self._config.per_token,
+            **given,
+        )
+
+    def open(self, options: BlockOptions, *, detached: bool = False) -> Block:
+        """A new block; ``detached`` when the model's weights are frozen.
+
+        Raises:
+            CaptureError: another block is open, or no model is watched.
+        """
+        tracker = self.tracker
+        if self._open is not None:
+            raise CaptureError("a block is open already: blocks are not nested; close it with end() first")
+        recording = None
+        if self.closed or self.blocks % self._config.every == 0:
+            recording = tracker.recording(
+                len(options.data_id),
+                mask=options.mask,
+                moments=self._storing and "kronecker" in self.statistics,
+                detached=detached,
+            )
+        self._open = Block(recording, options, self._ended, self._dropped)
+        return self._open
+
+    def end(self) -> None:
+        """Close the open block.
+
+        Raises:
+            CaptureError: none is open, or no gradient reached a tracked module.
+        """
+        if self._open is None:
+            raise CaptureError("end() without start(): no block is open")
+        self._open.__exit__(None, None, None)
+
+    def flush(self, *, force: bool = False) -> None:
+        """Turn ended blocks into rows, if the projections exist; ``force`` ends a warm-up early."""
+        if self._tracker is None or not self._waiting:
+            return
+        if self._tracker.needs_warmup:
+            samples = sum(len(options.data_id) for _, options, _ in self._waiting)
+            if not force and samples < self._config.projection.warmup:
+                return
+            self._tracker.fit(recording for recording, _, _ in self._waiting)
+        waiting, self._waiting = self._waiting, []
+        for recording, options, columns in waiting:
+            rows, moments = project(recording, options)
+            self._last = QueryGradients(options.data_id, rows, self._tracker.settle())
+            if columns is not None:
+                self._store(self._tracker, replace(columns, rows=rows.cpu(), moments=moments))
+
+    def warmup_note(self) -> str:
+        """What to wait for, when the projections do not exist yet."""
+        if self._tracker is None or not self._tracker.needs_warmup:
+            return ""
+        settings = self._config.projection
+        return f" (projection.init {settings.init!r} is made from the first {settings.warmup} samples; log them first)"
+
+    @property
+    def _storing(self) -> bool:
+        return self.saving and not self.closed
+
+    def _dropped(self, block: Block) -> None:
+        self._open = None
+
+    def _ended(self, block: Block) -> None:
+        if block.recording is not None:
+            if self.blocks == 0 and not self.closed:
+                warn_of_coupling(block.recording, self.tracker.model)
+            self._waiting.append((block.recording, block.options, self._columns(block.options)))
+            self.flush()
+        self.blocks += 1
+        if not self.closed:
+            self._progress.block_ended()
+
+    def _columns(self, options: BlockOptions) -> ProjectedBatch | None:
+        """What is stored beside the rows, as it is now; None when nothing is stored."""
+        if not self._storing:
+            return None
+        return ProjectedBatch(
+            data_id=options.data_id,
+            rows=torch.empty(0),
+            step=self._progress.step,
+            epoch=self._progress.epoch,
+            lr=self._progress.lr,
+            loss=None if options.loss is None else options.loss.float().cpu(),
+            metadata=options.metadata,
+        )
+
+    def _store(self, tracker: Tracker, batch: ProjectedBatch) -> None:
+        assert self._session is not None
+        if not self._session.begun:
+            self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
+        self._session.put(batch)
+
+
+def project(recording: Recording, options: BlockOptions) -> tuple[Tensor, FactorMoments | None]:
+    """A recording's rows ``[batch, width]`` (divided by token counts if asked for) and moments."""
+    rows, moments = recording.project()
+    divisors = options.row_divisors()
+    return (rows if divisors is None else rows / divisors.to(rows)), moments

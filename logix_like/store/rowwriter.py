@@ -1,0 +1,80 @@
+"""Writing and committing rows: full chunks to a part's own arrays, short ones as parts of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from logix_like.layout import Layout
+from logix_like.store.arrays import write_group
+from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
+from logix_like.store.encoding import Encoding
+from logix_like.store.parts import EncodedRows, PartWriter
+from logix_like.store.schema import TAILS
+
+
+class RowWriter:
+    """One part with its tails and its record; a chunk is written once and then recorded."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        encoding: Encoding,
+        *,
+        chunk_rows: int,
+        column_names: tuple[str, ...],
+        sync: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._encoding = encoding
+        self._chunk_rows = chunk_rows
+        self._column_names = column_names
+        self._sync = sync
+        self._main = self._part(folder, chunk_rows)
+        self._log = CommitLog(folder, sync=sync)
+        self._chunks = self._tails = 0
+
+    def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1) -> None:
+        """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk."""
+        if len(rows) == self._chunk_rows:
+            part, name, chunk = self._main, "", self._chunks
+            self._chunks += 1
+        else:
+            part, name, chunk = self._new_tail(len(rows)), f"{TAILS}/{self._tails}", 0
+            self._tails += 1
+        crc = part.write(chunk, rows)
+        start = chunk * self._chunk_rows
+        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step))
+
+    def record_statistics(self, generation: int, watermark: int) -> None:
+        """Switch to a generation of statistics that is written."""
+        self._log.append(StatisticsRecord(self._log.sequence, generation, watermark))
+
+    def seal(self) -> None:
+        """Trim the arrays' shapes to their rows and end the record."""
+        if self._chunks:
+            self._main.finish()
+        self._log.append(CloseRecord(self._log.sequence))
+        self._log.close()
+
+    def abandon(self) -> None:
+        """Let go of the record file without ending it; idempotent."""
+        self._log.close()
+
+    def _new_tail(self, rows: int) -> PartWriter:
+        if self._tails == 0:
+            write_group(self._folder / TAILS, sync=self._sync)
+        folder = self._folder / TAILS / str(self._tails)
+        write_group(folder, sync=self._sync)
+        return self._part(folder, rows)
+
+    def _part(self, folder: Path, rows: int) -> PartWriter:
+        return PartWriter(
+            folder,
+            self._layout,
+            self._encoding,
+            chunk_rows=rows,
+            column_names=self._column_names,
+            sync=self._sync,
+        )
