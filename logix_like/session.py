@@ -22,7 +22,7 @@ from logix_like.store import (
     open_store,
     save_checkpoint,
 )
-from logix_like.weights import fingerprint
+from logix_like.weights import fingerprint, tensors
 
 Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
@@ -60,6 +60,7 @@ class StoreSession:
             projections,
             projection=self._config.projection.model_dump(mode="json"),
             fingerprints={"structure": layout.fingerprint()},
+            durability=settings.durability,
         )
         self._writer = StoreWriter(
             self.path,
@@ -100,7 +101,7 @@ class StoreSession:
         """Keep the model's weights, unless the last checkpoint holds the same."""
         seen = (step, fingerprint(model))
         if seen != self._last_checkpoint:
-            save_checkpoint(self.path, model.state_dict(), step=step, epoch=epoch, fingerprint=seen[1])
+            save_checkpoint(self.path, tensors(model), step=step, epoch=epoch, fingerprint=seen[1])
             self._last_checkpoint = seen
 
     def finish(self, model: nn.Module | None) -> None:

@@ -134,12 +134,12 @@ class Statistics:
         return self._per_row(module, "outer_sum")
 
     def kronecker(self, module: str) -> KroneckerFactors:
-        """Kronecker factors of the module's block."""
+        """Kronecker factors of the module's block; zero for a module that no sample ever went through."""
         group = self.layout[module].input_group
-        return KroneckerFactors(
-            input=self._ratio(group, "input_outer_sum", "positions"),
-            output=self._ratio(module, "output_outer_sum", "samples"),
-        )
+        output = self._ratio(module, "output_outer_sum", "samples")
+        if self.has(group, "positions") and self.sums[group]["positions"].item() == 0:
+            return KroneckerFactors(input=self.sums[group]["input_outer_sum"], output=output)
+        return KroneckerFactors(input=self._ratio(group, "input_outer_sum", "positions"), output=output)
 
     def corrected_eigenvalues(self, module: str) -> CorrectedEigenvalues:
         """EK-FAC's eigenvalues of the module's block, with their basis."""

@@ -18,9 +18,7 @@ _SAMPLED = 4096
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 hex over the names, shapes and evenly spaced values of all parameters and buffers."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor in tensors(model).items():
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED)]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -62,7 +60,7 @@ def gradients_put_aside(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored_weights(model: nn.Module) -> Iterator[None]:
     """Whatever is loaded into the model inside, its weights and buffers are the same bits afterwards."""
-    kept = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    kept = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
     try:
         yield
     finally:
@@ -75,7 +73,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ModelMismatchError: a name or a shape differs.
     """
-    own = _tensors(model)
+    own = tensors(model)
     for name, tensor in own.items():
         if name not in weights:
             raise ModelMismatchError(f"the checkpoint has no {name!r}; it was taken from another model")
@@ -88,5 +86,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters and persistent buffers by ``state_dict`` name, without any extra state."""
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

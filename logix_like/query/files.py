@@ -1,4 +1,4 @@
-"""Results as files: JSON to read, npz for large ones. Nothing is pickled.
+"""Results and queries as files: JSON to read, npz for large ones. Nothing is pickled.
 
 Scores keep their bits and ids their type. A file is written beside its place and then moved there, so
 that a reader never sees half of one.
@@ -23,11 +23,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from logix_like.errors import QueryError
+from logix_like.errors import QueryError, StoreDamagedError
+from logix_like.layout import Layout
+from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids, InfluenceResult, Ranking
 
 FORMAT = {"format": "logix_like.influence", "version": 1}
+QUERY_FORMAT = {"format": "logix_like.queries", "version": 1}
 PLAIN = ("samples", "mode", "preconditioner", "damping", "reduce", "engine", "note")
 DTYPES = ("float32", "float64", "int64", "object")
 """Kinds of arrays in a file; objects are data ids."""
@@ -61,6 +65,61 @@ def read_result(path: Path) -> InfluenceResult:
         ) from error
 
 
+def write_queries(queries: QueryGradients, path: Path) -> Path:
+    """Write ``queries`` to an npz file; replaces a file that is there."""
+    _require_npz(path)
+    gradients = queries.gradients.detach().cpu()
+    header = QUERY_FORMAT | {"note": queries.note, "layout": queries.layout.to_json()}
+    arrays: Arrays = {
+        "data_id": _object_array(list(queries.data_id)),
+        "gradients": (gradients if gradients.dtype == torch.float64 else gradients.float()).numpy(),
+    }
+    return replace_file(path, lambda file: _write_npz((header, arrays), file))
+
+
+def read_queries(path: Path, layout: Layout | None = None) -> QueryGradients:
+    """Read queries; ``layout`` is that of a file which has no header of its own.
+
+    Raises :class:`QueryError` when the file is missing, damaged, something else, or of another width.
+    """
+    _require_npz(path)
+    try:
+        with path.open("rb") as file:
+            header, arrays = _read_npz(file)
+        if header and any(header.get(key) != value for key, value in QUERY_FORMAT.items()):
+            raise ValueError(f"its header does not say {QUERY_FORMAT}")
+        ids, gradients = _plain_ids(arrays["data_id"]), _floating(arrays["gradients"])
+        layout = Layout.from_json(header["layout"]) if header else layout
+    except FileNotFoundError as error:
+        raise QueryError(f"there are no queries at {path}; save some with query.gradients.save(...)") from error
+    except (*_UNREADABLE, StoreDamagedError) as error:
+        raise QueryError(
+            f"{path} cannot be read as queries ({error}); it must be a file that query.gradients.save(...) wrote, or "
+            "an npz with 'data_id' [queries] (text or whole numbers) and 'gradients' [queries, numbers of a row]"
+        ) from error
+    if layout is None:
+        raise QueryError(f"{path} does not say which modules its columns belong to; give layout=store.modules")
+    return QueryGradients(ids, gradients, layout, str(header.get("note", "")))
+
+
+def _plain_ids(ids: NDArray[Any]) -> tuple[str | int, ...]:
+    if ids.ndim != 1 or ids.dtype.kind not in "OUiu":
+        raise ValueError(f"data_id is {ids.dtype} of shape {ids.shape}")
+    return tuple(ids.tolist())
+
+
+def _floating(gradients: NDArray[Any]) -> Tensor:
+    """Numbers of any width as float32, or as float64 where they are wider."""
+    if gradients.dtype.kind not in "fiu":
+        raise ValueError(f"gradients are {gradients.dtype}")
+    return torch.from_numpy(gradients.astype(np.promote_types(gradients.dtype, np.float32)))
+
+
+def _require_npz(path: Path) -> None:
+    if path.suffix != ".npz":
+        raise QueryError(f"queries are kept as .npz; {path.name!r} does not end so")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file by ``write`` beside ``path``, then move it there in one step."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -81,6 +140,8 @@ _UNREADABLE = (
     IndexError,
     OSError,
     EOFError,
+    RuntimeError,
+    MemoryError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -158,7 +219,7 @@ def _write_npz(parts: Parts, file: BinaryIO) -> None:
 def _read_npz(file: BinaryIO) -> Parts:
     with np.load(file, allow_pickle=False) as packed:
         arrays = dict(packed)
-    header = json.loads(arrays.pop("header").tobytes())
+    header = json.loads(arrays.pop("header").tobytes()) if "header" in arrays else {}
     for name in [key.removesuffix(".text") for key in arrays if key.endswith(".text")]:
         arrays[name] = _unpack_ids(*(arrays.pop(f"{name}.{part}") for part in ("text", "ends", "integer")))
     return header, arrays

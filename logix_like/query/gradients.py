@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,3 +53,28 @@ class QueryGradients:
                 f"the gradient of query {first!r} ({int((~finite).sum())} of {len(self)} queries) holds NaN "
                 "or infinite numbers; check the query's loss, or leave it out"
             )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the gradients with their ids and module table to a ``.npz`` file; returns its path.
+
+        Whole or not at all; nothing is pickled. ``logix-like query`` reads it.
+        """
+        from logix_like.query.files import write_queries
+
+        return write_queries(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], layout: Layout | None = None) -> QueryGradients:
+        """Read what :meth:`save` wrote, or a file made elsewhere that holds ``data_id`` and ``gradients``.
+
+        Args:
+            path: The ``.npz`` file.
+            layout: The module table for a file without one, e.g. ``store.modules``; of such a file only the
+                width can be checked.
+
+        Raises:
+            QueryError: the file is missing, damaged or something else, or its width is not the layout's.
+        """
+        from logix_like.query.files import read_queries
+
+        return read_queries(Path(path), layout)

@@ -180,7 +180,7 @@ class SelfInfluence:
     def highest(self, k: int) -> Ranking:
         """The ``k`` samples with the highest scores, as a ranking of one line."""
         if not 1 <= k <= len(self.data_id):
-            raise QueryError(f"k is {k}; there are {len(self.data_id)} samples, so k must be between 1 and that")
+            raise QueryError(f"k is {k}; it must be between 1 and {len(self.data_id)}, the number of samples")
         best, chosen = stable_top(self.scores[None], k)
         columns = chosen.numpy()
         return Ranking(self.data_id[columns], best, None if self.step is None else self.step[columns])

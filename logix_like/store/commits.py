@@ -18,6 +18,7 @@ from logix_like.errors import StoreDamagedError
 from logix_like.store.files import LineFile, checksum, read_bytes
 from logix_like.store.schema import COMMITS, GRADIENTS, TAILS
 
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _PART = re.compile(rf"({TAILS}/[0-9]{{1,12}})?", re.ASCII)
 _ARRAY = re.compile(r"(metadata/)?(?!\.{1,2}$)[A-Za-z0-9_.~@%-]+", re.ASCII)
 
@@ -133,7 +134,7 @@ def read_commits(folder: Path) -> Commits:
     for number, line in enumerate(lines):
         try:
             records.append(_parse(line, number))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except _UNREADABLE as error:
             if number == len(lines) - 1 and not unfinished:
                 return _collect(records, torn=True)
             raise StoreDamagedError(

@@ -58,7 +58,7 @@ def _left_out(folder: Path) -> int:
     try:
         count = json.loads(read_bytes(folder / DOCUMENT))["attributes"]["left_out"]
         return int(count)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise StoreDamagedError(
             f"{folder / DOCUMENT} cannot be read ({error!r}); delete the folder, the view is made anew"
         ) from error
@@ -95,12 +95,28 @@ def _write_means(table: RowTable, visits: Visits, folder: Path) -> None:
     rows = chunk_rows(table.layout, table.encoding, VIEW_CHUNK_MIB)
     out = RowWriter(folder, table.layout, table.encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True)
     last = last_visits(table, visits)
+    columns = _columns(table, visits, last)
     try:
         for start, means in _mean_chunks(table, visits, rows):
-            out.write(_encode(table, visits, last, start, means))
+            samples = slice(start, start + len(means))
+            part = {name: column[samples] for name, column in columns.items()}
+            out.write(_encode(table, part, last[samples], means))
         out.seal()
     finally:
         out.abandon()
+
+
+def _columns(table: RowTable, visits: Visits, last: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the whole view, but for the norms: of each sample's last visit, the mean loss."""
+    total = np.bincount(visits.sample, weights=table.loss[visits.rows], minlength=len(visits.count))
+    return {
+        "step": table.step[last],
+        "epoch": table.epoch[last],
+        "loss": total / visits.count,
+        "lr": table.lr[last],
+        "flags": table.flags[last],
+        "visits": visits.count,
+    }
 
 
 def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[int, Tensor]]:
@@ -120,30 +136,14 @@ def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[
             yield first + start, sums[start : start + chunk]
 
 
-def _encode(table: RowTable, visits: Visits, last: np.ndarray, start: int, means: Tensor) -> EncodedRows:
-    samples = slice(start, start + len(means))
-    rows = last[samples]
+def _encode(table: RowTable, columns: dict[str, np.ndarray], last: np.ndarray, means: Tensor) -> EncodedRows:
     values = torch.empty(means.shape, dtype=table.encoding.dtype)
     scale = table.encoding.encode(means, table.layout, values)
     norm = torch.linalg.vector_norm(means, dim=1).double().numpy()
-    finite = np.isfinite(norm)
-    columns = {
-        "step": table.step[rows],
-        "epoch": table.epoch[rows],
-        "loss": _mean_loss(table, visits)[samples],
-        "norm": norm,
-        "lr": table.lr[rows],
-        "flags": np.where(finite, table.flags[rows], table.flags[rows] | int(Flag.NONFINITE)),
-        "visits": visits.count[samples],
-    }
+    flags = np.where(np.isfinite(norm), columns["flags"], columns["flags"] | int(Flag.NONFINITE))
+    columns = {**columns, "norm": norm, "flags": flags}
     numbers = np.stack([columns[name] for name in VIEW_COLUMNS], axis=1).astype(np.float64)
-    texts = {DATA_ID: [id_text(data_id)[0] for data_id in table.data_id[rows]]}
+    texts = {DATA_ID: [id_text(data_id)[0] for data_id in table.data_id[last]]}
     for name, column in table.metadata.items():
-        texts[f"{METADATA}/{segment(name)}"] = [value_text(value) for value in column[rows]]
+        texts[f"{METADATA}/{segment(name)}"] = [value_text(value) for value in column[last]]
     return EncodedRows(values, scale, numbers, texts)
-
-
-def _mean_loss(table: RowTable, visits: Visits) -> np.ndarray:
-    total = np.bincount(visits.sample, weights=table.loss[visits.rows], minlength=len(visits.count))
-    mean: np.ndarray = total / visits.count
-    return mean

@@ -70,7 +70,8 @@ def compare(
     name: str, ours: Callable[[], object], other: Callable[[], object], *, pairs: int = 24, warmup: int = 3
 ) -> Ratio:
     """Time two things in turn, changing who goes first, in one process."""
-    first, second = [], []
+    first: list[float] = []
+    second: list[float] = []
     for number in range(warmup + pairs):
         order = ((ours, first), (other, second)) if number % 2 else ((other, second), (ours, first))
         for act, times in order:
@@ -78,9 +79,13 @@ def compare(
             act()
             if number >= warmup:
                 times.append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Ratio(name, statistics.median(first), statistics.median(second), (low, middle, high))
+    return ratio_of(name, first, second)
+
+
+def ratio_of(name: str, ours: list[float], other: list[float]) -> Ratio:
+    """What two series of times, taken in turn, say."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, other, strict=True)], n=4)
+    return Ratio(name, statistics.median(ours), statistics.median(other), (low, middle, high))
 
 
 def forever(items: list[Tensor]) -> Iterator[tuple[int, Tensor]]:

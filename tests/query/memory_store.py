@@ -40,7 +40,7 @@ class MemoryRows:
     valid: NDArray[np.bool_]
     step: NDArray[np.int64]
     key: str = "rows"
-    factor: Tensor | None = None
+    factor: NDArray[np.float64] | None = None
     chunk_rows: int = 7
     left_out: int = 0
     scans: int = field(default=0, init=False)
@@ -133,7 +133,7 @@ class MemoryStore(MemoryRows):
         groups = list(visits.values())
         chosen = [group[-1:] if reduce == "last" else group for group in groups]
         rows = torch.stack([self.rows[group].mean(0) for group in chosen])
-        factor = torch.tensor([float(len(group)) for group in groups]) if reduce == "sum" else None
+        factor = np.array([float(len(group)) for group in groups]) if reduce == "sum" else None
         everything = np.ones(len(rows), dtype=bool)
         step = np.array([self.step[group[-1]] for group in groups])
         key = f"{self.key}-{reduce}"

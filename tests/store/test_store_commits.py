@@ -178,6 +178,7 @@ RECORD = {
         {"chunk": "0"},
         {"sequence": True},
         {"step": None},
+        {"step": float("inf")},
     ],
 )
 def test_a_crafted_record_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ class Gate:
             self.writes += 1
             if fail_at is not None and self.writes >= fail_at:
                 raise OSError(28, "No space left on device")
-            return original(part, *arguments)  # type: ignore[arg-type]
+            return original(part, *arguments)
 
         monkeypatch.setattr(PartWriter, "write", write)
 
@@ -195,7 +195,7 @@ def _no_space(*_: object) -> None:
     [
         (ProjectedBatch((1,), torch.ones(2, WIDTH)), r"rows of shape \(2, 21\) for 1 ids"),
         (ProjectedBatch((1,), torch.ones(1, 3)), r"expected \(1, 21\)"),
-        (ProjectedBatch((1.5,), torch.ones(1, WIDTH)), "id is 1.5 of type float, expected str or int"),  # type: ignore[arg-type]
+        (ProjectedBatch((1.5,), torch.ones(1, WIDTH)), "id is 1.5 of type float, expected str or int"),
         (ProjectedBatch(("\ud800",), torch.ones(1, WIDTH)), "cannot be written as UTF-8"),
         (ProjectedBatch((1,), torch.ones(1, WIDTH), loss=torch.ones(2)), "'loss' has 2 values for 1 samples"),
         (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={"a": ()}), "'a' has 0 values for 1 samples"),

@@ -1,0 +1,139 @@
+"""Bars B1 to B5 on workload W1; ``python -m pytest tests/bench -s`` prints the table.
+
+Both sides of a ratio run in one process, in turn, and medians are shown. The bars are asserted, so a run on a busy
+machine may fail where a quiet one passes: look at the quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import logix_like as logix
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from tests.bench import w1
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def logged_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """W1 logged once, all 512 sequences."""
+    root = tmp_path_factory.mktemp("w1")
+    network = w1.model()
+    with logix.init("store", network, w1.CONFIG, root=str(root), verbose=False) as run:
+        for number, tokens in enumerate(w1.batches()):
+            network.zero_grad()
+            with run(data_id=range(number * w1.BATCH, (number + 1) * w1.BATCH)):
+                w1.loss(network, tokens).backward()
+    return root / "store"
+
+
+def show(line: object) -> None:
+    sys.stdout.write(f"\n{line}")
+
+
+@pytest.mark.timeout(900)
+def test_b1_a_logged_step(tmp_path: Path) -> None:
+    network, tokens = w1.model(), w1.forever(w1.batches())
+    run = logix.init("b1", network, w1.CONFIG, root=str(tmp_path), verbose=False)
+
+    def logged() -> None:
+        number, batch = next(tokens)
+        network.zero_grad()
+        with run(data_id=range(number * w1.BATCH, (number + 1) * w1.BATCH)):
+            w1.loss(network, batch).backward()
+
+    def plain() -> None:
+        _, batch = next(tokens)
+        network.zero_grad()
+        w1.loss(network, batch).backward()
+
+    ratio = w1.compare("B1 logged step (covariance, store) / plain step", logged, plain, pairs=60)
+    run.finalize()
+    show(ratio)
+    assert len(run.store) == 63 * w1.BATCH
+    assert ratio.quartiles[1] <= 1.05
+
+
+@pytest.mark.timeout(900)
+def test_b2_extraction(tmp_path: Path) -> None:
+    network, other = w1.model(), w1.model()
+    tokens = w1.batches()
+    run = logix.init("b2", network, w1.CONFIG, root=str(tmp_path), verbose=False)
+    ours: list[float] = []
+    theirs: list[float] = []
+
+    def loader() -> Iterator[Tensor]:
+        for batch in tokens[:40]:
+            start = time.perf_counter()
+            yield batch
+            ours.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            other.zero_grad()
+            w1.loss(other, batch).backward()
+            theirs.append(time.perf_counter() - start)
+
+    run.extract(loader(), w1.loss, progress=False)
+    run.finalize()
+    ratio = w1.ratio_of("B2 extract step / plain step", ours[3:], theirs[3:])
+    show(ratio)
+    assert ratio.quartiles[1] <= 0.78
+
+
+@pytest.mark.timeout(900)
+def test_b3_memory(tmp_path: Path) -> None:
+    measured = {}
+    for kind in ("plain", "logged"):
+        command = [sys.executable, "-m", "tests.bench.memory", kind, str(tmp_path / kind)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        measured[kind] = json.loads(output)
+    above = (measured["logged"]["peak"] - measured["plain"]["peak"]) / 2**20
+    growth = measured["logged"]["growth"] - measured["plain"]["growth"]
+    show(f"B3 peak memory above the plain loop: {above:.1f} MiB; growth per logged sample: {growth:,.0f} bytes")
+    assert above <= 64
+    assert growth <= 2 * 7168 * 2
+
+
+def test_b4_bytes_on_disk(logged_store: Path) -> None:
+    store = logix.open_store(logged_store)
+    rows = sum(size for kind, size in store.bytes.items() if kind in ("rows", "columns", "commits"))
+    others = {kind: size for kind, size in store.bytes.items() if kind not in ("rows", "columns", "commits")}
+    show(f"B4 bytes a sample: {rows / len(store):,.0f} (rows, columns, commit records); others in all: {others}")
+    assert len(store) == w1.SEQUENCES
+    assert rows / len(store) <= 14_500
+
+
+def test_b5_a_query(logged_store: Path) -> None:
+    store = logix.open_store(logged_store)
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(8, store.layout.width, generator=generator)
+    query = QueryGradients(tuple(range(8)), queries, store.layout)
+    engine = QueryEngine(store)
+    rows = store.gradients[:]
+
+    def product() -> Tensor:
+        return queries @ rows.T
+
+    for k in (None, 10):
+        name = f"B5 product in memory / query of all scores (k={k})"
+        ratio = w1.compare(name, product, lambda k=k: engine.influence(query, k=k), pairs=60)
+        show(ratio)
+        assert ratio.quartiles[1] >= 0.5

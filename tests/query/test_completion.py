@@ -1,0 +1,138 @@
+"""Statistics are completed by a pass over the store, and only when they must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from logix_like.errors import EmptyStoreError, StatisticsError
+from logix_like.query.completion import ensure_statistics, statistics_for
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.statistics import Statistics, StatisticsAccumulator
+from tests.query.memory_store import MemoryStore
+from tests.reference import blocks_layout, second_moment_matrix
+
+EXACT = 1e-12
+"""Float64 sums of some tens of rows in another order."""
+
+LAYOUT = blocks_layout((2, 3), (3, 2))
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.randn(30, LAYOUT.width, dtype=torch.float64)
+
+
+def _statistics(rows: Tensor, *names: str) -> Statistics:
+    accumulator = StatisticsAccumulator(LAYOUT, names)
+    accumulator.update(rows)
+    statistics = accumulator.snapshot()
+    if "kronecker" not in names:
+        return statistics
+    one = torch.ones((), dtype=torch.float64)
+    factors = {
+        b.name: {"samples": one, "output_outer_sum": _moment(b.rank[0])}
+        | {"positions": one, "input_outer_sum": _moment(b.rank[1])}
+        for b in LAYOUT
+    }
+    return Statistics(LAYOUT, {b.name: statistics.sums[b.name] | factors[b.name] for b in LAYOUT}, len(rows))
+
+
+def _moment(size: int) -> Tensor:
+    root = torch.randn(9, size, dtype=torch.float64)
+    return root.T @ root
+
+
+def test_complete_statistics_are_taken_as_they_are(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows, "covariance", "variance"))
+    assert ensure_statistics(store, ["covariance", "variance"]) is store.statistics
+    assert store.scans == 0
+
+
+@pytest.mark.parametrize("covered", [0, 10])
+def test_a_missing_or_stale_covariance_is_computed_over_valid_rows(rows: Tensor, covered: int) -> None:
+    rows[5] = float("nan")
+    valid = [i != 5 for i in range(30)]
+    good = rows[torch.tensor(valid)]
+    statistics = _statistics(good[:covered], "covariance", "kronecker")
+    store = MemoryStore(LAYOUT, rows, ["same"] * 30, valid=valid, statistics=statistics)
+    completed = ensure_statistics(store, ["covariance"])
+    assert (store.scans, completed.rows) == (1, 29)
+    for block in LAYOUT:
+        expected = second_moment_matrix(good[:, block.columns])
+        torch.testing.assert_close(completed.covariance(block.name), expected, rtol=EXACT, atol=EXACT)
+        assert torch.equal(completed.kronecker(block.name).input, statistics.kronecker(block.name).input)
+
+
+def test_sums_of_other_rows_are_dropped(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows[:10], "mean", "covariance"))
+    completed = ensure_statistics(store, ["covariance"])
+    assert not completed.has("layer.0", "sum")
+
+
+def test_large_blocks_get_no_covariance_unless_it_is_asked_for_by_name(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows)
+    limited = ensure_statistics(store, ["covariance"], covariance_limit=5)
+    assert not limited.has("layer.0", "outer_sum")
+    assert statistics_for("covariance", store).has("layer.0", "outer_sum")
+
+
+def test_eigenvalues_are_computed_in_the_gathered_basis(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows, "kronecker"))
+    completed = statistics_for("ekfac", store)
+    corrected = completed.corrected_eigenvalues("layer.0")
+    rotated = corrected.output_basis.T @ rows[:, :6].view(-1, 2, 3) @ corrected.input_basis
+    torch.testing.assert_close(corrected.values, rotated.square().mean(0), rtol=EXACT, atol=EXACT)
+    store.statistics = completed
+    scans = store.scans
+    assert statistics_for("ekfac", store) is completed and store.scans == scans
+    store.grow(torch.cat([rows, rows]), completed)
+    assert statistics_for("ekfac", store).sums["layer.0"]["corrected_rows"] == 60
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_kronecker_factors_cannot_be_had_from_rows(rows: Tensor, name: str) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows, "covariance"))
+    with pytest.raises(StatisticsError, match=r"'layer\.0' were not gathered.*'kronecker' under 'statistics'"):
+        statistics_for(name, store)
+
+
+def test_auto_makes_no_pass_when_factors_are_there(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows, "kronecker"))
+    assert statistics_for("auto", store) is store.statistics
+    assert store.scans == 0
+
+
+def test_auto_computes_the_covariance_when_nothing_was_gathered(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows)
+    query = QueryGradients(("q",), rows[:1].clone(), LAYOUT)
+    note = QueryEngine(store).influence(query).note
+    assert "covariance (2 modules), damping 0.1, empirical Fisher over 30 rows" in note
+
+
+def test_partial_coverage_is_said(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows[:12], "kronecker"))
+    query = QueryGradients(("q",), rows[:1].clone(), LAYOUT, note="mean over 3 checkpoints")
+    note = QueryEngine(store).influence(query, preconditioner="kfac").note
+    assert "empirical Fisher over 12 of 30 rows" in note
+    assert note.endswith("queries: mean over 3 checkpoints")
+
+
+def test_a_module_that_was_never_used_is_left_out(rows: Tensor) -> None:
+    rows[:, LAYOUT["layer.1"].columns] = 0
+    statistics = _statistics(rows, "kronecker")
+    for field in ("output_outer_sum", "input_outer_sum", "positions"):
+        statistics.sums["layer.1"][field] = torch.zeros_like(statistics.sums["layer.1"][field])
+    store = MemoryStore(LAYOUT, rows, statistics=statistics)
+    query = QueryGradients(("q",), torch.ones(1, LAYOUT.width, dtype=torch.float64), LAYOUT)
+    for name in ("kfac", "ekfac"):
+        scores = QueryEngine(store).influence(query, preconditioner=name).scores
+        assert scores is not None and torch.isfinite(scores).all() and scores.any()
+
+
+def test_no_valid_row_is_an_empty_store(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows, valid=[False] * 30)
+    with pytest.raises(EmptyStoreError, match="30 rows and none that can be ranked"):
+        ensure_statistics(store, ["covariance"])

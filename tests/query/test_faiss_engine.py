@@ -1,0 +1,123 @@
+"""The index finds what the exact engine finds."""
+
+from __future__ import annotations
+
+import builtins
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from logix_like.errors import MissingDependencyError
+from logix_like.query.engine import REDUCTIONS, QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.query.modes import MODES
+from logix_like.query.result import InfluenceResult
+from tests.query.memory_store import MemoryStore
+from tests.reference import blocks_layout
+
+pytest.importorskip("faiss", reason="needs the faiss extra")
+
+LAYOUT = blocks_layout((4, 3), (3, 2), (4, 3))
+
+SINGLE = 1e-5
+"""Both sides score in float32; products may be summed in another order."""
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.randn(200, LAYOUT.width) * torch.linspace(0.2, 3, LAYOUT.width)
+
+
+@pytest.fixture
+def query() -> QueryGradients:
+    return QueryGradients(("q0", "q1", "q2"), torch.randn(3, LAYOUT.width), LAYOUT)
+
+
+def _both(engine: QueryEngine, query: QueryGradients, **options: Any) -> tuple[InfluenceResult, InfluenceResult]:
+    return engine.influence(query, **options), engine.influence(query, engine="faiss", **options)
+
+
+def _assert_same(exact: InfluenceResult, indexed: InfluenceResult) -> None:
+    assert indexed.engine == "faiss"
+    for one, other in ((exact.proponents(), indexed.proponents()), (exact.opponents(), indexed.opponents())):
+        assert one.ids.tolist() == other.ids.tolist()
+        torch.testing.assert_close(one.scores, other.scores, rtol=SINGLE, atol=SINGLE * one.scores.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("preconditioner", ["identity", "covariance"])
+def test_ids_order_and_scores_are_those_of_the_exact_engine(
+    rows: Tensor, query: QueryGradients, preconditioner: str, mode: str
+) -> None:
+    engine = QueryEngine(MemoryStore(LAYOUT, rows))
+    _assert_same(*_both(engine, query, k=10, preconditioner=preconditioner, mode=mode))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_visits_are_combined(rows: Tensor, query: QueryGradients, reduce: str, mode: str) -> None:
+    ids = [f"s{i % 60}" for i in range(200)]  # some with four visits and some with three
+    engine = QueryEngine(MemoryStore(LAYOUT, rows, ids))
+    exact, indexed = _both(engine, query, k=7, reduce=reduce, mode=mode)
+    _assert_same(exact, indexed)
+    if reduce == "none":
+        assert indexed.top is not None and exact.top is not None
+        assert indexed.top.step is not None and exact.top.step is not None
+        assert indexed.top.step.tolist() == exact.top.step.tolist()
+
+
+def test_invalid_rows_and_other_samples_are_left_out(rows: Tensor, query: QueryGradients) -> None:
+    rows[::5] = float("nan")
+    valid = [i % 5 != 0 for i in range(200)]
+    engine = QueryEngine(MemoryStore(LAYOUT, rows, valid=valid))
+    _assert_same(*_both(engine, query, k=20, reduce="none"))
+    some = [f"s{i}" for i in range(1, 200, 5)]
+    exact, indexed = _both(engine, query, k=40, reduce="none", data_id=some)
+    _assert_same(exact, indexed)
+    assert set(indexed.proponents().ids.ravel()) == set(some)
+
+
+def test_equal_rows_rank_in_row_order() -> None:
+    # Small whole numbers: float32 sums of them are exact in any order, so equal rows have equal scores.
+    query = QueryGradients(("q",), torch.arange(LAYOUT.width).float()[None], LAYOUT)
+    engine = QueryEngine(MemoryStore(LAYOUT, torch.ones(30, LAYOUT.width)))
+    _assert_same(*_both(engine, query, k=5, preconditioner="identity"))
+
+
+def test_the_index_is_kept_until_something_changes(rows: Tensor, query: QueryGradients) -> None:
+    store = MemoryStore(LAYOUT, rows)
+    engine = QueryEngine(store)
+    engine.influence(query, k=5, engine="faiss")
+    view = store.view("mean")
+    scans = view.scans
+    engine.influence(query, k=9, engine="faiss")
+    assert view.scans == scans
+    for change in ({"damping": 1.0}, {"mode": "relatif", "damping": 1.0}, {"reduce": "sum"}):
+        _assert_same(*_both(engine, query, k=5, **change))
+    store.grow(rows.flip(0), store.statistics)
+    _assert_same(*_both(engine, query, k=5))
+
+
+def test_float64_rows_are_scored_in_float64(rows: Tensor, query: QueryGradients) -> None:
+    engine = QueryEngine(MemoryStore(LAYOUT, rows.double()))
+    exact, indexed = _both(engine, query, k=5)
+    assert indexed.proponents().scores.dtype == torch.float64
+    _assert_same(exact, indexed)
+
+
+def test_a_missing_faiss_says_what_to_install(
+    rows: Tensor, query: QueryGradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without_faiss(name: str, *args: Any, **kwargs: Any) -> ModuleType:
+        if name == "faiss":
+            raise ImportError("No module named 'faiss'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_faiss)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'logix_like\[faiss\]'"):
+        QueryEngine(MemoryStore(LAYOUT, rows)).influence(query, k=5, engine="faiss")

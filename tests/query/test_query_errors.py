@@ -1,0 +1,103 @@
+"""What makes no sense is refused, with what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError
+from logix_like.query.engine import ENGINES, REDUCTIONS, QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.store.view import REDUCTIONS as STORE_REDUCTIONS
+from tests.query.memory_store import MemoryStore
+from tests.reference import blocks_layout
+
+LAYOUT = blocks_layout((2, 3), (3, 2))
+
+
+@pytest.fixture
+def engine() -> QueryEngine:
+    return QueryEngine(MemoryStore(LAYOUT, torch.randn(10, LAYOUT.width)))
+
+
+@pytest.fixture
+def query() -> QueryGradients:
+    return QueryGradients(("q0", "q1"), torch.randn(2, LAYOUT.width), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "cosin"}, "unknown mode 'cosin'; known: dot, cosine, relatif, l2"),
+        ({"reduce": "max"}, "unknown reduce 'max'; known: mean, sum, last, none"),
+        ({"engine": "annoy", "k": 1}, "unknown engine 'annoy'; known: exact, faiss"),
+        ({"preconditioner": "adam"}, "unknown preconditioner 'adam'; known: identity"),
+        ({"damping": -1.0}, "damping is -1.0; it must be a number of at least 0"),
+        ({"k": 0}, "k is 0; it must be at least 1"),
+        ({"k": 11}, "k is 11, but there are only 10 samples to rank; ask for fewer"),
+        ({"engine": "faiss"}, "finds the first k only: give k="),
+        ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
+        ({"data_id": [1]}, r"no sample with the id 1 \(int\)"),
+        ({"data_id": []}, "data_id names no sample"),
+        ({"data_id": "s1", "k": 2}, "there are only 1 samples to rank"),
+    ],
+)
+def test_options_that_make_no_sense(
+    engine: QueryEngine, query: QueryGradients, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(QueryError, match=message):
+        engine.influence(query, **options)
+
+
+def test_one_id_alone_is_one_sample_and_not_its_letters(engine: QueryEngine, query: QueryGradients) -> None:
+    assert engine.influence(query, data_id="s1").samples == 1
+
+
+def test_no_query(engine: QueryEngine) -> None:
+    with pytest.raises(QueryError, match="there is no query"):
+        engine.influence(QueryGradients((), torch.empty(0, LAYOUT.width), LAYOUT))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_is_named(engine: QueryEngine, query: QueryGradients, bad: float) -> None:
+    query.gradients[1, 3] = bad
+    for ask in (engine.influence, engine.self_influence):
+        with pytest.raises(QueryError, match=r"gradient of query 'q1' \(1 of 2 queries\) holds NaN or infinite"):
+            ask(query)
+
+
+def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None:
+    huge = torch.full((1, LAYOUT.width), 2e38)  # their sum overflows
+    assert engine.influence(QueryGradients(("q",), huge, LAYOUT), preconditioner="identity", mode="dot").samples == 10
+
+
+def test_queries_and_ids_must_fit() -> None:
+    with pytest.raises(QueryError, match=r"shape \(2, 5\); 1 ids and rows of 12 numbers need \(1, 12\)"):
+        QueryGradients(("q",), torch.zeros(2, 5), LAYOUT)
+
+
+def test_another_model_is_refused(engine: QueryEngine) -> None:
+    other = blocks_layout((2, 3), (2, 3))
+    query = QueryGradients(("q",), torch.ones(1, other.width), other)
+    for ask in (engine.influence, engine.self_influence):
+        with pytest.raises(ModelMismatchError, match=r"'layer\.1'.*shape is \(2, 3\), logged was \(3, 2\)"):
+            ask(query)
+
+
+def test_empty_stores(query: QueryGradients) -> None:
+    empty = MemoryStore(LAYOUT, torch.empty(0, LAYOUT.width))
+    for ask in (QueryEngine(empty).influence, QueryEngine(empty).self_influence):
+        with pytest.raises(EmptyStoreError, match="the store holds no rows: log some samples"):
+            ask(query)
+    with pytest.raises(EmptyStoreError, match="no rows"):
+        QueryEngine(empty).preconditioner()
+    invalid = MemoryStore(LAYOUT, torch.ones(2, LAYOUT.width), valid=[False, False])
+    with pytest.raises(EmptyStoreError, match="2 rows and none that can be ranked"):
+        QueryEngine(invalid).influence(query, reduce="none")
+
+
+def test_names_agree_with_the_store() -> None:
+    assert tuple(REDUCTIONS) == STORE_REDUCTIONS
+    assert ENGINES == ("exact", "faiss")
