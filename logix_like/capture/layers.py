@@ -41,7 +41,7 @@ class Side:
 
     @cached_property
     def columns(self) -> Tensor:
-        """``[width, rank]``, the matrix transposed for products from the right."""
+        """``[width, rank]``: the matrix's columns one after another, to be looked up."""
         if self.matrix is not None:
             return self.matrix.T.contiguous()
         raise AssertionError("an identity side has no matrix")
@@ -53,10 +53,7 @@ class Side:
             return self.bias.expand(*vectors.shape[:-1], -1)
         if self.matrix is None:
             return self._with_ones(vectors)
-        if self.bias is None:
-            return vectors @ self.columns
-        flat = torch.addmm(self.bias, vectors.reshape(-1, self.width), self.columns)
-        return flat.view(*vectors.shape[:-1], -1)
+        return F.linear(vectors, self.matrix, self.bias)
 
     def _with_ones(self, vectors: Tensor) -> Tensor:
         if self.bias is None:
@@ -245,6 +242,8 @@ def _rms_norm(module: Any, value: Tensor) -> Tensor:
 
 def _positions(factor: Tensor) -> Tensor:
     """``[batch, ..., rank]`` with everything between flattened to positions."""
+    if factor.ndim == 3:
+        return factor
     return factor.unsqueeze(1) if factor.ndim == 2 else factor.flatten(1, -2)
 
 

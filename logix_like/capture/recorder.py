@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,14 +17,13 @@ from logix_like.errors import CaptureError
 from logix_like.layout import Layout
 
 
-@dataclass
+@dataclass(slots=True)
 class _SharedInput:
     """The last tensor that a group of modules read, with its projection."""
 
     tensor: weakref.ref[Tensor]
     version: int
     kept: Tensor
-    owner: str
 
     def holds(self, value: Tensor) -> bool:
         return self.tensor() is value and self.version == value._version
@@ -51,8 +49,10 @@ class CallReader:
         on_gradient: Callable[[TrackedModule, object, Tensor], None],
         *,
         detached: bool = False,
+        device_type: str = "cpu",
     ) -> None:
         self._batch = batch
+        self._device_type = device_type
         self._on_input = on_input
         self._on_gradient = on_gradient
         self._detached = detached
@@ -68,7 +68,7 @@ class CallReader:
 
     def __call__(self, tracked: TrackedModule, value: Tensor, output: Tensor) -> Tensor | None:
         self.called.add(tracked.name)
-        if not torch.is_grad_enabled() or not self._open:
+        if not self._open or not torch.is_grad_enabled():
             return None
         replaced = None
         if not output.requires_grad:
@@ -76,26 +76,38 @@ class CallReader:
                 return None
             # With frozen weights the graph starts here; a copy, so that in-place layers may follow.
             output = replaced = output.detach().requires_grad_().clone()
-        with _full_precision(value):
-            kept = self._on_input(tracked, self._checked(tracked, value, "input"))
+        if tracked.batch_dim or not value.ndim or value.size(0) != self._batch:
+            value = self._checked(tracked, value, "input")
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                kept = self._on_input(tracked, value)
+        else:
+            kept = self._on_input(tracked, value)
         output.register_hook(partial(self._gradient, tracked, kept))
         return replaced
 
     def _gradient(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
-        if self._open:
-            self.gradients += 1
-            with _full_precision(gradient):
-                self._on_gradient(tracked, kept, self._checked(tracked, gradient, "output"))
+        if not self._open:
+            return
+        self.gradients += 1
+        if tracked.batch_dim or not gradient.ndim or gradient.size(0) != self._batch:
+            gradient = self._checked(tracked, gradient, "output")
+        # Autocast is for the model's products, not for ours.
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                self._on_gradient(tracked, kept, gradient)
+        else:
+            self._on_gradient(tracked, kept, gradient)
 
     def _checked(self, tracked: TrackedModule, value: Tensor, what: str) -> Tensor:
         if tracked.batch_dim:
             value = value.transpose(0, tracked.batch_dim)
-        if value.ndim == 0 or len(value) != self._batch:
+        samples = value.shape[0] if value.ndim else 0
+        if samples != self._batch:
             raise CaptureError(
-                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so "
-                f"{len(value) if value.ndim else 0} samples along dimension {tracked.batch_dim}, but "
-                f"{self._batch} data ids were given; give one id for each sample, name another dimension in "
-                "modules.batch_dim, or exclude a module that mixes samples"
+                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {samples} samples along "
+                f"dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each sample, "
+                "name another dimension in modules.batch_dim, or exclude a module that mixes samples"
             )
         return value
 
@@ -120,8 +132,10 @@ class BlockRecorder:
         self._moments = _Moments() if moments else None
         self._masked = 0 if mask is None else int(mask.sum())
         self._batch = batch
-        self.rows = torch.zeros(batch, layout.width, dtype=dtype, device=device)
-        self._blocks = layout.split(self.rows)
+        self._layout = layout
+        self._dtype = dtype
+        self._device = device
+        self._blocks: dict[str, Tensor] = {}
 
     def read_input(self, tracked: TrackedModule, value: Tensor) -> list[Tensor]:
         """Project a call's input for every use of the module; what is returned waits for the gradient."""
@@ -136,10 +150,21 @@ class BlockRecorder:
             inward, outward = tracked.rule.read_gradient(tracked.module, held, gradient, *sides)
             if use.transposed:
                 inward, outward = outward, inward
-            inward, outward = (f.to(self.rows.device, self.rows.dtype) for f in (inward, outward))
-            self._blocks[use.block] += outward.transpose(1, 2) @ inward
+            if inward.dtype != self._dtype or outward.dtype != self._dtype:
+                inward, outward = inward.to(self._dtype), outward.to(self._dtype)
+            _add(self._blocks, use.block, outward.transpose(1, 2) @ inward)
             if self._moments is not None:
                 self._add_moments(use.block, inward, outward)
+
+    def rows(self) -> Tensor:
+        """``[batch, width]``: the blocks side by side; zero for a module that got no gradient."""
+        rows = []
+        for block in self._layout:
+            found = self._blocks.get(block.name)
+            if found is None:
+                found = torch.zeros(self._batch, block.size, dtype=self._dtype, device=self._device)
+            rows.append(found.flatten(1).to(self._device))
+        return torch.cat(rows, 1)
 
     def moments(self, factor: float) -> FactorMoments | None:
         """The Kronecker moments of the batch, gradients multiplied by ``factor``."""
@@ -149,6 +174,9 @@ class BlockRecorder:
         return FactorMoments(self._moments.inputs, outputs, self._moments.positions, self._batch)
 
     def _read(self, tracked: TrackedModule, use: Use, value: Tensor) -> Tensor:
+        known = self._shared.get(self._projector.group(use.block) or "")
+        if known is not None and known.holds(value):
+            return known.kept
         rule, plain = tracked.rule, _plain(value)
         if use.transposed or not rule.shares_input:
             self._decide_group(use.block, use.block)
@@ -160,8 +188,7 @@ class BlockRecorder:
         if shared is None or not shared.holds(value):
             side = self._projector.sides(use, plain.dtype, plain.device)[0]
             kept = rule.read_input(tracked.module, plain, side)
-            shared = _SharedInput(weakref.ref(value), value._version, kept, group)
-            self._shared[group] = shared
+            shared = self._shared[group] = _SharedInput(weakref.ref(value), value._version, kept)
         return shared.kept
 
     def _group(self, block: str, value: Tensor) -> str:
@@ -201,14 +228,9 @@ class BlockRecorder:
 
 def _plain(value: Tensor) -> Tensor:
     """Outside autograd, and wide enough: float16 would overflow in products."""
-    value = value.detach()
+    if value.requires_grad:
+        value = value.detach()
     return value.float() if value.dtype == torch.float16 else value
-
-
-def _full_precision(value: Tensor) -> AbstractContextManager[object]:
-    """Autocast is for the model's products, not for ours."""
-    kind = value.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _outer_sum(factor: Tensor) -> Tensor:

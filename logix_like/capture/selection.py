@@ -12,9 +12,9 @@ from logix_like.capture.layers import RULES, Rule, type_name
 from logix_like.errors import ConfigError, UnsupportedModuleError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
-    """One module's part in one block."""
+    """One module's part in one block; the same only as itself, so that it is a cheap key."""
 
     block: str
     """Name of the block: the first module that uses the parameter."""

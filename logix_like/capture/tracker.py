@@ -126,10 +126,12 @@ class Recording:
         """Un-projected calls; empty unless a warm-up is going on."""
         self._recorder = None if tracker.needs_warmup else self._new_recorder()
         if self._recorder is None:
-            self._reader = CallReader(batch, self._keep_value, self._keep_call, detached=detached)
+            on_input, on_gradient = self._keep_value, self._keep_call
         else:
-            recorder = self._recorder
-            self._reader = CallReader(batch, recorder.read_input, recorder.read_gradient, detached=detached)
+            on_input, on_gradient = self._recorder.read_input, self._recorder.read_gradient
+        self._reader = CallReader(
+            batch, on_input, on_gradient, detached=detached, device_type=tracker.device.type
+        )
         self._kept: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
         self._stack = ExitStack()
 
@@ -174,9 +176,8 @@ class Recording:
                 kept = recorder.read_input(call.tracked, call.value)
                 recorder.read_gradient(call.tracked, kept, call.gradient)
             self.calls = []
-        if self.factor != 1.0:
-            recorder.rows.mul_(self.factor)
-        return recorder.rows, recorder.moments(self.factor)
+        rows = recorder.rows()
+        return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(

@@ -38,6 +38,9 @@ ENGINES = ("exact", "faiss")
 """``exact`` reads every row; ``faiss`` asks an index in memory and scores its candidates exactly."""
 
 
+KEPT_BYTES = 32 * 2**20
+"""How much of a small store is kept in memory, decoded, from one question to the next."""
+
 Steps = NDArray[np.int64]
 
 
@@ -73,10 +76,16 @@ class QueryEngine:
 
     Preconditioners, self-influences and indexes are kept from call to call, as long as the rows and the
     settings they were made for are the ones asked for.
+
+    Args:
+        store: The store to ask.
+        keep_bytes: When all rows together take no more memory than this once decoded, they are kept, so that
+            asking a small store again is one matrix product. Larger stores are read anew for each question.
     """
 
-    def __init__(self, store: QueryStore) -> None:
+    def __init__(self, store: QueryStore, *, keep_bytes: int = KEPT_BYTES) -> None:
         self._store = store
+        self._keep_bytes = keep_bytes
         self._fitter = Fitter(store)
         self._candidates: Recent[Candidates] = Recent(2)
         self._lengths: Recent[Tensor] = Recent(4)
@@ -183,7 +192,9 @@ class QueryEngine:
 
     def _select(self, reduce: str, data_id: Sequence[DataId] | None) -> Candidates:
         self._require_rows()
-        candidates = self._candidates.get((self._store.key, reduce), lambda: Candidates.valid(self._store.view(reduce)))
+        candidates = self._candidates.get(
+            (self._store.key, reduce), lambda: Candidates.valid(self._store.view(reduce), self._keep_bytes)
+        )
         if data_id is None:
             return candidates
         return candidates.restrict([data_id] if isinstance(data_id, str | int) else data_id)
@@ -204,7 +215,7 @@ class QueryEngine:
             query_lengths = (gradients * preconditioned).sum(dim=1)
             lengths = self._row_lengths(candidates, fit, progress)
             lengths = lengths if factor is None else lengths * factor.square()
-        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, candidates.buffer(), progress)
+        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, progress)
 
     def _answer(self, question: Question, task: Task, fit: Fit) -> dict[str, Any]:
         """The fields of a result that hold scores."""
@@ -223,10 +234,10 @@ class QueryEngine:
 
         def compute() -> Tensor:
             lengths = torch.zeros(len(candidates.rows), dtype=candidates.dtype)
-            buffer = candidates.buffer()
-            for tile in candidates.tiles(progress, "self-influence"):
-                for start, stop, values in tile.pieces(buffer):
-                    lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
+            with candidates.buffer() as buffer:
+                for tile in candidates.tiles(progress, "self-influence"):
+                    for start, stop, values in tile.pieces(buffer):
+                        lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
             return lengths
 
         if not candidates.complete:

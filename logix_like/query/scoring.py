@@ -32,21 +32,26 @@ class Task:
     """``[rows]``, squared lengths, times ``factor`` squared; not read in a mode that does not use them."""
     factor: Tensor | None
     """``[rows]``: what each row is multiplied by; None for 1."""
-    buffer: Tensor
-    """Memory for pieces of the rows."""
     progress: bool | None
 
     def scores(self, tile: Tile) -> Tensor:
         """``[queries, n]`` for the rows of ``tile``."""
-        products = torch.empty(len(tile), len(self.queries), dtype=self.queries.dtype)
-        for start, stop, values in tile.pieces(self.buffer):
-            torch.mm(values, self.queries.T, out=products[start:stop])
-        products = products.T.contiguous()
+        products = self._products(tile).T.contiguous()
         if self.factor is not None:
             products *= self.factor[tile.positions]
         if not self.mode.uses_lengths:
             return products
         return self.mode.scores(products, self.query_lengths, self.row_lengths[tile.positions])
+
+    def _products(self, tile: Tile) -> Tensor:
+        """``[n, queries]``; rows as the left factor is the faster order when there are few queries."""
+        if tile.held is not None:
+            return torch.mm(tile.held, self.queries.T)
+        products = torch.empty(len(tile), len(self.queries), dtype=self.queries.dtype)
+        with self.candidates.buffer() as buffer:
+            for start, stop, values in tile.pieces(buffer):
+                torch.mm(values, self.queries.T, out=products[start:stop])
+        return products
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.preconditioner import PRECONDITIONERS
-from logix_like.query.engine import REDUCTIONS, QueryEngine
+from logix_like.query.engine import KEPT_BYTES, REDUCTIONS, QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.statistics import Statistics, StatisticsAccumulator, corrected_sums
@@ -66,6 +66,12 @@ def _inverse(name: str, statistics: Statistics, rows: Tensor) -> Tensor:
     return dense_inverse(LAYOUT, lambda block: _dense_curvature(name, statistics, rows, block), DAMPING)
 
 
+@pytest.fixture(params=[0, KEPT_BYTES], ids=["streamed", "kept"])
+def keep_bytes(request: pytest.FixtureRequest) -> int:
+    """Whether decoded rows are kept between questions; answers do not depend on it."""
+    return int(request.param)
+
+
 @pytest.fixture
 def rows() -> Tensor:
     return _rows(40)
@@ -84,9 +90,11 @@ def query() -> QueryGradients:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_scores_equal_the_dense_reference(
-    store: MemoryStore, rows: Tensor, query: QueryGradients, preconditioner: str, mode: str
+    keep_bytes: int, store: MemoryStore, rows: Tensor, query: QueryGradients, preconditioner: str, mode: str
 ) -> None:
-    result = QueryEngine(store).influence(query, preconditioner=preconditioner, damping=DAMPING, mode=mode)
+    result = QueryEngine(store, keep_bytes=keep_bytes).influence(
+        query, preconditioner=preconditioner, damping=DAMPING, mode=mode
+    )
     expected = dense_scores(query.gradients, rows, _inverse(preconditioner, store.statistics, rows), mode)
     assert result.scores is not None and result.data_id is not None
     torch.testing.assert_close(result.scores, expected, rtol=EXACT, atol=EXACT)
@@ -98,10 +106,14 @@ def test_scores_equal_the_dense_reference(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_rows_are_scored_in_float32(query: QueryGradients, dtype: torch.dtype, mode: str) -> None:
+def test_narrow_rows_are_scored_in_float32(
+    keep_bytes: int, query: QueryGradients, dtype: torch.dtype, mode: str
+) -> None:
     stored = _rows(40, dtype)
     store = MemoryStore(LAYOUT, stored, statistics=_gathered(stored.double()))
-    result = QueryEngine(store).influence(query, preconditioner="covariance", damping=DAMPING, mode=mode)
+    result = QueryEngine(store, keep_bytes=keep_bytes).influence(
+        query, preconditioner="covariance", damping=DAMPING, mode=mode
+    )
     inverse = _inverse("covariance", store.statistics, stored.double())
     expected = dense_scores(query.gradients, stored, inverse, mode)
     assert result.scores is not None and result.scores.dtype == torch.float32
@@ -112,9 +124,9 @@ def test_narrow_rows_are_scored_in_float32(query: QueryGradients, dtype: torch.d
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_extremes_are_those_of_all_scores(
-    store: MemoryStore, rows: Tensor, query: QueryGradients, k: int, mode: str
+    keep_bytes: int, store: MemoryStore, rows: Tensor, query: QueryGradients, k: int, mode: str
 ) -> None:
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     result = engine.influence(query, k=k, damping=DAMPING, mode=mode)
     expected = dense_scores(query.gradients, rows, _inverse("auto", store.statistics, rows), mode)
     assert result.scores is None and result.top is not None and result.bottom is not None
@@ -127,19 +139,21 @@ def test_extremes_are_those_of_all_scores(
     assert full.opponents(k).ids.tolist() == result.bottom.ids.tolist()
 
 
-def test_equal_scores_rank_in_row_order(query: QueryGradients) -> None:
+def test_equal_scores_rank_in_row_order(keep_bytes: int, query: QueryGradients) -> None:
     rows = torch.ones(30, LAYOUT.width, dtype=torch.float64)
-    result = QueryEngine(MemoryStore(LAYOUT, rows)).influence(query, k=9, preconditioner="identity")
+    result = QueryEngine(MemoryStore(LAYOUT, rows), keep_bytes=keep_bytes).influence(
+        query, k=9, preconditioner="identity"
+    )
     assert result.proponents().ids[0].tolist() == [f"s{i}" for i in range(9)]
     assert result.opponents().ids[0].tolist() == [f"s{i}" for i in range(9)]
 
 
-def test_invalid_rows_take_no_part(rows: Tensor, query: QueryGradients) -> None:
+def test_invalid_rows_take_no_part(keep_bytes: int, rows: Tensor, query: QueryGradients) -> None:
     rows[3], rows[11] = float("nan"), 1e6
     valid = [i not in (3, 11) for i in range(len(rows))]
     good = rows[torch.tensor(valid)]
     store = MemoryStore(LAYOUT, rows, valid=valid, statistics=_gathered(good))
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     for k in (None, 5):
         result = engine.influence(query, k=k, damping=DAMPING, reduce="none")
         ids = result.proponents().ids.ravel().tolist() + result.opponents().ids.ravel().tolist()
@@ -153,10 +167,10 @@ def test_invalid_rows_take_no_part(rows: Tensor, query: QueryGradients) -> None:
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("mode", MODES)
-def test_visits_are_combined(rows: Tensor, query: QueryGradients, reduce: str, mode: str) -> None:
+def test_visits_are_combined(keep_bytes: int, rows: Tensor, query: QueryGradients, reduce: str, mode: str) -> None:
     ids = [f"s{i % 10}" for i in range(40)]
     store = MemoryStore(LAYOUT, rows, ids, statistics=_gathered(rows))
-    result = QueryEngine(store).influence(query, damping=DAMPING, reduce=reduce, mode=mode)
+    result = QueryEngine(store, keep_bytes=keep_bytes).influence(query, damping=DAMPING, reduce=reduce, mode=mode)
     visits = rows.view(4, 10, -1)
     combined = {"mean": visits.mean(0), "sum": visits.sum(0), "last": visits[-1], "none": rows}[reduce]
     expected = dense_scores(query.gradients, combined, _inverse("auto", store.statistics, rows), mode)
@@ -170,18 +184,20 @@ def test_visits_are_combined(rows: Tensor, query: QueryGradients, reduce: str, m
         assert result.step is None
 
 
-def test_single_visits_are_ranked_with_their_steps(rows: Tensor, query: QueryGradients) -> None:
+def test_single_visits_are_ranked_with_their_steps(keep_bytes: int, rows: Tensor, query: QueryGradients) -> None:
     store = MemoryStore(LAYOUT, rows, ["same"] * 40, statistics=_gathered(rows))
-    top = QueryEngine(store).influence(query, k=4, reduce="none").proponents()
-    full = QueryEngine(store).influence(query, reduce="none").proponents(4)
+    top = QueryEngine(store, keep_bytes=keep_bytes).influence(query, k=4, reduce="none").proponents()
+    full = QueryEngine(store, keep_bytes=keep_bytes).influence(query, reduce="none").proponents(4)
     assert top.step is not None and full.step is not None
     assert top.step.shape == (3, 4) and top.step.tolist() == full.step.tolist()
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("asked", [["s30", "s2", "s17"], [f"s{i}" for i in range(0, 40, 2)]])
-def test_only_some_samples(store: MemoryStore, query: QueryGradients, asked: list[str], mode: str) -> None:
-    engine = QueryEngine(store)
+def test_only_some_samples(
+    keep_bytes: int, store: MemoryStore, query: QueryGradients, asked: list[str], mode: str
+) -> None:
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     part = engine.influence(query, data_id=asked, mode=mode)
     whole = engine.influence(query, mode=mode)
     in_order = sorted(asked, key=lambda one: int(one[1:]))
@@ -191,49 +207,53 @@ def test_only_some_samples(store: MemoryStore, query: QueryGradients, asked: lis
     torch.testing.assert_close(part.scores, whole.scores[:, columns], rtol=EXACT, atol=EXACT)
 
 
-def test_repeating_a_query_repeats_its_scores_and_leaves_it_alone(store: MemoryStore, query: QueryGradients) -> None:
+def test_repeating_a_query_repeats_its_scores_and_leaves_it_alone(
+    keep_bytes: int, store: MemoryStore, query: QueryGradients
+) -> None:
     before = query.gradients.clone()
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     first, second = (engine.influence(query, mode="cosine").scores for _ in range(2))
     assert first is not None and second is not None
     assert torch.equal(first, second)
     assert torch.equal(query.gradients, before)
 
 
-def test_a_changed_damping_takes_effect_and_the_old_one_comes_back(store: MemoryStore, query: QueryGradients) -> None:
-    engine = QueryEngine(store)
+def test_a_changed_damping_takes_effect_and_the_old_one_comes_back(
+    keep_bytes: int, store: MemoryStore, query: QueryGradients
+) -> None:
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     for name in ("diagonal", "covariance", "kfac", "ekfac"):
         small, large, again = (
             engine.influence(query, preconditioner=name, damping=damping).scores for damping in (0.1, 1, 0.1)
         )
-        fresh = QueryEngine(store).influence(query, preconditioner=name, damping=1).scores
+        fresh = QueryEngine(store, keep_bytes=keep_bytes).influence(query, preconditioner=name, damping=1).scores
         assert small is not None and large is not None and again is not None and fresh is not None
         assert torch.equal(small, again) and torch.equal(large, fresh)
         assert not torch.allclose(small, large, rtol=0.1)
 
 
-def test_changed_rows_take_effect(rows: Tensor, query: QueryGradients) -> None:
+def test_changed_rows_take_effect(keep_bytes: int, rows: Tensor, query: QueryGradients) -> None:
     store = MemoryStore(LAYOUT, rows[:20], statistics=_gathered(rows[:20]))
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     engine.influence(query, mode="cosine")
     store.grow(rows, _gathered(rows))
     grown = engine.influence(query, mode="cosine")
-    fresh = QueryEngine(store).influence(query, mode="cosine")
+    fresh = QueryEngine(store, keep_bytes=keep_bytes).influence(query, mode="cosine")
     assert grown.scores is not None and fresh.scores is not None
     assert grown.scores.shape == (3, 40) and torch.equal(grown.scores, fresh.scores)
 
 
-def test_self_influence_equals_the_dense_reference(store: MemoryStore, rows: Tensor) -> None:
-    own = QueryEngine(store).self_influence(preconditioner="kfac", damping=DAMPING)
+def test_self_influence_equals_the_dense_reference(keep_bytes: int, store: MemoryStore, rows: Tensor) -> None:
+    own = QueryEngine(store, keep_bytes=keep_bytes).self_influence(preconditioner="kfac", damping=DAMPING)
     inverse = _inverse("kfac", store.statistics, rows)
     torch.testing.assert_close(own.scores, (rows @ inverse * rows).sum(1), rtol=EXACT, atol=EXACT)
     best = own.highest(3)
     assert best.ids[0, 0] == own.data_id[own.scores.argmax()]
 
 
-def test_self_influence_of_sums_and_of_some(rows: Tensor) -> None:
+def test_self_influence_of_sums_and_of_some(keep_bytes: int, rows: Tensor) -> None:
     store = MemoryStore(LAYOUT, rows, [f"s{i % 10}" for i in range(40)], statistics=_gathered(rows))
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
     inverse = _inverse("covariance", store.statistics, rows)
     summed = rows.view(4, 10, -1).sum(0)
     expected = (summed @ inverse * summed).sum(1)
@@ -243,8 +263,8 @@ def test_self_influence_of_sums_and_of_some(rows: Tensor) -> None:
     torch.testing.assert_close(some.scores, expected[[4, 9]], rtol=EXACT, atol=EXACT)
 
 
-def test_self_influence_of_queries(store: MemoryStore, rows: Tensor, query: QueryGradients) -> None:
-    own = QueryEngine(store).self_influence(query, damping=DAMPING)
+def test_self_influence_of_queries(keep_bytes: int, store: MemoryStore, rows: Tensor, query: QueryGradients) -> None:
+    own = QueryEngine(store, keep_bytes=keep_bytes).self_influence(query, damping=DAMPING)
     inverse = _inverse("auto", store.statistics, rows)
     expected = (query.gradients @ inverse * query.gradients).sum(1)
     torch.testing.assert_close(own.scores, expected, rtol=EXACT, atol=EXACT)
@@ -252,7 +272,7 @@ def test_self_influence_of_queries(store: MemoryStore, rows: Tensor, query: Quer
 
 
 def test_self_influence_is_computed_once(store: MemoryStore, query: QueryGradients) -> None:
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=0)
     engine.influence(query, mode="cosine")
     view = store.view("mean")
     scans = view.scans
@@ -260,38 +280,47 @@ def test_self_influence_is_computed_once(store: MemoryStore, query: QueryGradien
     assert view.scans == scans + 1  # the scores alone
 
 
-def test_a_sample_without_gradient_has_cosine_zero(rows: Tensor, query: QueryGradients) -> None:
+def test_a_sample_without_gradient_has_cosine_zero(keep_bytes: int, rows: Tensor, query: QueryGradients) -> None:
     rows[4] = 0
-    engine = QueryEngine(MemoryStore(LAYOUT, rows, statistics=_gathered(rows)))
+    engine = QueryEngine(MemoryStore(LAYOUT, rows, statistics=_gathered(rows)), keep_bytes=keep_bytes)
     for mode in ("cosine", "relatif"):
         scores = engine.influence(query, mode=mode).scores
         assert scores is not None
         assert torch.isfinite(scores).all() and not scores[:, 4].any()
 
 
-def test_an_unused_module_takes_no_part(rows: Tensor, query: QueryGradients) -> None:
+def test_an_unused_module_takes_no_part(keep_bytes: int, rows: Tensor, query: QueryGradients) -> None:
     unused: Layout = LAYOUT
     rows[:, unused["layer.1"].columns] = 0
     statistics = StatisticsAccumulator(LAYOUT, ["covariance"])
     statistics.update(rows)
     store = MemoryStore(LAYOUT, rows, statistics=statistics.snapshot())
     for mode in MODES:
-        scores = QueryEngine(store).influence(query, mode=mode).scores
+        scores = QueryEngine(store, keep_bytes=keep_bytes).influence(query, mode=mode).scores
         assert scores is not None and torch.isfinite(scores).all()
+
+
+def test_a_small_store_is_read_once(store: MemoryStore, query: QueryGradients) -> None:
+    engine = QueryEngine(store)
+    first = engine.influence(query, k=3)
+    scans = store.view("mean").scans
+    assert engine.influence(query, k=3).proponents().ids.tolist() == first.proponents().ids.tolist()
+    engine.self_influence()
+    assert store.view("mean").scans == scans
 
 
 def test_a_progress_bar_on_request(
     store: MemoryStore, query: QueryGradients, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = QueryEngine(store)
+    engine = QueryEngine(store, keep_bytes=0)
     engine.influence(query)
     assert capsys.readouterr().err == ""
     engine.influence(query, progress=True)
     assert "influence" in capsys.readouterr().err
 
 
-def test_the_note_says_what_was_computed(store: MemoryStore, query: QueryGradients) -> None:
-    note = QueryEngine(store).influence(query, damping=DAMPING).note
+def test_the_note_says_what_was_computed(keep_bytes: int, store: MemoryStore, query: QueryGradients) -> None:
+    note = QueryEngine(store, keep_bytes=keep_bytes).influence(query, damping=DAMPING).note
     assert note == (
         "40 samples, each the mean of its visits; dot score; preconditioner covariance (3 modules), "
         "damping 0.2, empirical Fisher over 40 rows; exact engine"
