@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """Mean loss over all words of a batch: the preset ``language_model`` expects this."""
-    logits: Tensor = model(batch.inputs)
+    logits = model(batch.inputs)
     return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=PADDING)
 
 
@@ -175,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model on fewer passages")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else Settings()
+    torch.set_num_threads(1)  # for steps this small a second thread is no gain, and a great loss on a busy machine
     torch.manual_seed(0)
     texts = paragraphs(options.text) if options.text else gospels()
     texts = dict(islice(texts.items(), settings.passages))

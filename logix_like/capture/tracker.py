@@ -125,13 +125,7 @@ class Recording:
         self.calls: list[_RawCall] = []
         """Un-projected calls; empty unless a warm-up is going on."""
         self._recorder = None if tracker.needs_warmup else self._new_recorder()
-        if self._recorder is None:
-            on_input, on_gradient = self._keep_value, self._keep_call
-        else:
-            on_input, on_gradient = self._recorder.read_input, self._recorder.read_gradient
-        self._reader = CallReader(
-            batch, on_input, on_gradient, detached=detached, device_type=tracker.device.type
-        )
+        self._reader = self._new_reader(detached)
         self._kept: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
         self._stack = ExitStack()
 
@@ -178,6 +172,15 @@ class Recording:
             self.calls = []
         rows = recorder.rows()
         return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
+
+    def _new_reader(self, detached: bool) -> CallReader:
+        device_type = self._tracker.device.type
+        if self._recorder is None:
+            return CallReader(
+                self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
+            )
+        on_input, on_gradient = self._recorder.read_input, self._recorder.read_gradient
+        return CallReader(self._batch, on_input, on_gradient, detached=detached, device_type=device_type)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
