@@ -202,4 +202,3 @@ def _line(ranking: Ranking, query: int) -> list[dict[str, Any]]:
 
 def _as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1)
-
