@@ -168,7 +168,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
 
 
 def _parse(line: bytes, number: int) -> Record:
-    if line[8:9] != b" " or int(line[:8], 16) != checksum(line[9:]):
+    if line[:9] != b"%08x " % checksum(line[9:]):
         raise ValueError("its checksum does not match")
     entry = json.loads(line[9:])
     if entry["sequence"] != number:

@@ -21,6 +21,7 @@ from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
 from logix_like.store.columns import decode_ids, decode_texts
 from logix_like.store.commits import Commits, RowsRecord, read_commits
 from logix_like.store.creation import read_projections
+from logix_like.store.damage import array_file
 from logix_like.store.documents import unsealed
 from logix_like.store.files import read_bytes
 from logix_like.store.pipeline import parse_writer_name
@@ -30,10 +31,8 @@ from logix_like.store.schema import (
     COMMITS,
     DATA_ID,
     DOCUMENT,
-    GRADIENTS,
     MEAN_VIEWS,
     PROJECTIONS,
-    SCALE,
     STATISTICS_FOLDER,
     WRITER_COLUMNS,
     WRITERS,
@@ -187,7 +186,7 @@ def _part(
         first = rows[1]
         part = folder / record.part if record.part else folder
         for array, crc in record.crc.items():
-            file = chunk_file(part / array, record.chunk, 2 if array in (GRADIENTS, COLUMNS, SCALE) else 1)
+            file = array_file(folder, record, array)
             what = f"{array} of rows {rows[0]} to {rows[1] - 1}" + (" of a sample view" if view else "")
             yield _Check(
                 file,

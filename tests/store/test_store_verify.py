@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from logix_like.errors import LogixError, StoreNotFoundError
+from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreNotFoundError
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import GradientStore, build_view, open_store, save_checkpoint, verify
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
@@ -109,3 +112,38 @@ def test_every_flipped_bit_is_found_and_none_gives_another_answer(tmp_path: Path
         spoilt = file.name == "commits"  # a bad last record is dropped as torn: fewer rows, and verify says so
         assert spoilt or found == expected, f"{where} changed an answer"
         shutil.copyfile(kept / file.relative_to(original), file)
+
+
+def test_a_flipped_bit_in_a_gradient_is_found_at_its_first_reading(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    log(store, torch.randn(40, WIDTH))
+    opened = open_store(store)
+    flip(store / "writers/0-1/gradients/c.1.0", 77)
+    assert opened.gradients[:16].shape == (16, WIDTH)
+    for _ in range(2):
+        with pytest.raises(StoreDamagedError, match=r"c\.1\.0.*rows 16 to 31.*checksum"):
+            _ = opened.gradients[:]
+
+
+@pytest.mark.parametrize("array", ["gradients/c.1.0", "columns/c.1.0", "data_id/c.1"])
+def test_damaged_rows_can_be_left_out(tmp_path: Path, array: str, caplog: pytest.LogCaptureFixture) -> None:
+    store, rows = new_store(tmp_path / "s"), torch.randn(40, WIDTH)
+    log(store, rows)
+    flip(store / "writers/0-1" / array, 77)
+    with caplog.at_level(logging.WARNING):
+        opened = open_store(store, on_damage="skip")
+    assert "24 to 31" not in caplog.text and "16 damaged rows are left out" in caplog.text
+    assert opened.gradients[:].equal(torch.cat([rows[:16], rows[32:]]))
+    assert opened.data_id.tolist() == [*range(16), *range(32, 40)]
+    assert opened.damaged_rows == 16 and len(opened.damages) == 1 and "rows 16 to 31" in opened.damages[0]
+    assert opened.key != open_store(store).key
+    query = QueryGradients(("q",), rows[16:17], small_layout())
+    answer = QueryEngine(opened).influence(query, k=3, preconditioner="identity")
+    assert "16 stored rows left out (their files are damaged)" in answer.note
+    log(store, rows[:4])
+    assert len(opened.refresh()) == 28
+
+
+def test_what_to_do_with_damage_is_one_of_two(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="known: raise, skip"):
+        open_store(new_store(tmp_path / "s"), on_damage="ignore")  # type: ignore[arg-type]
