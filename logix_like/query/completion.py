@@ -33,6 +33,10 @@ class QueryStore(Protocol):
         """Identifies the rows: equal keys, equal rows."""
 
     @property
+    def damaged_rows(self) -> int:
+        """How many stored rows are left out since their files are damaged."""
+
+    @property
     def valid(self) -> NDArray[Any]:
         """``[rows]`` bool: which rows are finite and not superseded."""
 

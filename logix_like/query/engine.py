@@ -267,6 +267,8 @@ class QueryEngine:
         left_out = len(self._store) - fit.rows
         if left_out:
             parts.append(f"{left_out:,} stored rows left out (not finite, or superseded)")
+        if self._store.damaged_rows:
+            parts.append(f"{self._store.damaged_rows:,} stored rows left out (their files are damaged)")
         return "; ".join(parts + ([f"queries: {query.note}"] if query is not None and query.note else []))
 
 

@@ -16,6 +16,7 @@ from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.gradients import RowChunk
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, read_manifest
+from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.writer import StoreWriter
 
@@ -23,6 +24,7 @@ __all__ = [
     "ENCODINGS",
     "REDUCTIONS",
     "CheckpointRecord",
+    "Damage",
     "Encoding",
     "Flag",
     "GradientStore",
@@ -30,6 +32,7 @@ __all__ = [
     "Rows",
     "StoreManifest",
     "StoreWriter",
+    "VerifyReport",
     "WriterInfo",
     "add_fingerprints",
     "build_view",
@@ -40,4 +43,5 @@ __all__ = [
     "open_store",
     "read_manifest",
     "save_checkpoint",
+    "verify",
 ]

@@ -9,7 +9,6 @@ zarr-python is tested.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from logix_like.errors import StoreDamagedError
+from logix_like.store.documents import sealed
 from logix_like.store.files import (
     CHECKSUM_BYTES,
     Bytes,
@@ -60,7 +60,7 @@ class ArraySpec:
             "codecs": [_TEXT if self.data_type == "string" else _BYTES, _CRC],
             "attributes": dict(self.attributes),
         }
-        return json.dumps(document).encode()
+        return sealed(document)
 
 
 def write_group(folder: Path, attributes: Mapping[str, Any] | None = None, *, sync: bool = False) -> None:
@@ -85,9 +85,10 @@ def chunk_file(folder: Path, chunk: int, dimensions: int) -> Path:
 
 def write_array(folder: Path, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:
     """Write an array of one chunk; returns its checksum."""
-    crc = write_checked(chunk_file(folder, 0, 1 if spec.width is None else 2), buffers, sync=sync)
+    file = chunk_file(folder, 0, 1 if spec.width is None else 2)
+    crc = write_checked({file: buffers}, sync=sync)
     write_document(folder, spec, rows, rows, sync=sync)
-    return crc
+    return crc[file]
 
 
 def read_chunk(file: Path, what: str, *, size: int | None = None, crc: int | None = None) -> np.ndarray:

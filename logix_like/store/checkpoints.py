@@ -16,6 +16,7 @@ from torch import Tensor
 
 from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError
 from logix_like.store.arrays import write_group
+from logix_like.store.documents import SEAL
 from logix_like.store.files import (
     checksum,
     map_bytes,
@@ -63,8 +64,7 @@ def save_checkpoint(
         number = 1 + max((record.number for record in list_checkpoints(path)), default=0)
         size, crc = _write_weights(folder / f"{number}.safetensors", tensors)
         record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)
-        content = json.dumps(record.__dict__).encode()
-        write_file(folder / f"{number}.json", [content], sync=True)
+        write_file(folder / f"{number}.json", [_seal(record.__dict__)], sync=True)
     except OSError as error:
         raise StoreError(f"a checkpoint could not be written to {folder}: {error}; see to the disk") from error
     return record
@@ -128,12 +128,21 @@ def _checksum(content: Any) -> int:
     return crc
 
 
+def _seal(entry: Mapping[str, Any]) -> bytes:
+    """An entry with its own checksum, as bytes."""
+    seal = checksum(json.dumps(dict(entry)).encode())
+    return json.dumps({**entry, SEAL: f"{seal:08x}"}).encode()
+
+
 def _read_record(file: Path) -> CheckpointRecord:
     try:
-        entry = json.loads(read_bytes(file))
+        content = bytes(read_bytes(file))
+        entry = json.loads(content)
+        if _seal({key: value for key, value in entry.items() if key != SEAL}) != content:
+            raise ValueError("it does not match its checksum")
         numbers = {key: int(entry[key]) for key in ("number", "step", "epoch", "size", "crc")}
         record = CheckpointRecord(fingerprint=str(entry["fingerprint"]), **numbers)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise StoreDamagedError(f"{file} cannot be read: {error!r}; restore it from a copy") from error
     if str(record.number) != file.stem:
         raise StoreDamagedError(f"{file} says that it is number {record.number}; restore it from a copy")

@@ -82,6 +82,8 @@ class Commits:
     """Whether the writer was closed."""
     torn: bool = False
     """Whether a torn last line was dropped."""
+    spoilt: bool = False
+    """Whether that line was written whole, which no kill leaves: bits of it changed afterwards."""
 
     @property
     def total(self) -> int:
@@ -136,26 +138,37 @@ def read_commits(folder: Path) -> Commits:
             records.append(_parse(line, number))
         except _UNREADABLE as error:
             if number == len(lines) - 1 and not unfinished:
-                return _collect(records, torn=True)
+                # A power cut can leave zeros in a line's place, a kill only its beginning.
+                return _collect(records, torn=True, spoilt=b"\0" not in line)
             raise StoreDamagedError(
                 f"{file}, line {number + 1}: the record is damaged ({error}) and is not the last one; "
                 "restore the file from a copy"
             ) from error
-    return _collect(records, torn=bool(unfinished))
+    return _collect(records, torn=bool(unfinished), spoilt=_is_whole(unfinished, len(records)))
 
 
-def _collect(records: list[Record], *, torn: bool) -> Commits:
+def _is_whole(unfinished: bytes, number: int) -> bool:
+    """Whether a line without an end is a record whose end is another character now."""
+    try:
+        _parse(unfinished[:-1], number)
+    except _UNREADABLE:
+        return False
+    return True
+
+
+def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Commits:
     statistics = [record for record in records if isinstance(record, StatisticsRecord)]
     return Commits(
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
         closed=bool(records) and isinstance(records[-1], CloseRecord),
         torn=torn,
+        spoilt=spoilt,
     )
 
 
 def _parse(line: bytes, number: int) -> Record:
-    if line[8:9] != b" " or int(line[:8], 16) != checksum(line[9:]):
+    if line[:9] != b"%08x " % checksum(line[9:]):
         raise ValueError("its checksum does not match")
     entry = json.loads(line[9:])
     if entry["sequence"] != number:

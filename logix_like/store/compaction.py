@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.store.arrays import write_group
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
+from logix_like.store.documents import unsealed
 from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
 from logix_like.store.parts import EncodedRows
 from logix_like.store.pipeline import chunk_rows
@@ -56,7 +56,7 @@ def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
 
 def _left_out(folder: Path) -> int:
     try:
-        count = json.loads(read_bytes(folder / DOCUMENT))["attributes"]["left_out"]
+        count = unsealed(read_bytes(folder / DOCUMENT))["left_out"]
         return int(count)
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise StoreDamagedError(

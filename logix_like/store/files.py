@@ -11,7 +11,8 @@ import itertools
 import mmap
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -63,36 +64,49 @@ def temporary_name(path: Path) -> Path:
 
 def write_file(path: Path, buffers: Iterable[Bytes], *, sync: bool = False) -> None:
     """Write the buffers, one after another, as the whole content of ``path``; atomic."""
-    make_folder(path.parent, sync=sync)
-    temporary = temporary_name(path)
+    write_files({path: buffers}, sync=sync)
+
+
+def write_files(contents: Mapping[Path, Iterable[Bytes]], *, sync: bool = False) -> None:
+    """Write some files, each atomic and none seen before all are complete.
+
+    With ``sync`` they are forced to the disk together: a journaling file system then commits twice
+    for all of them (contents, names) where one after another would take two commits for each.
+    """
+    for folder in dict.fromkeys(path.parent for path in contents):
+        make_folder(folder, sync=sync)
+    temporary = {path: temporary_name(path) for path in contents}
     try:
-        with open(temporary, "wb") as file:
-            for buffer in buffers:
-                file.write(buffer.data if isinstance(buffer, np.ndarray) else buffer)
-            if sync:
+        with ExitStack() as opened:
+            files = [opened.enter_context(open(temporary[path], "wb")) for path in contents]
+            for file, buffers in zip(files, contents.values(), strict=True):
+                for buffer in buffers:
+                    file.write(buffer.data if isinstance(buffer, np.ndarray) else buffer)
                 file.flush()
+            for file in files if sync else ():
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, name in temporary.items():
+            os.replace(name, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for name in temporary.values():
+            name.unlink(missing_ok=True)
         raise
-    if sync:
-        sync_folder(path.parent)
+    for folder in dict.fromkeys(path.parent for path in contents) if sync else ():
+        sync_folder(folder)
 
 
-def write_checked(path: Path, buffers: Iterable[Bytes], *, sync: bool = False) -> int:
-    """Write the buffers and their CRC-32C behind them, as Zarr's ``crc32c`` codec does; returns it."""
-    total = 0
+def write_checked(contents: Mapping[Path, Iterable[Bytes]], *, sync: bool = False) -> dict[Path, int]:
+    """Write files with the CRC-32C of their content behind it, as Zarr's ``crc32c`` codec does; returns these."""
+    totals = dict.fromkeys(contents, 0)
 
-    def content() -> Iterable[Bytes]:
-        nonlocal total
-        for buffer in buffers:
-            total = checksum(buffer, total)
+    def content(path: Path) -> Iterable[Bytes]:
+        for buffer in contents[path]:
+            totals[path] = checksum(buffer, totals[path])
             yield buffer
-        yield total.to_bytes(CHECKSUM_BYTES, "little")
+        yield totals[path].to_bytes(CHECKSUM_BYTES, "little")
 
-    write_file(path, content(), sync=sync)
-    return total
+    write_files({path: content(path) for path in contents}, sync=sync)
+    return totals
 
 
 def read_bytes(path: Path) -> bytearray:

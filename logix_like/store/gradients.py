@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import CHECKSUM_BYTES, map_bytes
+from logix_like.store.files import CHECKSUM_BYTES, checksum, map_bytes
 from logix_like.store.schema import GRADIENTS, SCALE
 from logix_like.store.segments import Segment
 
@@ -72,6 +73,7 @@ class GradientReader:
         self._starts = np.array([segment.first for segment in self._segments], dtype=np.int64)
         self._kept: OrderedDict[int, RowChunk] = OrderedDict()
         self._kept_bytes = 0
+        self._checked: set[int] = set()
         self._lock = threading.Lock()
         self.rows = self._segments[-1].stop if self._segments else 0
         """Number of rows."""
@@ -115,22 +117,24 @@ class GradientReader:
             if number in self._kept:
                 self._kept.move_to_end(number)
                 return self._kept[number]
-            chunk = self._open(self._segments[number])
+            chunk = self._open(self._segments[number], check=number not in self._checked)
+            self._checked.add(number)
             self._kept[number] = chunk
             self._kept_bytes += chunk.raw.nbytes
             while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
                 self._kept_bytes -= self._kept.popitem(last=False)[1].raw.nbytes
             return chunk
 
-    def _open(self, segment: Segment) -> RowChunk:
-        raw = _mapped(segment, GRADIENTS, self._encoding.dtype, self._layout.width)
+    def _open(self, segment: Segment, *, check: bool) -> RowChunk:
+        """Map a chunk; ``check`` compares it with the checksum that was committed, once for each reader."""
+        raw = _mapped(segment, GRADIENTS, self._encoding.dtype, self._layout.width, check=check)
         scale = None
         if self._encoding.scaled:
-            scale = _mapped(segment, SCALE, torch.float32, len(self._layout))
+            scale = _mapped(segment, SCALE, torch.float32, len(self._layout), check=check)
         return RowChunk(segment.first, raw, scale, self._encoding, self._layout)
 
 
-def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int) -> Tensor:
+def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, check: bool) -> Tensor:
     file = chunk_file(segment.folder / array, segment.chunk, 2)
     size = segment.rows * width * dtype.itemsize
     try:
@@ -140,7 +144,14 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int) -> Ten
         content = map_bytes(file)
     except OSError as error:
         raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
+    if check and not _intact(content, size, segment.crc.get(array)):
+        raise damaged(file, str(segment), "does not match its checksum")
     return torch.frombuffer(content, dtype=dtype, count=segment.rows * width).view(segment.rows, width)
+
+
+def _intact(content: mmap.mmap, size: int, crc: int | None) -> bool:
+    data = np.frombuffer(content, np.uint8)
+    return checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
 
 
 def row_numbers(key: RowKey, rows: int) -> np.ndarray:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.arrays import ArraySpec, chunk_file, write_document, write_group
+from logix_like.store.arrays import ArraySpec, chunk_file, write_group
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import Bytes, as_bytes, write_checked
-from logix_like.store.schema import COLUMNS, DATA_ID, GRADIENTS, METADATA, SCALE
+from logix_like.store.files import Bytes, as_bytes, write_checked, write_files
+from logix_like.store.schema import COLUMNS, DATA_ID, DOCUMENT, GRADIENTS, METADATA, SCALE
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,18 @@ class PartWriter:
     def write(self, chunk: int, rows: EncodedRows) -> dict[str, int]:
         """Write chunk number ``chunk`` of every array; returns the files' checksums by array."""
         self._make_room(chunk + 1, rows.texts)
-        crc = {name: self._write_chunk(name, chunk, data) for name, data in _buffers(rows).items()}
+        buffers = _buffers(rows)
+        files = {name: self._chunk_file(name, chunk) for name in buffers}
+        crc = write_checked({files[name]: [data] for name, data in buffers.items()}, sync=self._sync)
         self._rows = chunk * self._chunk_rows + len(rows)
-        return crc
+        return {name: crc[file] for name, file in files.items()}
 
     def finish(self) -> None:
         """Cut the arrays' shapes to the rows that were written."""
         self._write_documents(self._rows)
 
-    def _write_chunk(self, name: str, chunk: int, data: Bytes) -> int:
-        dimensions = 1 if self._specs[name].width is None else 2
-        return write_checked(chunk_file(self._folder / name, chunk, dimensions), [data], sync=self._sync)
+    def _chunk_file(self, name: str, chunk: int) -> Path:
+        return chunk_file(self._folder / name, chunk, 1 if self._specs[name].width is None else 2)
 
     def _make_room(self, chunks: int, texts: Mapping[str, list[str]]) -> None:
         """Grow the shapes well ahead of the rows: rows beyond the record do not exist anyway."""
@@ -85,8 +86,11 @@ class PartWriter:
         self._write_documents(self._capacity * self._chunk_rows)
 
     def _write_documents(self, rows: int) -> None:
-        for name, spec in self._specs.items():
-            write_document(self._folder / name, spec, rows, self._chunk_rows, sync=self._sync)
+        documents = {
+            self._folder / name / DOCUMENT: [spec.document(rows, self._chunk_rows)]
+            for name, spec in self._specs.items()
+        }
+        write_files(documents, sync=self._sync)
 
 
 _TEXTS = ArraySpec("string", "")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
-from logix_like.errors import QueryError, StoreDamagedError
+from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
 from logix_like.store.creation import read_projections
+from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
 from logix_like.store.files import folder_size
 from logix_like.store.gradients import GradientReader, RowChunk
@@ -40,6 +42,8 @@ from logix_like.store.views import SampleViews
 
 if TYPE_CHECKING:
     import zarr
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,27 @@ class _Snapshot:
     writers: tuple[WriterInfo, ...]
     table: RowTable
     views: SampleViews
+    damages: tuple[str, ...]
+    damaged_rows: int
 
 
-def open_store(path: str | PathLike[str]) -> GradientStore:
+OnDamage = Literal["raise", "skip"]
+
+
+def open_store(path: str | PathLike[str], *, on_damage: OnDamage = "raise") -> GradientStore:
     """Open the store at ``path`` for reading.
+
+    Args:
+        path: The store's folder.
+        on_damage: ``raise``: reading a damaged chunk raises; ``skip``: everything is read and checked now, and
+            chunks with a damaged file are left out of all that is read later. ``store.damages`` names them,
+            and so does a warning in the log.
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
     """
-    return GradientStore(path)
+    if on_damage not in ("raise", "skip"):
+        raise ConfigError(f"on_damage is {on_damage!r}; known: raise, skip")
+    return GradientStore(path, on_damage=on_damage)
 
 
 class GradientStore:
@@ -108,10 +125,12 @@ class GradientStore:
     left_out = 0
     """No visit is left out."""
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], *, on_damage: OnDamage = "raise") -> None:
         self.path = Path(path).absolute()
         """The store's folder."""
-        self._snapshot = _read(self.path)
+        self._intact = IntactRows() if on_damage == "skip" else None
+        self._snapshot = _read(self.path, self._intact)
+        self._tell_damages()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -121,12 +140,29 @@ class GradientStore:
 
     def refresh(self) -> Self:
         """See what was committed since; returns the store itself."""
-        snapshot = _read(self.path)
+        snapshot = _read(self.path, self._intact)
         if snapshot.writers != self.writers or snapshot.manifest != self.manifest:
-            self._snapshot = snapshot
+            known, self._snapshot = self.damages, snapshot
+            if self.damages != known:
+                self._tell_damages()
             for name in ("statistics", "statistics_of_writers", "projections"):
                 self.__dict__.pop(name, None)
         return self
+
+    @property
+    def damages(self) -> tuple[str, ...]:
+        """With ``on_damage="skip"``: each damaged file of rows, which rows it holds and what is wrong."""
+        return self._snapshot.damages
+
+    @property
+    def damaged_rows(self) -> int:
+        """How many committed rows are left out since a file of theirs is damaged."""
+        return self._snapshot.damaged_rows
+
+    def _tell_damages(self) -> None:
+        if self.damages:
+            lines = "\n  ".join(self.damages)
+            _log.warning("%s: %d damaged rows are left out:\n  %s", self.path, self.damaged_rows, lines)
 
     @property
     def table(self) -> RowTable:
@@ -286,20 +322,31 @@ def build_view(path: str | PathLike[str]) -> Path | None:
     return _read(Path(path).absolute()).views.build()
 
 
-def _read(path: Path) -> _Snapshot:
+def _read(path: Path, intact: IntactRows | None = None) -> _Snapshot:
     manifest = read_manifest(path)
     if manifest.layout is not None and manifest.encoding not in ENCODINGS:
         raise StoreDamagedError(
             f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
             f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
         )
-    writers = _read_writers(path)
+    committed = _read_writers(path)
+    writers = committed if intact is None else _without_damage(committed, intact)
+    damages = () if intact is None else intact.findings(writer.folder for writer in writers)
+    damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
     parts = [PartSource(writer.folder, writer.name, writer.commits) for writer in writers]
     # A store without a module table has no rows, so any encoding reads them all.
     encoding = ENCODINGS[manifest.encoding or "float32"]
     layout = manifest.layout or Layout(())
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
-    return _Snapshot(manifest, writers, table, SampleViews(path, manifest.created, table))
+    return _Snapshot(manifest, writers, table, SampleViews(path, manifest.created, table), damages, damaged_rows)
+
+
+def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tuple[WriterInfo, ...]:
+    kept, first = [], 0
+    for writer in writers:
+        kept.append(replace(writer, commits=intact.of(writer.folder, writer.commits, first)))
+        first += writer.rows
+    return tuple(kept)
 
 
 def _read_writers(path: Path) -> tuple[WriterInfo, ...]:

@@ -26,6 +26,7 @@ from urllib.parse import quote
 
 from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
+from logix_like.store.documents import SEAL, sealed
 from logix_like.store.files import read_bytes, write_file
 
 FORMAT = "logix_like"
@@ -131,14 +132,13 @@ class StoreManifest:
 
 
 def _digest(attributes: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in attributes.items() if key != "digest"}
+    content = {key: value for key, value in attributes.items() if key not in ("digest", SEAL)}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
     """The ``zarr.json`` of a group."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
-    return json.dumps(document).encode()
+    return sealed({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})})
 
 
 def write_manifest(store: Path, manifest: StoreManifest) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,15 +51,16 @@ class StagedChunk:
     def fill(self, batch: ProjectedBatch, first: int) -> int:
         """Encode rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
         taken = min(self.capacity - self.count, len(batch.data_id) - first)
-        source, target = slice(first, first + taken), slice(self.count, self.count + taken)
-        rows = batch.rows[source].to(self._encoding.staging)
+        target = slice(self.count, self.count + taken)
+        rows = batch.rows if taken == len(batch.data_id) else batch.rows[first : first + taken]
+        rows = rows.to(self._encoding.staging)
         scale = self._encoding.encode(rows, self._layout, self._values[target])
         if self._scale is not None and scale is not None:
             self._scale[target] = scale
         if len(self._rows):
             self._rows[target] = rows
         torch.linalg.vector_norm(rows, dim=1, out=self._norm[target])
-        self._columns.add(batch, source, self.count)
+        self._columns.add(batch, slice(first, first + taken))
         self.count += taken
         return taken
 
@@ -84,46 +87,54 @@ class StagedChunk:
         self._columns = StagedColumns()
 
 
+class _Piece(NamedTuple):
+    """What some rows of one batch carry besides their gradients."""
+
+    ids: tuple[DataId, ...]
+    told: tuple[int, int, float]
+    loss: Tensor | None
+    metadata: dict[str, tuple[str | int | float, ...]]
+
+
 class StagedColumns:
     """What the waiting rows carry besides their gradients; put into arrays once for a whole chunk."""
 
     def __init__(self) -> None:
-        self._ids: list[DataId] = []
-        self._batches: list[tuple[int, int, float]] = []
-        self._lengths: list[int] = []
-        self._losses: list[Tensor] = []
-        self._metadata: dict[str, dict[int, tuple[str | int | float, ...]]] = {}
+        self._pieces: list[_Piece] = []
 
-    def add(self, batch: ProjectedBatch, source: slice, start: int) -> None:
-        """Take the samples ``source`` of a batch, which become the rows from ``start`` on."""
-        ids = batch.data_id[source]
-        self._ids += ids
-        self._batches.append((batch.step, batch.epoch, batch.lr))
-        self._lengths.append(len(ids))
-        loss = torch.full((len(ids),), torch.nan) if batch.loss is None else batch.loss[source]
-        self._losses.append(loss.detach().reshape(-1))
-        for name, values in batch.metadata.items():
-            self._metadata.setdefault(name, {})[start] = values[source]
+    def add(self, batch: ProjectedBatch, samples: slice) -> None:
+        """Take the samples ``samples`` of a batch, which become the next rows."""
+        loss = None if batch.loss is None else batch.loss.detach().reshape(-1)[samples]
+        metadata = {name: values[samples] for name, values in batch.metadata.items()}
+        self._pieces.append(_Piece(batch.data_id[samples], (batch.step, batch.epoch, batch.lr), loss, metadata))
 
     def numbers(self, norm: np.ndarray) -> np.ndarray:
         """The columns ``WRITER_COLUMNS`` of all rows, float64 ``[rows, columns]``."""
-        step, epoch, lr = np.repeat(np.array(self._batches, dtype=np.float64), self._lengths, axis=0).T
-        columns = {
-            "step": step,
-            "epoch": epoch,
-            "loss": torch.cat([loss.double() for loss in self._losses]).numpy(),
-            "norm": norm,
-            "lr": lr,
-            "flags": [0 if isinstance(data_id, str) else int(Flag.INTEGER_ID) for data_id in self._ids],
-        }
-        return np.stack([np.asarray(columns[name], np.float64) for name in WRITER_COLUMNS], axis=1)
+        lengths = [len(piece.ids) for piece in self._pieces]
+        told = np.array([piece.told for piece in self._pieces], dtype=np.float64)
+        step, epoch, lr = np.repeat(told, lengths, axis=0).T
+        columns = {"step": step, "epoch": epoch, "loss": self._losses(), "norm": norm, "lr": lr, "flags": self._flags()}
+        return np.stack([columns[name] for name in WRITER_COLUMNS], axis=1)
 
     def texts(self) -> dict[str, list[str]]:
         """The columns of text by array; metadata that a batch did not have is ``null``."""
-        texts = {DATA_ID: [id_text(data_id)[0] for data_id in self._ids]}
-        for name, pieces in self._metadata.items():
-            column = ["null"] * len(self._ids)
-            for start, values in pieces.items():
-                column[start : start + len(values)] = [value_text(value) for value in values]
-            texts[f"{METADATA}/{segment(name)}"] = column
-        return texts
+        # Ids were checked when their batch was put.
+        texts = {DATA_ID: [i if type(i) is str else id_text(i)[0] for piece in self._pieces for i in piece.ids]}
+        names = dict.fromkeys(name for piece in self._pieces for name in piece.metadata)
+        return texts | {f"{METADATA}/{segment(name)}": self._values(name) for name in names}
+
+    def _flags(self) -> np.ndarray:
+        integer = float(Flag.INTEGER_ID)
+        return np.array([0.0 if isinstance(i, str) else integer for piece in self._pieces for i in piece.ids])
+
+    def _losses(self) -> np.ndarray:
+        unknown = torch.tensor([torch.nan])
+        losses = [unknown.expand(len(p.ids)) if p.loss is None else p.loss for p in self._pieces]
+        return torch.cat(losses).double().numpy()
+
+    def _values(self, name: str) -> list[str]:
+        values: list[str] = []
+        for piece in self._pieces:
+            given = piece.metadata.get(name)
+            values += ["null"] * len(piece.ids) if given is None else [value_text(value) for value in given]
+        return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.documents import unsealed
 from logix_like.store.files import as_bytes, read_bytes
 from logix_like.store.schema import DOCUMENT
 
@@ -75,12 +75,9 @@ def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 def _attributes(folder: Path) -> dict[str, Any]:
     try:
-        attributes = json.loads(read_bytes(folder / DOCUMENT))["attributes"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(folder, f"has no readable {DOCUMENT} ({error!r})") from error
-    if not isinstance(attributes, dict):
-        raise _damaged(folder, f"has no attributes in {DOCUMENT}")
-    return attributes
+        return unsealed(read_bytes(folder / DOCUMENT))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"has no readable {DOCUMENT} ({error})") from error
 
 
 def _damaged(folder: Path, finding: str) -> StoreDamagedError:

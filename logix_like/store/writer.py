@@ -41,45 +41,52 @@ class _Request:
 
 
 class _Inbox:
-    """A queue of batches, bounded by their bytes, and of requests, which are never held up."""
+    """A queue of batches, bounded by their bytes, and of requests, which are never held up.
+
+    A putter that found it full is woken when half of it is free, not at each batch taken: two threads
+    that hand the interpreter to and fro for every batch take several times as long.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._bytes = 0
         self._items: deque[tuple[ProjectedBatch | _Request, int]] = deque()
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._filled = threading.Condition(lock)
+        self._emptied = threading.Condition(lock)
         self.error: BaseException | None = None
 
     def put(self, item: ProjectedBatch | _Request, size: int = 0) -> bool:
         """Queue an item, waiting while it does not fit; False if the worker has failed."""
-        with self._changed:
+        with self._filled:
             while self.error is None and size and self._bytes and self._bytes + size > self._limit:
-                self._changed.wait()
+                self._emptied.wait()
             if self.error is not None:
                 return False
             self._items.append((item, size))
             self._bytes += size
-            self._changed.notify_all()
+            self._filled.notify()
             return True
 
     def take(self, timeout: float | None) -> ProjectedBatch | _Request | None:
         """The next item, or None after ``timeout`` seconds without one."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: bool(self._items), timeout):
+        with self._filled:
+            if not self._items and not self._filled.wait_for(lambda: bool(self._items), timeout):
                 return None
             item, size = self._items.popleft()
             self._bytes -= size
-            self._changed.notify_all()
+            if 2 * self._bytes <= self._limit:
+                self._emptied.notify_all()
             return item
 
     def fail(self, error: BaseException) -> None:
         """Refuse all further items and wake everyone who waits."""
-        with self._changed:
+        with self._filled:
             self.error = error
             requests = [item for item, _ in self._items if isinstance(item, _Request)]
             self._items.clear()
             self._bytes = 0
-            self._changed.notify_all()
+            self._emptied.notify_all()
         for request in requests:
             request.done.set_exception(error)
 

@@ -97,6 +97,8 @@ class MemoryRows:
 class MemoryStore(MemoryRows):
     """All visits, with statistics and sample views."""
 
+    damaged_rows = 0
+
     def __init__(
         self,
         layout: Layout,

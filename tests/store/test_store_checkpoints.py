@@ -96,8 +96,12 @@ def test_a_garbled_record_is_named(tmp_path: Path, content: bytes) -> None:
     (store / "checkpoints/1.json").write_bytes(content)
     with pytest.raises(StoreDamagedError, match=r"1\.json"):
         list_checkpoints(store)
-    (store / "checkpoints/1.json").write_text(
-        '{"number": 2, "step": 1, "epoch": 1, "fingerprint": "", "size": 1, "crc": 1}'
-    )
+
+
+def test_a_record_in_anothers_place_is_named(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    for number in (1, 2):
+        save_checkpoint(store, {"a": torch.ones(number)}, 1)
+    (store / "checkpoints/1.json").write_bytes((store / "checkpoints/2.json").read_bytes())
     with pytest.raises(StoreDamagedError, match="says that it is number 2"):
         list_checkpoints(store)

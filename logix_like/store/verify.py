@@ -1,0 +1,231 @@
+"""Reading every byte of a store that counts, and naming what is not as it was committed.
+
+Checked are the manifest, every Zarr document, the commit records, each committed chunk of every array (against
+its own checksum and the record's), the latest statistics, projections, checkpoints and sample views. Files
+that no record names (what a kill left, temporary names) hold no committed rows and are not read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from logix_like.errors import StoreError, StoreNotFoundError, StoreVersionError
+from logix_like.layout import DataId
+from logix_like.store.arrays import chunk_file, read_chunk
+from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
+from logix_like.store.columns import decode_ids, decode_texts
+from logix_like.store.commits import Commits, RowsRecord, read_commits
+from logix_like.store.creation import read_projections
+from logix_like.store.damage import array_file
+from logix_like.store.documents import unsealed
+from logix_like.store.files import read_bytes
+from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.schema import (
+    CHECKPOINTS,
+    COLUMNS,
+    COMMITS,
+    DATA_ID,
+    DOCUMENT,
+    MEAN_VIEWS,
+    PROJECTIONS,
+    STATISTICS_FOLDER,
+    WRITER_COLUMNS,
+    WRITERS,
+    Flag,
+    StoreManifest,
+    read_manifest,
+)
+from logix_like.store.sums import load_statistics
+
+Progress = Callable[[int, int], None]
+"""Told of each step: how many there were, and how many there are to be."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not as it was committed."""
+
+    file: Path
+    """The file, or the folder of statistics."""
+    finding: str
+    """What is wrong, in words."""
+    rows: tuple[int, int] | None = None
+    """First row of the store (in its reader's order) that the file holds, and the one behind the last."""
+    data_id: tuple[DataId, ...] | None = None
+    """Ids of these rows; None where they cannot be read either."""
+
+    def __str__(self) -> str:
+        return self.finding if self.data_id is None else f"{self.finding} (data ids: {_listed(self.data_id)})"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found."""
+
+    path: Path
+    """The store."""
+    rows: int
+    """Committed rows, damaged or not."""
+    files: int
+    """How many things were checked."""
+    damages: tuple[Damage, ...]
+    """What is damaged, in the order in which it was found."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was committed."""
+        return not self.damages
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"{self.path}: {self.rows:,} rows, {self.files:,} files checked, all as they were committed"
+        head = f"{self.path}: {len(self.damages):,} of {self.files:,} files checked are damaged"
+        return "\n".join([head, *(f"  {damage}" for damage in self.damages)])
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One thing to read."""
+
+    file: Path
+    read: Callable[[], object]
+    ids: Callable[[], tuple[DataId, ...] | None] = lambda: None
+    rows: tuple[int, int] | None = None
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
+    """Read all of the store at ``path``; nothing is written, and nothing that is found is raised.
+
+    Raises :class:`StoreNotFoundError` and :class:`StoreVersionError` where there is no store to check.
+    """
+    store = Path(path).absolute()
+    damages: list[Damage] = []
+    manifest = _attempt(_Check(store / DOCUMENT, lambda: read_manifest(store)), damages)
+    checks = list(_documents(store))
+    rows = 0
+    if isinstance(manifest, StoreManifest):
+        rows, more = _contents(store, manifest, damages)
+        checks += more
+    for number, check in enumerate(checks):
+        _attempt(check, damages)
+        if progress is not None:
+            progress(number + 1, len(checks))
+    return VerifyReport(store, rows, len(checks) + 1, tuple(_once(damages)))
+
+
+def _attempt(check: _Check, damages: list[Damage]) -> object:
+    try:
+        return check.read()
+    except (StoreNotFoundError, StoreVersionError):
+        raise
+    except (StoreError, OSError, ValueError) as error:
+        finding = str(error) if str(check.file) in str(error) else f"{check.file}: {error}"
+        damages.append(Damage(check.file, finding, check.rows, check.ids()))
+        return None
+
+
+def _once(damages: list[Damage]) -> Iterator[Damage]:
+    seen: set[Path] = set()
+    for damage in damages:
+        if damage.file not in seen:
+            seen.add(damage.file)
+            yield damage
+
+
+def _documents(store: Path) -> Iterator[_Check]:
+    for parent, folders, names in os.walk(store):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # hidden names are unfinished
+        if DOCUMENT in names:
+            file = Path(parent) / DOCUMENT
+            yield _Check(file, lambda file=file: unsealed(read_bytes(file)))  # type: ignore[misc]
+
+
+def _contents(store: Path, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
+    checks = [
+        _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
+        *_checkpoints(store, damages),
+    ]
+    rows = 0
+    named = ((parse_writer_name(folder.name), folder) for folder in _folders(store / WRITERS))
+    for _, folder in sorted((order, folder) for order, folder in named if order is not None):
+        commits = _record(folder, damages)
+        checks += [*_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
+        rows += commits.total
+    for folder in _folders(store / MEAN_VIEWS):
+        checks += _part(folder, _record(folder, damages), 0, manifest, view=True)
+    return rows, checks
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(f for f in parent.iterdir() if f.is_dir() and f.name[0] != ".") if parent.is_dir() else []
+
+
+def _record(folder: Path, damages: list[Damage]) -> Commits:
+    file = folder / COMMITS
+    commits = _attempt(_Check(file, lambda: read_commits(folder)), damages)
+    if not isinstance(commits, Commits):
+        return Commits()
+    if commits.spoilt:
+        damages.append(
+            Damage(file, f"{file}: its last record is whole and does not match its checksum; it is left out")
+        )
+    return commits
+
+
+def _part(
+    folder: Path, commits: Commits, first: int, manifest: StoreManifest, *, view: bool = False
+) -> Iterator[_Check]:
+    """Every chunk of every array, and the documents that there must be."""
+    for record in commits.rows:
+        rows = (first, first + record.rows)
+        first = rows[1]
+        part = folder / record.part if record.part else folder
+        for array, crc in record.crc.items():
+            file = array_file(folder, record, array)
+            what = f"{array} of rows {rows[0]} to {rows[1] - 1}" + (" of a sample view" if view else "")
+            yield _Check(
+                file,
+                lambda file=file, what=what, crc=crc: read_chunk(file, what, crc=crc),  # type: ignore[misc]
+                lambda part=part, record=record: _ids(part, record),  # type: ignore[misc]
+                None if view else rows,
+            )
+            document = part / array / DOCUMENT
+            yield _Check(document, lambda file=document: unsealed(read_bytes(file)))  # type: ignore[misc]
+
+
+def _ids(part: Path, record: RowsRecord) -> tuple[DataId, ...] | None:
+    """The ids of a chunk's rows, or None where they are damaged themselves."""
+    try:
+        texts = read_chunk(chunk_file(part / DATA_ID, record.chunk, 1), "ids", crc=record.crc[DATA_ID])
+        numbers = read_chunk(chunk_file(part / COLUMNS, record.chunk, 2), "flags", crc=record.crc[COLUMNS])
+        flags = numbers.view("<f8").reshape(record.rows, -1)[:, WRITER_COLUMNS.index("flags")].astype(np.int64)
+        ids = decode_ids(decode_texts(texts, record.rows, "ids"), (flags & int(Flag.INTEGER_ID)) != 0)
+    except (StoreError, KeyError, ValueError):
+        return None
+    return tuple(ids.tolist())
+
+
+def _statistics(folder: Path, commits: Commits, manifest: StoreManifest) -> Iterator[_Check]:
+    record, layout = commits.statistics, manifest.layout
+    if record is not None and layout is not None:
+        where = folder / STATISTICS_FOLDER / str(record.generation)
+        yield _Check(where, lambda: load_statistics(where, layout, record.watermark))
+
+
+def _checkpoints(store: Path, damages: list[Damage]) -> list[_Check]:
+    folder = store / CHECKPOINTS
+    records = _attempt(_Check(folder, lambda: list_checkpoints(store)), damages)
+    return [
+        _Check(folder / f"{one.number}.safetensors", lambda one=one: load_checkpoint(store, one.number))  # type: ignore[misc]
+        for one in (records if isinstance(records, tuple) else ())
+    ]
+
+
+def _listed(ids: tuple[DataId, ...], shown: int = 8) -> str:
+    more = f", and {len(ids) - shown} more" if len(ids) > shown else ""
+    return ", ".join(repr(one) for one in ids[:shown]) + more

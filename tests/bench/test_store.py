@@ -1,0 +1,141 @@
+"""Bars B4 and B7 on the store alone; ``python -m pytest tests/bench/test_store.py -s`` prints them.
+
+Rows have W1's shape (28 modules of 16 x 16) and come in batches of 8. Both sides of a ratio run in turn in one
+process. Raw writing is told twice: against the page cache alone, where a memory copy competes with
+everything a store does besides (rounding, norms, checksums, columns), and forced to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.layout import Layout, ModuleBlock
+from logix_like.store import StoreWriter, create_store, describe, open_store
+from tests.bench import w1
+
+ROWS, BATCH, CHUNK_MIB = 4096, 8, 4.0
+MANY, NARROW = 1_000_000, 64
+
+
+def wide_layout() -> Layout:
+    """W1's 28 modules."""
+    return Layout(
+        [ModuleBlock(f"layers.{n}", "linear", (256, 256), (16, 16), 256 * n, f"layers.{n}") for n in range(28)]
+    )
+
+
+def new_store(path: Path, layout: Layout, encoding: str) -> Path:
+    store = create_store(path, {"project": "bench"}, overwrite=path.exists())
+    describe(store, layout, encoding, {block.name: (None, None) for block in layout})
+    return store
+
+
+def w1_batches(width: int, count: int) -> list[ProjectedBatch]:
+    rows = torch.randn(512, width, generator=torch.Generator().manual_seed(0)).split(BATCH)
+    return [
+        ProjectedBatch(
+            tuple(f"sample-{n}" for n in range(b * BATCH, (b + 1) * BATCH)),
+            rows[b % len(rows)],
+            step=b,
+            epoch=0,
+            lr=0.1,
+            loss=torch.ones(BATCH),
+        )
+        for b in range(count // BATCH)
+    ]
+
+
+def show(line: object) -> None:
+    sys.stdout.write(f"\n{line}")
+
+
+def write_raw(folder: Path, size: int, *, sync: bool) -> None:
+    """Files of one chunk each, to hold ``size`` bytes together."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    buffer = memoryview(torch.full((int(CHUNK_MIB * 2**20),), 7, dtype=torch.uint8).numpy())
+    for number, start in enumerate(range(0, size, len(buffer))):
+        with open(folder / str(number), "wb", buffering=0) as file:
+            file.write(buffer[: size - start])
+            if sync:
+                os.fsync(file.fileno())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("durability", ["process", "commit"])
+def test_b7_writing(tmp_path: Path, durability: Literal["process", "commit"]) -> None:
+    layout, batches = wide_layout(), w1_batches(wide_layout().width, ROWS)
+    size = ROWS * layout.width * 2
+
+    store = new_store(tmp_path / "store", layout, "bfloat16")
+
+    def ours() -> None:
+        shutil.rmtree(store / "writers/0-1", ignore_errors=True)
+        with StoreWriter(store, layout, "bfloat16", chunk_mib=CHUNK_MIB, durability=durability) as out:
+            for batch in batches:
+                out.put(batch)
+
+    def raw() -> None:
+        write_raw(tmp_path / "raw", size, sync=durability == "commit")
+
+    where = "forced to the disk" if durability == "commit" else "page cache"
+    ratio = w1.compare(f"B7 raw files / store writer, {size >> 20} MiB, {where}", raw, ours, pairs=20, warmup=3)
+    show(ratio)
+    show(f"    store {size / 2**20 / ratio.other:,.0f} MiB/s, raw {size / 2**20 / ratio.ours:,.0f} MiB/s")
+    assert len(open_store(store)) == ROWS
+    if durability == "commit":
+        assert ratio.quartiles[1] >= 0.6
+
+
+def test_b4_bytes(tmp_path: Path) -> None:
+    layout = wide_layout()
+    store = new_store(tmp_path / "store", layout, "bfloat16")
+    with StoreWriter(store, layout, "bfloat16") as out:
+        for batch in w1_batches(layout.width, ROWS):
+            out.put(batch)
+    size = open_store(store).bytes["rows"] / ROWS
+    show(f"B4 bfloat16, bytes a row with columns and records: {size:,.0f}")
+    assert size <= 14_500
+
+
+OPENING = """
+import json, resource, sys, time
+import logix_like as logix
+import torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+store = logix.open_store(sys.argv[1])
+opened = time.perf_counter() - start
+rows = len(store), len(store.data_id), store.step[-1]
+read = time.perf_counter() - start
+print(json.dumps({"open": opened, "columns": read, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}))
+"""
+
+
+@pytest.mark.timeout(900)
+def test_b7_opening(tmp_path: Path) -> None:
+    """A million rows in as many chunks as they would take at W1's width (292 rows each)."""
+    layout = Layout([ModuleBlock("m", "linear", (64, 64), (8, 8), 0, "m")])
+    store = new_store(tmp_path / "store", layout, "bfloat16")
+    rows = torch.randn(1000, NARROW)
+    with StoreWriter(store, layout, "bfloat16", chunk_mib=292 * NARROW * 2 / 2**20) as out:
+        for start in range(0, MANY, 1000):
+            out.put(ProjectedBatch(tuple(f"sample-{n}" for n in range(start, start + 1000)), rows, step=start))
+    told = json.loads(
+        subprocess.run([sys.executable, "-c", OPENING, str(store)], check=True, capture_output=True).stdout
+    )
+    show(
+        f"B7 {MANY:,} rows: open {told['open']:.2f} s, with ids and columns {told['columns']:.2f} s, "
+        f"memory {told['rss'] / 1024:.0f} MiB"
+    )
+    assert told["open"] < 1 and told["rss"] < 200 * 1024
