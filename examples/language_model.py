@@ -64,7 +64,8 @@ class Layer(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attended(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+        x = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return x
 
 
 class LanguageModel(nn.Module):
@@ -175,9 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model on fewer passages")
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else Settings()
-    torch.set_num_threads(1)  # for steps this small a second thread is no gain, and a great loss on a busy machine
+    torch.set_num_threads(1)  # steps this small gain little by a second thread, and lose much on a busy machine
     torch.manual_seed(0)
     texts = paragraphs(options.text) if options.text else gospels()
+    if not texts:
+        parser.error(f"{options.text} holds no paragraph")
     texts = dict(islice(texts.items(), settings.passages))
     words = Words(list(texts.values()), settings.vocabulary)
     passages = {name: words.encode(text, settings.length) for name, text in texts.items()}
@@ -195,5 +198,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except logix.LogixError as error:
+    except (logix.LogixError, OSError) as error:
         sys.exit(f"error: {error}")

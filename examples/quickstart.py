@@ -125,7 +125,7 @@ def measure_overhead(model: nn.Module, data: Digits, settings: Settings, root: P
 def main(root: Path | None = None, *, overwrite: bool = False, settings: Settings | None = None) -> None:
     """Train, ask, measure; the store stays in ``root``, or is removed at the end without one."""
     settings = settings or Settings()
-    torch.set_num_threads(1)  # for steps this small a second thread is no gain, and a great loss on a busy machine
+    torch.set_num_threads(1)  # steps this small gain little by a second thread, and lose much on a busy machine
     torch.manual_seed(settings.seed)
     data = load_digits(settings.training, settings.wrong, torch.Generator().manual_seed(settings.seed))
     model = network(data.images.shape[1], settings.width)

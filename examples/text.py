@@ -45,7 +45,9 @@ def gospels() -> dict[str, str]:
 
 def paragraphs(file: Path) -> dict[str, str]:
     """The paragraphs of a text file (blank lines are between them), by name, e.g. ``paragraph 12``."""
-    found = [" ".join(part.split()) for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))]
+    found = [
+        " ".join(part.split()) for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8", errors="replace"))
+    ]
     return {f"paragraph {number}": text for number, text in enumerate(filter(None, found), start=1)}
 
 

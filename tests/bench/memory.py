@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 import logix_like as logix
 from tests.bench import w1
 
-MARKS = (0.25, 1.0)
-"""Shares of the run at which the resident memory is read: growth between them is the samples'."""
+PASSES = 2
+"""Passes over the sequences: buffers are filled in the first, growth is what the second adds."""
 
 
 def resident() -> int:
@@ -27,19 +28,18 @@ def main(kind: str, root: str) -> None:
     torch.set_num_threads(2)
     network, batches = w1.model(), w1.batches()
     run = logix.init("memory", network, w1.CONFIG, root=root, verbose=False) if kind == "logged" else None
-    marks = [int(share * len(batches)) - 1 for share in MARKS]
-    seen = []
-    for number, tokens in enumerate(batches):
+    seen: list[int] = []
+    for number, tokens in enumerate(batches * PASSES, 1):
         network.zero_grad()
-        with nullcontext() if run is None else run(data_id=range(number * w1.BATCH, (number + 1) * w1.BATCH)):
+        with nullcontext() if run is None else run(data_id=range((number - 1) * w1.BATCH, number * w1.BATCH)):
             w1.loss(network, tokens).backward()
-        if number in marks:
-            seen.append(resident())
+        seen.append(resident())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if run is not None:
         run.finalize()
-    samples = (marks[1] - marks[0]) * w1.BATCH
-    print(json.dumps({"peak": peak, "growth": (seen[1] - seen[0]) / samples}))
+    # What is resident goes up and down within a step: medians over the last half of each pass are compared.
+    halves = [statistics.median(seen[end - len(batches) // 2 : end]) for end in (len(batches), len(seen))]
+    print(json.dumps({"peak": peak, "growth": (halves[1] - halves[0]) / w1.SEQUENCES}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,316 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner, Result
+
+import logix_like as logix
+from logix_like.cli import app
+from logix_like.query.gradients import QueryGradients
+from tests.training import CLASSES, FEATURES, SAMPLES, batches, data, network
+
+EPOCHS = 2
+WIDTH = 8 * (FEATURES + 1) + CLASSES * 9
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def refused(result: Result) -> str:
+    """The one line that an error is."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    line, end = result.stderr.split("\n")
+    assert end == ""
+    assert line.startswith("error: ")
+    return line
+
+
+def usage_error(result: Result) -> str:
+    assert result.exit_code == 2
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+def logged(root: Path, names: Sequence[str | int]) -> logix.Run:
+    model = network(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = logix.init("cli", model, optimizer=optimizer, root=root, checkpoints="every_epoch", verbose=False)
+    x, y = data(torch.float32)
+    for epoch in range(EPOCHS):
+        run.epoch(epoch)
+        for ids in batches():
+            with run(data_id=[names[i] for i in ids.tolist()]):
+                F.cross_entropy(model(x[ids]), y[ids]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run.finalize()
+    with run.query(data_id=["first", 2]):
+        F.cross_entropy(model(x[:2]), y[:2]).backward()
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> logix.Run:
+    return logged(tmp_path_factory.mktemp("cli"), [f"s{i}" for i in range(SAMPLES - 1)] + [99])
+
+
+@pytest.fixture(scope="module")
+def asked(run: logix.Run) -> QueryGradients:
+    generator = torch.Generator().manual_seed(1)
+    rows = run.store.gradients[:2] + 0.01 * torch.randn(2, WIDTH, generator=generator)
+    return QueryGradients(("first", 2), rows, run.store.modules)
+
+
+@pytest.fixture
+def queries(asked: QueryGradients, tmp_path: Path) -> Path:
+    return asked.save(tmp_path / "queries.npz")
+
+
+# Help
+
+
+def test_help_names_every_command() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "info", "query"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", [["--help"], ["demo", "--help"], ["info", "--help"], ["query", "--help"]])
+def test_every_help_has_an_example(command: list[str]) -> None:
+    assert "Example: logix-like " in call(*command).stdout
+
+
+def test_no_command_shows_the_help() -> None:
+    assert "Usage" in (result := call()).stdout + result.stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert call("--version").stdout == f"logix_like {logix.__version__}\n"
+
+
+# info
+
+
+def test_info_tells_everything(run: logix.Run) -> None:
+    result = call("info", run.path)
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["store", str(run.path)] in lines
+    assert ["project", "cli"] in lines
+    assert ["rows", "46", "of", "23", "samples"] in lines
+    assert ["0", "linear", "8", "x", "7", "8", "x", "7", "56"] in lines
+    assert ["2", "linear", "3", "x", "9", "3", "x", "9", "27"] in lines
+    assert ["0-1", "46", str(len(run.store.writers[0].commits.rows)), "1", "9", "closed"] in lines
+    assert "covariance (2 modules), kronecker (2 modules), over 46 of 46 rows" in result.stdout
+    assert ["checkpoints", "2:"] in lines
+    assert f"{sum(run.store.bytes.values()):,} bytes: " in result.stdout
+
+
+def test_info_as_json_is_the_same_as_plain_data(run: logix.Run) -> None:
+    told = json.loads(call("info", run.path, "--json").stdout)
+    assert (told["project"], told["format"], told["library"]) == ("cli", 1, logix.__version__)
+    assert (told["rows"], told["samples"], told["numbers"], told["dtype"]) == (46, 23, WIDTH, "bfloat16")
+    assert [m["module"] for m in told["modules"]] == ["0", "2"]
+    assert told["modules"][0] == {
+        "module": "0",
+        "kind": "linear",
+        "shape": [8, 7],
+        "rank": [8, 7],
+        "numbers": 56,
+        "tied": [],
+    }
+    assert told["statistics"] == {"covariance": 2, "kronecker": 2}
+    assert told["statistics_rows"] == 46
+    assert [c["number"] for c in told["checkpoints"]] == [1, 2]
+    assert told["bytes"] == dict(run.store.bytes)
+    (writer,) = told["writers"]
+    assert (writer["rows"], writer["state"], writer["statistics_rows"]) == (46, "closed", 46)
+
+
+def test_info_counts_rows_that_are_not_finite(tmp_path: Path) -> None:
+    model = network(torch.float32)
+    run = logix.init("bad", model, root=tmp_path, verbose=False)
+    x, y = data(torch.float32)
+    x[3] = float("nan")
+    with run(data_id=range(5)):
+        F.cross_entropy(model(x[:5]), y[:5]).backward()
+    run.finalize()
+    assert "5 of 5 samples (1 not finite: left out of scores)" in call("info", run.path).stdout
+
+
+def test_info_of_a_store_without_rows(tmp_path: Path) -> None:
+    run = logix.init("empty", network(), root=tmp_path, verbose=False)
+    run.finalize()
+    assert "nothing was logged yet" in call("info", run.path).stdout
+    told = json.loads(call("info", run.path, "--json").stdout)
+    assert (told["rows"], told["modules"], told["writers"], told["dtype"]) == (0, [], [], None)
+
+
+def test_info_refuses_what_is_no_store(tmp_path: Path) -> None:
+    assert f"{tmp_path} holds no store" in refused(call("info", tmp_path))
+    assert "holds no store" in refused(call("info", tmp_path / "nothing"))
+
+
+# query
+
+
+def test_query_answers_as_the_library_does(run: logix.Run, asked: QueryGradients, queries: Path) -> None:
+    expected = run.compute_influence_all(asked, k=3)
+    told = json.loads(call("query", run.path, "--queries", queries, "-k", 3, "--json").stdout)
+    assert told["note"] == expected.note
+    assert [one["query_id"] for one in told["queries"]] == ["first", 2]
+    for number, one in enumerate(told["queries"]):
+        for side, ranking in (("proponents", expected.proponents()), ("opponents", expected.opponents())):
+            assert [line["data_id"] for line in one[side]] == ranking.ids[number].tolist()
+            assert [line["score"] for line in one[side]] == ranking.scores[number].tolist()
+
+
+def test_query_prints_as_many_samples_as_were_asked_for(run: logix.Run, queries: Path) -> None:
+    lines = call("query", run.path, "--queries", queries, "-k", 7).stdout.splitlines()
+    start = lines.index("query first")
+    assert lines[start + 1].split() == ["proponents", "score", "opponents", "score"]
+    assert lines[start + 2].split()[0] == "s0"  # its own gradient, but for a little noise
+    assert lines[start + 9] == ""
+    assert any("A positive score means that training on the sample lowered" in line for line in lines)
+
+
+def test_query_passes_its_options_on(run: logix.Run, queries: Path) -> None:
+    options = ("--preconditioner", "kfac", "--damping", 0.5, "--mode", "cosine", "--reduce", "last")
+    told = json.loads(call("query", run.path, "--queries", queries, *options, "--json").stdout)
+    for words in ("cosine score", "kfac (2 modules)", "damping 0.5", "each its last visit", "exact engine"):
+        assert words in told["note"]
+
+
+def test_visits_are_named_with_their_step(run: logix.Run, queries: Path) -> None:
+    told = json.loads(call("query", run.path, "--queries", queries, "--reduce", "none", "--json").stdout)
+    assert all(0 <= line["step"] < 10 for line in told["queries"][0]["proponents"])
+
+
+def test_fewer_samples_than_are_shown_by_default(tmp_path: Path) -> None:
+    model = network(torch.float32)
+    run = logix.init("few", model, root=tmp_path, verbose=False)
+    x, y = data(torch.float32)
+    with run(data_id=range(4)):
+        F.cross_entropy(model(x[:4]), y[:4]).backward()
+    run.finalize()
+    saved = run.get_log().save(tmp_path / "queries.npz")
+    told = json.loads(call("query", run.path, "--queries", saved, "--json").stdout)
+    assert len(told["queries"]) == len(told["queries"][0]["proponents"]) == 4
+    assert "there are only 4 samples" in refused(call("query", run.path, "--queries", saved, "-k", 5))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_an_answer_is_saved(run: logix.Run, asked: QueryGradients, queries: Path, tmp_path: Path, suffix: str) -> None:
+    output = tmp_path / f"answer{suffix}"
+    result = call("query", run.path, "--queries", queries, "-k", 3, "--output", output)
+    assert result.stderr == f"saved to {output}\n"
+    saved, expected = logix.InfluenceResult.load(output), run.compute_influence_all(asked, k=3)
+    assert (saved.proponents().ids == expected.proponents().ids).all()
+    assert torch.equal(saved.opponents().scores, expected.opponents().scores)
+
+
+def test_an_answer_is_saved_as_a_page(run: logix.Run, queries: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    result = call("query", run.path, "--queries", queries, "--output", tmp_path / "answer.html")
+    assert result.exit_code == 0
+    assert "s0" in (tmp_path / "answer.html").read_text()
+
+
+def test_a_file_made_by_hand_is_answered_alike(
+    run: logix.Run, asked: QueryGradients, queries: Path, tmp_path: Path
+) -> None:
+    by_hand = tmp_path / "hand.npz"
+    np.savez(by_hand, data_id=np.array(["first", "second"]), gradients=asked.gradients.numpy())
+    told, expected = (
+        json.loads(call("query", run.path, "--queries", file, "--json").stdout) for file in (by_hand, queries)
+    )
+    assert [one["query_id"] for one in told["queries"]] == ["first", "second"]
+    assert [one["proponents"] for one in told["queries"]] == [one["proponents"] for one in expected["queries"]]
+
+
+def test_a_file_of_another_width_is_refused(run: logix.Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "hand.npz", data_id=np.arange(2), gradients=np.zeros((2, 5)))
+    line = refused(call("query", run.path, "--queries", tmp_path / "hand.npz"))
+    assert f"shape (2, 5); 2 ids and rows of {WIDTH} numbers need (2, {WIDTH})" in line
+
+
+def test_queries_of_another_model_are_refused_by_name(run: logix.Run, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(FEATURES, 8), torch.nn.Tanh(), torch.nn.Linear(8, CLASSES + 1))
+    other = logix.init("other", model, root=tmp_path, verbose=False)
+    with other(data_id=["q"]):
+        model(torch.ones(1, FEATURES)).sum().backward()
+    saved = other.get_log().save(tmp_path / "queries.npz")
+    other.finalize()
+    assert "module '2' of this model differs" in refused(call("query", run.path, "--queries", saved))
+
+
+def test_an_empty_store_is_refused(tmp_path: Path, queries: Path) -> None:
+    run = logix.init("empty", network(), root=tmp_path, verbose=False)
+    run.finalize()
+    assert "the store holds no rows" in refused(call("query", run.path, "--queries", queries))
+
+
+def test_an_output_that_cannot_be_written_is_one_line(run: logix.Run, queries: Path, tmp_path: Path) -> None:
+    result = call("query", run.path, "--queries", queries, "--output", tmp_path / "missing" / "answer.json")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "missing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "dott"], "'dott' is none of dot, cosine, relatif, l2"),
+        (["--reduce", "max"], "'max' is none of mean, sum, last, none"),
+        (["--preconditioner", "x"], "'x' is none of identity, diagonal, covariance, kfac, ekfac, auto"),
+        (["--engine", "x"], "'x' is none of exact, faiss"),
+        (["--output", "answer.txt"], "'answer.txt' ends in none of .json, .npz, .html"),
+        (["-k", 0], "0 is not in the range x>=1"),
+        (["--damping", -1], "-1.0 is not in the range x>=0"),
+    ],
+)
+def test_wrong_usage(run: logix.Run, queries: Path, options: list[object], message: str) -> None:
+    assert message in usage_error(call("query", run.path, "--queries", queries, *options))
+
+
+def test_wrong_usage_of_arguments(run: logix.Run, tmp_path: Path) -> None:
+    assert "does not exist" in usage_error(call("query", run.path, "--queries", tmp_path / "missing.npz"))
+    assert "--queries" in usage_error(call("query", run.path))
+    assert "frobnicate" in usage_error(call("frobnicate"))
+    usage_error(call("info"))
+
+
+# The command itself
+
+
+def test_the_installed_command(run: logix.Run, tmp_path: Path) -> None:
+    code = "import sys; from logix_like.cli import app; sys.argv[0] = 'logix-like'; app()"
+    command = [sys.executable, "-W", "error", "-c", code, "info"]
+    done = subprocess.run([*command, str(run.path), "--json"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["rows"] == 46
+    failed = subprocess.run([*command, "nowhere"], capture_output=True, text=True, cwd=tmp_path)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("error: ")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, logix_like.cli; "
+        "print(*{'transformers', 'faiss', 'pandas', 'sklearn', 'jinja2', 'mlxtend'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
