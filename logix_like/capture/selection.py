@@ -10,6 +10,7 @@ from torch import nn
 
 from logix_like.capture.layers import RULES, Rule, type_name
 from logix_like.errors import ConfigError, UnsupportedModuleError
+from logix_like.wrapping import named_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def select_modules(
     skipped: dict[str, str] = {}
     chosen: list[tuple[str, nn.Module, Rule]] = []
     inside_attention = _attention_parts(model)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         exact = name in include and not _is_glob(name)
         if (not exact and not _fits(name, include)) or _fits(name, exclude):
             continue
@@ -177,7 +178,7 @@ def _attention_parts(model: nn.Module) -> dict[str, str]:
     reason = "nn.MultiheadAttention uses its weight without calling it"
     return {
         f"{name}.{part}" if name else part: reason
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.MultiheadAttention)
         for part, _ in module.named_modules()
         if part
@@ -189,7 +190,7 @@ def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:
 
 
 def _check_patterns(model: nn.Module, include: Sequence[str], types: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in named_modules(model)]
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
