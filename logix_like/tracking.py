@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
-from logix_like.capture.selection import select_modules
+from logix_like.capture.selection import select_modules, trackable
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import ModelMismatchError
@@ -42,7 +42,7 @@ def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> 
     """
     layout = store.layout
     assert layout is not None
-    present = {name for name, _ in named_modules(model)}
+    present = set(trackable(model))
     wanted = [name for block in layout for name in (block.name, *block.tied)]
     missing = next((name for name in wanted if name not in present), None)
     if missing is not None:

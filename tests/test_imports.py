@@ -45,6 +45,7 @@ LAYERS = (
         "logix_like.block",
         "logix_like.extraction",
         "logix_like.logtypes",
+        "logix_like.overflow",
         "logix_like.session",
         "logix_like.tracking",
     ),
