@@ -13,6 +13,7 @@ from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import CaptureError
+from logix_like.overflow import StepGate, overflowed
 from logix_like.query.gradients import QueryGradients
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
@@ -31,6 +32,7 @@ class Logbook:
         self._progress = progress
         self._tracker: Tracker | None = None
         self._open: Block | None = None
+        self._gate = StepGate(self._store)
         self._waiting: list[tuple[Recording, BlockOptions, ProjectedBatch | None]] = []
         self._last: QueryGradients | None = None
         self.statistics: frozenset[str] = frozenset(config.statistics)
@@ -114,19 +116,29 @@ class Logbook:
 
     def flush(self, *, force: bool = False) -> None:
         """Turn ended blocks into rows, if the projections exist; ``force`` ends a warm-up early."""
+        self._project_waiting(force)
+        if force:
+            self._gate.release()
+
+    def release(self) -> None:
+        """Hand over the rows of the optimizer step that is still going on, too."""
+        self._gate.release()
+
+    def _project_waiting(self, force: bool) -> None:
         if self._tracker is None or not self._waiting:
             return
         if self._tracker.needs_warmup:
             samples = sum(len(options.data_id) for _, options, _ in self._waiting)
             if not force and samples < self._config.projection.warmup:
                 return
-            self._tracker.fit(recording for recording, _, _ in self._waiting)
+            trained = (r for r, _, columns in self._waiting if columns is None or not columns.overflow)
+            self._tracker.fit(trained)
         waiting, self._waiting = self._waiting, []
         for recording, options, columns in waiting:
             rows, moments = project(recording, options)
             self._last = QueryGradients(options.data_id, rows, self._tracker.settle())
             if columns is not None:
-                self._store(self._tracker, replace(columns, rows=rows.cpu(), moments=moments))
+                self._gate.put(replace(columns, rows=rows.cpu(), moments=moments))
 
     def warmup_note(self) -> str:
         """What to wait for, when the projections do not exist yet."""
@@ -163,11 +175,13 @@ class Logbook:
             epoch=self._progress.epoch,
             lr=self._progress.lr,
             loss=None if options.loss is None else options.loss.float().cpu(),
+            overflow=overflowed(self.tracker.model, options.scaler),
             metadata=options.metadata,
         )
 
-    def _store(self, tracker: Tracker, batch: ProjectedBatch) -> None:
+    def _store(self, batch: ProjectedBatch) -> None:
         assert self._session is not None
+        tracker = self.tracker
         if not self._session.begun:
             self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
         self._session.put(batch)

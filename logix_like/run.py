@@ -263,6 +263,7 @@ class Run:
         During a projection's warm-up there are no rows yet: the blocks wait in memory.
         """
         if self._session is not None and not self._logbook.closed:
+            self._logbook.release()
             self._session.commit()
 
     def checkpoint(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.config import Config
+from logix_like.errors import ConfigError, LogixError, StoreError
 from logix_like.layout import Layout
+from logix_like.projection import INITS
 from logix_like.query.completion import ensure_statistics
+from logix_like.ranks import Ranks
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     GradientStore,
@@ -20,9 +24,13 @@ from logix_like.store import (
     create_store,
     describe,
     open_store,
+    read_manifest,
     save_checkpoint,
 )
-from logix_like.weights import fingerprint, tensors
+from logix_like.weights import fingerprint, whole_tensors
+
+DESCRIPTION_SECONDS = 300.0
+"""How long a process waits for the first one to log a batch and so to describe the store."""
 
 Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
@@ -30,15 +38,21 @@ Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 class StoreSession:
     """One process's writing into one store, from its creation to :meth:`finish`.
 
-    The writer's thread starts with the first batch, when the layout of a row is known.
+    The writer's thread starts with the first batch, when the layout of a row is known. Of several processes
+    (``torch.distributed``) the first makes the store and describes it; each writes a part of its own, so that no
+    rows ever travel between them.
     """
 
     def __init__(self, path: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
         self.path = path
         self._config = config
-        create_store(path, config.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+        self._ranks = Ranks.here()
+        _require_projections_for(config, self._ranks)
+        plain = config.model_dump(mode="json")
+        self._ranks.once(lambda: create_store(path, plain, resume=resume, overwrite=overwrite))
         self.resumed = open_store(path) if resume else None
         """The store as it was found, when a run is being resumed."""
+        self._ranks.wait()  # so that all find it alike: no process logs before the others have read it
         self._writer: StoreWriter | None = None
         self._statistics: frozenset[str] = frozenset()
         self._last_checkpoint: tuple[int, str] | None = None
@@ -53,6 +67,8 @@ class StoreSession:
         """Write the module table and the projections, and start the writer's thread."""
         self._statistics = statistics
         settings = self._config.store
+        if not self._ranks.first:
+            _wait_for_description(self.path, self._ranks)
         describe(
             self.path,
             layout,
@@ -66,6 +82,7 @@ class StoreSession:
             self.path,
             layout,
             settings.dtype,
+            rank=self._ranks.rank,
             chunk_mib=settings.chunk_mib,
             commit_seconds=settings.commit_seconds,
             durability=settings.durability,
@@ -98,23 +115,72 @@ class StoreSession:
             self._writer.commit()
 
     def checkpoint(self, model: nn.Module, step: int, epoch: int) -> None:
-        """Keep the model's weights, unless the last checkpoint holds the same."""
+        """Keep the model's weights, unless the last checkpoint holds the same.
+
+        Where weights are spread over processes (FSDP), all must call this together; the first one writes.
+        """
         seen = (step, fingerprint(model))
         if seen != self._last_checkpoint:
-            save_checkpoint(self.path, tensors(model), step=step, epoch=epoch, fingerprint=seen[1])
+            state = whole_tensors(model)
+            if self._ranks.first:
+                save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
             self._last_checkpoint = seen
 
     def finish(self, model: nn.Module | None) -> None:
-        """Commit, gather what needs all rows, and close; the store then holds its sample view."""
-        if self._writer is None:
+        """Commit, gather what needs all rows, and close; the store then holds its sample view.
+
+        Raises:
+            StoreError: another process has died; this one's rows are safe by then.
+        """
+        if self._writer is not None:
+            with self._writer as writer:
+                writer.commit()
+                if "corrected_eigval" in self._statistics and self._ranks.size == 1:
+                    _correct_eigenvalues(open_store(self.path), writer)
+        elif self._ranks.size == 1:
             return
-        with self._writer as writer:
-            writer.commit()
-            if "corrected_eigval" in self._statistics:
-                _correct_eigenvalues(open_store(self.path), writer)
-        if model is not None:
-            add_fingerprints(self.path, {"weights": fingerprint(model)})
-        build_view(self.path)
+        try:
+            weights = None if model is None else fingerprint(model)
+            self._ranks.wait()
+            self._ranks.once(lambda: _complete(self.path, weights))
+        except LogixError:
+            raise
+        except RuntimeError as error:
+            if self._ranks.size == 1:
+                raise
+            raise StoreError(
+                f"the processes of this run could not end it together ({error}); all committed rows are safe: open "
+                f"the store with logix.load({str(self.path)!r}), or go on with resume=True"
+            ) from error
+
+
+def _complete(path: Path, weights: str | None) -> None:
+    """What is done once, when all rows are there."""
+    if read_manifest(path).layout is None:
+        return
+    if weights is not None:
+        add_fingerprints(path, {"weights": weights})
+    build_view(path)
+
+
+def _require_projections_for(config: Config, ranks: Ranks) -> None:
+    if ranks.size > 1 and INITS[config.projection.init].needs_moment:
+        raise ConfigError(
+            f"projection.init {config.projection.init!r} is made from the samples that one process sees, so that "
+            f"{ranks.size} processes would each make another; use 'orthogonal' or 'gaussian', which come from the seed"
+        )
+
+
+def _wait_for_description(path: Path, ranks: Ranks) -> None:
+    """Return once the first process has described the store, which it does at the end of its first block."""
+    deadline = time.monotonic() + DESCRIPTION_SECONDS
+    while read_manifest(path).layout is None:
+        if time.monotonic() > deadline:
+            raise StoreError(
+                f"process {ranks.rank} of {ranks.size} has logged a batch, and process 0 none within "
+                f"{DESCRIPTION_SECONDS:.0f} seconds, so that {path} has no module table; every process must log"
+            )
+        time.sleep(0.01)
 
 
 def _correct_eigenvalues(store: GradientStore, writer: StoreWriter) -> None:

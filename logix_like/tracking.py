@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
-from logix_like.capture.selection import select_modules
+from logix_like.capture.selection import select_modules, trackable
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import ModelMismatchError
 from logix_like.projection import INITS
 from logix_like.store import GradientStore
+from logix_like.wrapping import named_modules
 
 
 def new_tracker(model: nn.Module, config: Config) -> Tracker:
@@ -41,7 +42,7 @@ def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> 
     """
     layout = store.layout
     assert layout is not None
-    present = {name for name, _ in model.named_modules()}
+    present = set(trackable(model))
     wanted = [name for block in layout for name in (block.name, *block.tied)]
     missing = next((name for name in wanted if name not in present), None)
     if missing is not None:
@@ -93,7 +94,7 @@ def warn_of_coupling(recording: Recording, model: nn.Module) -> None:
     """Say once what makes per-sample gradients meaningless, or misses some of them, by name."""
     coupled = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     ]
     if coupled:

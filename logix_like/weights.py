@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.errors import ModelMismatchError
+from logix_like.wrapping import plain_names
 
 _SAMPLED = 4096
 """Numbers of each tensor that enter a fingerprint: enough to see any training step, cheap at any size."""
@@ -18,7 +19,7 @@ _SAMPLED = 4096
 def fingerprint(model: nn.Module) -> str:
     """BLAKE2b-128 hex over the names, shapes and evenly spaced values of all parameters and buffers."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors(model).items():
+    for name, tensor in whole_tensors(model).items():
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED)]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -83,9 +84,40 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(_spread_like(tensor, weights[name]))
+
+
+def _spread_like(own: Tensor, value: Tensor) -> Tensor:
+    """``value`` spread over processes as ``own`` is."""
+    mesh, placements = getattr(own, "device_mesh", None), getattr(own, "placements", None)
+    if mesh is None or placements is None or hasattr(value, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), mesh, placements)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters and persistent buffers by ``state_dict`` name, without any extra state."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """The model's parameters and persistent buffers, without any extra state.
+
+    Names are those of the plain model's ``state_dict``, whatever is wrapped around it. The tensors are the model's
+    own, so that what is copied into them is in the model.
+    """
+    plain = plain_names(model)
+    named = ((name.rpartition("."), value) for name, value in model.state_dict().items())
+    return {
+        f"{prefix}.{own}" if (prefix := plain.get(path, path)) else own: value
+        for (path, _, own), value in named
+        if isinstance(value, Tensor)
+    }
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The same, with those that are spread over processes (FSDP) gathered; all processes must call it together."""
+    return {name: whole(tensor) for name, tensor in tensors(model).items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over processes, gathered; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

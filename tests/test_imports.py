@@ -23,7 +23,14 @@ LAYERS = (
     # From the bottom to the top: a module imports from its own layer and those before it. The longest
     # name that fits a module decides; "logix_like" itself is only the package's face.
     ("logix_like.errors", "logix_like.configs"),
-    ("logix_like.layout", "logix_like.ids", "logix_like.steps", "logix_like.weights"),
+    (
+        "logix_like.layout",
+        "logix_like.ids",
+        "logix_like.ranks",
+        "logix_like.steps",
+        "logix_like.wrapping",
+        "logix_like.weights",
+    ),
     ("logix_like.config", "logix_like.config_source", "logix_like.config_errors"),
     ("logix_like.linalg",),
     ("logix_like.capture.batch",),
@@ -38,6 +45,7 @@ LAYERS = (
         "logix_like.block",
         "logix_like.extraction",
         "logix_like.logtypes",
+        "logix_like.overflow",
         "logix_like.session",
         "logix_like.tracking",
     ),

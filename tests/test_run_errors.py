@@ -234,8 +234,8 @@ def test_modules_that_cannot_be_tracked(tmp_path: Path) -> None:
         logix.init("b", model, root=str(tmp_path), modules={"include": ["dense*"]})
     with pytest.raises(ConfigError, match="'LSTM' has no rule; rules exist for"):
         logix.init("c", model, root=str(tmp_path), modules={"types": ["LSTM"]})
-    attention = nn.MultiheadAttention(4, 2)
-    with pytest.raises(ConfigError, match="MultiheadAttention uses its weight without calling it"):
+    attention = nn.MultiheadAttention(4, 2, kdim=3)
+    with pytest.raises(ConfigError, match="MultiheadAttention with kdim or vdim uses its weights without calling them"):
         logix.init("d", attention, root=str(tmp_path))
 
 

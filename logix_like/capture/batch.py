@@ -45,5 +45,7 @@ class ProjectedBatch:
     """``[batch]`` per-sample losses, if they were given."""
     metadata: Mapping[str, tuple[str | int | float, ...]] = field(default_factory=dict)
     """Further columns of the user's, one value for each sample."""
+    overflow: bool | None = None
+    """Whether a gradient scaler skips the step, None if it cannot be skipped."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""

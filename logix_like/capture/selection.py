@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from logix_like.capture.composite import Composite, composite_for, parts_of
 from logix_like.capture.layers import RULES, Rule, type_name
 from logix_like.errors import ConfigError, UnsupportedModuleError
+from logix_like.wrapping import named_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,16 @@ class TrackedModule:
 
 
 @dataclass(frozen=True)
+class TrackedComposite:
+    """A module that uses several tracked weights in one call."""
+
+    module: nn.Module
+    kind: Composite
+    parts: Mapping[str, TrackedModule]
+    """Its tracked weights by their names below the module's; they are never called themselves."""
+
+
+@dataclass(frozen=True)
 class BlockShape:
     """A block before its rank is known."""
 
@@ -64,6 +76,8 @@ class Selection:
     """Parameters that the blocks stand for."""
     parameters: int
     """Trainable parameters of the model."""
+    composites: tuple[TrackedComposite, ...] = ()
+    """Modules among whose weights are some of ``modules``, which are captured by replaying these modules."""
 
 
 def select_modules(
@@ -89,8 +103,9 @@ def select_modules(
         raise ConfigError(f"modules.types: {unknown[0]!r} has no rule; rules exist for {', '.join(RULES)}")
     skipped: dict[str, str] = {}
     chosen: list[tuple[str, nn.Module, Rule]] = []
-    inside_attention = _attention_parts(model)
-    for name, module in model.named_modules():
+    uncalled = _uncalled_parts(model)
+    candidates = trackable(model)
+    for name, module in candidates.items():
         exact = name in include and not _is_glob(name)
         if (not exact and not _fits(name, include)) or _fits(name, exclude):
             continue
@@ -98,8 +113,10 @@ def select_modules(
         if kind not in types and not exact:
             if kind is None and _looks_tracked(module, types):
                 skipped[name] = f"{type(module).__name__} overrides the forward pass of its parent"
+            elif name in uncalled and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
+                skipped[name] = uncalled[name]
             continue
-        reason = inside_attention.get(name) or _reason_against(module, kind, frozen or exact)
+        reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact)
         if reason is None:
             assert kind is not None
             chosen.append((name, module, RULES[kind]))
@@ -110,7 +127,7 @@ def select_modules(
             )
         elif next(module.parameters(), None) is not None:
             skipped[name] = reason
-    _check_patterns(model, include, types)
+    _check_patterns(list(candidates), include)
     if not chosen:
         raise ConfigError(
             f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
@@ -118,7 +135,27 @@ def select_modules(
             + (f"; left out: {_some(skipped)}" if skipped else "")
             + " (a frozen model is tracked with modules.frozen=true)"
         )
-    return _assemble(model, chosen, skipped, batch_dim or {}, frozen)
+    selection = _assemble(model, chosen, skipped, batch_dim or {}, frozen)
+    return replace(selection, composites=tuple(_composites(model, selection.modules)))
+
+
+def trackable(model: nn.Module) -> dict[str, nn.Module]:
+    """All that can be tracked by its name: modules, and weights of composite modules as layers of their own."""
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        found.setdefault(name, module)
+        for part, stand_in in parts_of(name, module):
+            found.setdefault(part, stand_in)
+    return found
+
+
+def _composites(model: nn.Module, modules: Sequence[TrackedModule]) -> Iterator[TrackedComposite]:
+    tracked = {module.name: module for module in modules}
+    for name, module in named_modules(model):
+        kind, below = composite_for(module), f"{name}." if name else ""
+        parts = {part.removeprefix(below): tracked[part] for part, _ in parts_of(name, module) if part in tracked}
+        if kind is not None and parts:
+            yield TrackedComposite(module, kind, parts)
 
 
 def _assemble(
@@ -172,15 +209,13 @@ def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | 
     return RULES[kind].check(module)
 
 
-def _attention_parts(model: nn.Module) -> dict[str, str]:
-    """``nn.MultiheadAttention`` reads its parts' weights without calling the parts."""
-    reason = "nn.MultiheadAttention uses its weight without calling it"
+def _uncalled_parts(model: nn.Module) -> dict[str, str]:
+    """Modules inside composites that cannot be replayed, whose weights are used without calling them."""
     return {
-        f"{name}.{part}" if name else part: reason
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        ".".join(filter(None, (name, part))): reason
+        for name, module in named_modules(model)
+        if (kind := composite_for(module)) is not None and (reason := kind.reason_against(module)) is not None
         for part, _ in module.named_modules()
-        if part
     }
 
 
@@ -188,8 +223,7 @@ def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:
     return any(isinstance(module, getattr(nn, name)) for name in types if hasattr(nn, name))
 
 
-def _check_patterns(model: nn.Module, include: Sequence[str], types: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_modules()]
+def _check_patterns(names: Sequence[str], include: Sequence[str]) -> None:
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(

@@ -130,7 +130,7 @@ class Recording:
         self._stack = ExitStack()
 
     def __enter__(self) -> Recording:
-        self._stack.enter_context(HookSet(self._tracker.selection.modules, self._reader))
+        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
         return self
 
     def __exit__(

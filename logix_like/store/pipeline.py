@@ -15,6 +15,7 @@ from logix_like.store.encoding import Encoding
 from logix_like.store.files import remove_tree, sync_folder
 from logix_like.store.rowwriter import RowWriter
 from logix_like.store.schema import (
+    INVALID,
     STATISTICS_FOLDER,
     WRITER_COLUMNS,
     WRITERS,
@@ -94,22 +95,24 @@ class RowPipeline:
             self._cursor = (batch.epoch, batch.step)
             if self._staged.full:
                 self.flush()
-        if self._accumulator is not None and batch.moments is not None and batch.rows.isfinite().all():
-            self._accumulator.add_moments(batch.moments)
+        moments = None if batch.overflow else batch.moments
+        if self._accumulator is not None and moments is not None and batch.rows.isfinite().all():
+            self._accumulator.add_moments(moments)
 
     def flush(self) -> None:
         """Commit the rows that wait; fewer than a chunk become a short part of their own."""
         if not self.staged:
             return
         rows = self._staged.encoded()
-        finite = torch.from_numpy(rows.numbers[:, 5].astype("int64") & int(Flag.NONFINITE) == 0)
+        flags = torch.from_numpy(rows.numbers[:, 5].astype("int64"))
+        valid = flags & int(INVALID) == 0
         if self._accumulator is not None:
             given = self._staged.rows
-            self._accumulator.update(given if finite.all() else given[finite], covered=len(rows))
+            self._accumulator.update(given if valid.all() else given[valid], covered=len(rows))
         epoch, step = self._cursor
         self._rows.write(rows, epoch=epoch, step=step)
         self.committed += len(rows)
-        self.nonfinite += int((~finite).sum())
+        self.nonfinite += int((flags & int(Flag.NONFINITE) != 0).sum())
         self._staged.clear()
 
     def save_statistics(self, statistics: Statistics | None = None) -> None:

@@ -66,9 +66,11 @@ class Flag(enum.IntFlag):
     """The row was taken back: it stays on disk and is not read."""
     INTEGER_ID = 4
     """The sample's id is an int, written in decimal."""
+    OVERFLOW = 8
+    """A gradient scaler skipped the step: the sample did not train the model then."""
 
 
-INVALID = Flag.NONFINITE | Flag.SUPERSEDED
+INVALID = Flag.NONFINITE | Flag.SUPERSEDED | Flag.OVERFLOW
 """Rows with one of these take part in no statistic, view or ranking."""
 
 

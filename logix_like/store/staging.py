@@ -94,6 +94,8 @@ class _Piece(NamedTuple):
     told: tuple[int, int, float]
     loss: Tensor | None
     metadata: dict[str, tuple[str | int | float, ...]]
+    flags: int
+    """Those that the whole batch has."""
 
 
 class StagedColumns:
@@ -106,7 +108,9 @@ class StagedColumns:
         """Take the samples ``samples`` of a batch, which become the next rows."""
         loss = None if batch.loss is None else batch.loss.detach().reshape(-1)[samples]
         metadata = {name: values[samples] for name, values in batch.metadata.items()}
-        self._pieces.append(_Piece(batch.data_id[samples], (batch.step, batch.epoch, batch.lr), loss, metadata))
+        flags = int(Flag.OVERFLOW) if batch.overflow else 0
+        told = (batch.step, batch.epoch, batch.lr)
+        self._pieces.append(_Piece(batch.data_id[samples], told, loss, metadata, flags))
 
     def numbers(self, norm: np.ndarray) -> np.ndarray:
         """The columns ``WRITER_COLUMNS`` of all rows, float64 ``[rows, columns]``."""
@@ -125,7 +129,9 @@ class StagedColumns:
 
     def _flags(self) -> np.ndarray:
         integer = float(Flag.INTEGER_ID)
-        return np.array([0.0 if isinstance(i, str) else integer for piece in self._pieces for i in piece.ids])
+        return np.array(
+            [(0.0 if isinstance(i, str) else integer) + piece.flags for piece in self._pieces for i in piece.ids]
+        )
 
     def _losses(self) -> np.ndarray:
         unknown = torch.tensor([torch.nan])

@@ -1,0 +1,53 @@
+"""What training wraps around a model, seen through: names are the plain model's own.
+
+``DistributedDataParallel``, ``torch.compile`` and the checkpoint wrapper put a module around a module, which adds a
+part to every name below it. A store that is logged under them must be read by the plain model, so that these parts
+are left out of every name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+"""By the wrapper's class: the name of the one child that it wraps."""
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, wrappers left out, with the name that it has in the plain model."""
+    seen: set[int] = set()
+    for _, plain, module in _walk(model, "", ""):
+        if not _is_wrapper(module) and id(module) not in seen:
+            seen.add(id(module))
+            yield plain, module
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """By a module's name in the model as it is: its name in the plain model."""
+    return {name: plain for name, plain, _ in _walk(model, "", "")}
+
+
+def _walk(module: nn.Module, name: str, plain: str) -> Iterator[tuple[str, str, nn.Module]]:
+    yield name, plain, module
+    wrapper = _is_wrapper(module)
+    for child_name, child in module._modules.items():
+        if child is not None:
+            below = plain if wrapper else _joined(plain, child_name)
+            yield from _walk(child, _joined(name, child_name), below)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    # By name: the classes live in parts of torch that a plain run never imports.
+    child = WRAPPERS.get(type(module).__name__)
+    return child is not None and type(module).__module__.startswith("torch.") and child in module._modules
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,65 @@
+"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | killed ...``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import logix_like as logix
+from tests.training import SAMPLES, data, full, network
+
+SIZE = 2
+
+
+def shares(rank: int) -> Iterator[Tensor]:
+    """Indices of a process's batches: 12 and 11 samples, so that the last batches have 2 and 1."""
+    yield from torch.arange(rank, SAMPLES, SIZE).split(5)
+
+
+def wrapped(name: str, model: nn.Module) -> nn.Module:
+    if name != "fsdp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (SIZE,))
+    for part in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train(name: str, root: str) -> None:
+    """Two epochs into ``<root>/run``; under the name ``killed`` the second process dies after two batches."""
+    rank, (x, y) = dist.get_rank(), data()
+    model = wrapped(name, network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = logix.init("run", model, full(root, checkpoints="every_epoch"), optimizer=optimizer, verbose=False)
+    for epoch in range(2):
+        run.epoch(epoch)
+        for number, index in enumerate(shares(rank)):
+            with run(data_id=index):
+                F.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if name == "killed" and number == 1:
+                run.commit()
+                dist.barrier()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    run.finalize()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in sys.argv[2:]:
+        train(name, f"{sys.argv[1]}/{name}")
+    dist.destroy_process_group()

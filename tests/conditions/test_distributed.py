@@ -1,0 +1,115 @@
+"""Two processes under torchrun (gloo, CPU): their store is the one that a single process writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import logix_like as logix
+from logix_like.errors import ConfigError
+from logix_like.ranks import Ranks
+from tests.conditions.ranks_script import SIZE, shares
+from tests.training import SAMPLES, data, full, network
+
+ROOT = Path(__file__).parents[2]
+REORDERED = 1e-9
+"""The processes' gradients are summed in another order than a single process's."""
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests" / "conditions" / "ranks_script.py")
+    return subprocess.run(
+        [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def single_process(root: Path) -> logix.GradientStore:
+    """The same training: each step's gradient is the mean of the processes' means."""
+    model, (x, y) = network(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = logix.init("run", model, full(root), optimizer=optimizer, verbose=False)
+    for epoch in range(2):
+        run.epoch(epoch)
+        for indices in zip(*map(shares, range(SIZE)), strict=True):
+            for index in indices:
+                with run(data_id=index, scale=1 / SIZE):
+                    (F.cross_entropy(model(x[index]), y[index]) / SIZE).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    run.finalize()
+    return run.store
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores ``ddp/run`` and ``fsdp/run`` of the same training."""
+    root = tmp_path_factory.mktemp("ranks")
+    ended = torchrun(str(root), "ddp", "fsdp")
+    assert ended.returncode == 0, ended.stderr
+    return root
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
+def test_the_merged_store_is_that_of_one_process(tmp_path: Path, two_processes: Path, wrapping: str) -> None:
+    expected, model = single_process(tmp_path), network()
+    run = logix.load(two_processes / wrapping / "run", model=model)  # plain: no wrapper's name is in the store
+    found = run.store
+    assert [writer.rank for writer in found.writers] == [0, 1]
+    assert [writer.rows for writer in found.writers] == [24, 22]
+    assert {writer.state for writer in found.writers} == {"closed"}
+    order, reference = (np.lexsort((store.data_id.astype(int), store.epoch)) for store in (found, expected))
+    for column in ("data_id", "step", "epoch", "lr"):
+        assert list(getattr(found, column)[order]) == list(getattr(expected, column)[reference]), column
+    rows, wanted = found.gradients[order], expected.gradients[reference]
+    assert float((rows - wanted).norm() / wanted.norm()) < REORDERED
+    assert len(found.view("mean")) == SAMPLES
+    assert_same_statistics(found, expected)
+    assert_answers(run, expected)
+
+
+def assert_same_statistics(found: logix.GradientStore, expected: logix.GradientStore) -> None:
+    assert found.statistics.rows == expected.statistics.rows == 2 * SAMPLES
+    assert found.layout == expected.layout
+    for name in ("0", "2"):
+        ours, theirs = (store.statistics.covariance(name) for store in (found, expected))
+        assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def assert_answers(run: logix.Run, expected: logix.GradientStore) -> None:
+    x, y = data()
+    assert len(run.store.checkpoints) == 2
+    for model in run.at_checkpoints("last"):
+        with run.query(data_id=["q"]) as query:
+            F.cross_entropy(model(x[:1]), y[:1]).backward()
+    scores = run.compute_influence_all(query)
+    assert scores.scores.shape == (1, SAMPLES)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_store_that_opens(tmp_path: Path) -> None:
+    ended = torchrun(str(tmp_path), "killed")
+    assert ended.returncode != 0
+    store = logix.open_store(tmp_path / "killed" / "run")
+    committed = [int(i) for rank in range(SIZE) for index in list(shares(rank))[:2] for i in index]
+    assert list(store.data_id[: len(committed)]) == committed
+    assert store.valid.all()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="init_process_group"):
+        logix.init("run", network(), {"root": str(tmp_path)}, verbose=False)
+
+
+def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Ranks.here() == Ranks(0, 1)
