@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from logix_like.errors import CaptureError
 
@@ -81,7 +81,8 @@ class LoaderOrder:
     def fits(loader: Any) -> bool:
         """Whether ``loader`` reads a dataset by index."""
         loader = getattr(loader, "base_dataloader", loader)
-        return isinstance(loader, DataLoader) and _sampler_attribute(loader) != ""
+        indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+        return indexed and _sampler_attribute(loader) != ""
 
     def skip(self, batches: int) -> None:
         """The next pass begins behind so many batches."""
