@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,8 @@ class BlockOptions:
     """``[batch, positions]``, true where a position counts."""
     scale: float = 1.0
     """What the loop multiplied its loss by, e.g. 1 / (number of accumulated batches)."""
+    divisor: float | None = None
+    """What the loss, a sum over the samples, was divided by, where it is not what ``reduction`` implies."""
     scaler: Any = None
     """The ``torch.amp.GradScaler`` that scales the loss, if there is one."""
     reduction: Reduction = "mean"
@@ -53,8 +55,7 @@ class BlockOptions:
         ids = as_data_ids(data_id, mask)
         if not ids:
             raise CaptureError("data_id is empty; give one id for each sample of the batch")
-        if not scale > 0:
-            raise CaptureError(f"scale is {scale}; give the positive factor that the loss was multiplied by")
+        _require_positive(scale)
         if mask is not None and (mask.ndim != 2 or len(mask) != len(ids)):
             raise CaptureError(f"mask has shape {tuple(mask.shape)}; expected [{len(ids)}, positions]")
         if loss is not None:
@@ -78,6 +79,8 @@ class BlockOptions:
         return self._required_mask("per_token").sum(1, keepdim=True).clamp_min(1)
 
     def _batch_factor(self) -> float:
+        if self.divisor is not None:
+            return self.divisor
         if self.reduction == "mean":
             return float(len(self.data_id))
         if self.reduction == "sum":
@@ -109,6 +112,24 @@ class Block:
         self._on_end = on_end
         self._on_drop = on_drop
 
+    def measured(self, scale: float, divisor: float) -> None:
+        """Say before the end what the loss was, where it is known only after the backward pass.
+
+        The loss was ``scale`` times the sum of the samples' losses divided by ``divisor``; this takes the place of
+        the ``scale`` and ``loss_reduction`` that the block was opened with.
+
+        Raises:
+            CaptureError: ``scale`` is not positive.
+        """
+        _require_positive(scale)
+        self.options = replace(self.options, scale=scale, divisor=divisor)
+
+    def drop(self) -> None:
+        """Close the block without rows."""
+        if self.recording is not None:
+            self.recording.__exit__(None, None, None)
+        self._on_drop(self)
+
     def __enter__(self) -> Block:
         if self.recording is not None:
             self.recording.__enter__()
@@ -128,6 +149,11 @@ class Block:
                 self.recording.check()
                 self.recording.factor = self.options.factor()
             self._on_end(self)
+
+
+def _require_positive(scale: float) -> None:
+    if not scale > 0:
+        raise CaptureError(f"scale is {scale}; give the positive factor that the loss was multiplied by")
 
 
 def _plain(value: Any) -> str | int | float:

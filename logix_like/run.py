@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
@@ -139,7 +140,7 @@ class Run:
             tracker = new_tracker(model, self.config)
         self._logbook.tracker = tracker
         if self._verbose:
-            sys.stderr.write(describe(tracker, self.config) + "\n")
+            tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
     def setup(self, log_types: Mapping[str, Sequence[str]]) -> None:
         """Choose what is gathered, in LogIX's words: ``{"grad": ["log", "covariance"]}``.
@@ -216,6 +217,10 @@ class Run:
         if last not in (-1, number) and self.config.checkpoints == "every_epoch":
             self.checkpoint()
         self._progress.epoch = number
+
+    def step(self, number: int) -> None:
+        """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
+        self._progress.step = number
 
     def get_log(self) -> QueryGradients:
         """Rows of the last block: ids and projected gradients, usable as a query.

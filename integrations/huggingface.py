@@ -1,0 +1,273 @@
+"""A callback that logs what ``transformers.Trainer`` trains on.
+
+Nothing of the Trainer is patched or subclassed. While it trains, two hooks on the model see each forward pass (a
+block begins) and its loss (which tells, by its gradient, what the Trainer multiplied it by); the loader's batch
+sampler is watched for the samples' indices. All is removed when training ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+import logix_like as logix
+from logix_like.block import Block
+from logix_like.config import Config
+from logix_like.errors import CaptureError, MissingDependencyError
+
+from .loss import LossReader, loss_of
+from .naming import NamedBy, SampleNames
+from .starting import settings_of, start_run
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise MissingDependencyError(
+        "logix_like.integrations.huggingface needs transformers: pip install 'logix_like[huggingface]'"
+    ) from error
+
+
+class LogixCallback(TrainerCallback):
+    """Logs every training sample's gradient while a ``transformers.Trainer`` trains.
+
+    ``trainer.add_callback(LogixCallback(project="bert"))`` is all. A row is the gradient of the sample's own loss:
+    for labels of one number a sample its loss, for token labels the *sum* over its counted tokens (the mean with
+    ``per_token: true``), whatever the Trainer divides by. Samples are called by their index in the dataset, those
+    of an iterable dataset by a hash of their token ids. Evaluation is not logged.
+
+    Args:
+        project: name of the run; may also stand in the config.
+        config: as in :func:`logix_like.init`.
+        data_id: what samples are called: a column's name, the names in the dataset's order, or a function that takes
+            the model's inputs (a mapping) and returns one id for each sample.
+        dataset: holds the column named by ``data_id`` where the Trainer removes unused columns.
+        overwrite: replace an earlier run in the same place.
+        verbose: print once what is tracked.
+        overrides: settings that win over the config.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+        *,
+        data_id: NamedBy = None,
+        dataset: Any = None,
+        overwrite: bool = False,
+        verbose: bool = True,
+        **overrides: Any,
+    ) -> None:
+        self._config = settings_of(project, config, overrides)
+        self._named_by = data_id
+        self._dataset = dataset
+        self._overwrite = overwrite
+        self._verbose = verbose
+        self._run: logix.Run | None = None
+        self._session: _Training | None = None
+
+    @property
+    def run(self) -> logix.Run:
+        """The run, for queries during and after training.
+
+        Raises:
+            CaptureError: training has not begun.
+        """
+        if self._run is None:
+            raise CaptureError("there is no run yet: it begins with trainer.train()")
+        return self._run
+
+    def close(self) -> None:
+        """End logging, also after a training that was broken off; calling it again does nothing."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+            self.run.finalize()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the run, or go on with it where the Trainer resumes from a checkpoint.
+
+        Raises:
+            CaptureError: this callback has logged a training already, or the way of training cannot be logged.
+        """
+        self._require_fit(args, state)
+        model, loader, optimizer = kwargs["model"], kwargs["train_dataloader"], kwargs["optimizer"]
+        names = SampleNames(self._named_by, loader, self._dataset)
+        try:
+            self._run = start_run(
+                self._config,
+                model,
+                getattr(optimizer, "optimizer", optimizer),  # accelerate wraps the one that steps
+                steps=state.global_step,
+                overwrite=self._overwrite or (self._run is not None and not state.global_step),
+                verbose=self._verbose,
+            )
+        except BaseException:
+            names.close()
+            raise
+        if names.order is not None and not args.ignore_data_skip:
+            names.order.skip(_batches_to_skip(state.global_step, len(loader), args.gradient_accumulation_steps))
+        self._session = _Training(self._run, model, names, epoch=int(state.epoch or 0))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the run of the epoch."""
+        if self._session is not None:
+            self._session.begin_epoch()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A micro-batch has ended without an optimizer step."""
+        if self._session is not None:
+            self._session.end_batch()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last micro-batch of a step has ended."""
+        if self._session is not None:
+            self._session.end_batch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run."""
+        self.close()
+
+    def _require_fit(self, args: Any, state: Any) -> None:
+        if self._session is not None and self._session.batches:
+            self.close()
+            raise CaptureError(
+                "train() was called again after it had been broken off; rows of both attempts would be mixed: make a "
+                "new LogixCallback with overwrite=True, or resume from a checkpoint with a new one"
+            )
+        if self._session is not None:  # broken off before the first batch was logged, e.g. to find a batch size
+            self.close()
+        elif self._run is not None and not state.global_step:
+            raise CaptureError(
+                "this callback has logged a training already; give the next train() a LogixCallback of its own "
+                "(another project, or overwrite=True), or resume from a checkpoint"
+            )
+        if getattr(args, "torch_compile", False):
+            raise CaptureError(
+                "torch_compile=True: a compiled model does not call the hooks that see its batches; train without it"
+            )
+        if args.n_gpu > 1:
+            raise CaptureError(
+                f"the Trainer spreads each batch over {args.n_gpu} GPUs in one process (DataParallel), which cannot "
+                "be logged; start one process for each GPU with torchrun, or show the process one GPU"
+            )
+
+
+class _Training:
+    """One training: hooks on the model, the loader's order, and the block that is open."""
+
+    def __init__(self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int) -> None:
+        self._run = run
+        self._names = names
+        self._epoch = epoch - 1
+        self._reader = LossReader(model)
+        self._open: _OpenBatch | None = None
+        self.batches = 0
+        """Batches that were logged."""
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def begin_epoch(self) -> None:
+        """The next epoch begins."""
+        self._epoch += 1
+        self._run.epoch(self._epoch)
+
+    def end_batch(self) -> None:
+        """The batch's backward pass is over: its rows go to the run.
+
+        Raises:
+            CaptureError: the model was not trained on its batch, or its loss was not what was trained on.
+        """
+        batch, self._open = self._open, None
+        if batch is None:
+            raise CaptureError(
+                "a training step ended without a forward pass of the model with gradients, so its batch could not be "
+                "logged; the callback logs steps that call trainer.model once for each batch"
+            )
+        batch.end()
+        self.batches += 1
+
+    def close(self) -> None:
+        """Take everything off the model and the loader; an open block is dropped."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._names.close()
+        if self._open is not None:
+            self._open.block.drop()
+            self._open = None
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return
+        if self._open is not None:
+            self._open.block.drop()
+            self._open = None
+            raise CaptureError(
+                "the model was called twice in one training step, so it is not known which call the batch belongs to; "
+                "the callback logs steps that call trainer.model once for each batch"
+            )
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        ids = self._names.take(kwargs, mask)
+        if self._run.config.per_token:
+            targets = self._reader.targets(kwargs)
+            mask = mask if targets is None or targets.ndim != 2 else targets.ne(-100)
+        mask = mask if mask is not None and len(mask) == len(ids) else None
+        self._open = _OpenBatch(self._run(data_id=ids, mask=mask))
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        if self._open is not None and model.training and torch.is_grad_enabled():
+            loss = loss_of(outputs)
+            if loss is not None and loss.requires_grad:
+                divisor = self._reader.divisor(kwargs, outputs, len(self._open.block.options.data_id))
+                self._open.returned(loss, divisor)
+
+
+class _OpenBatch:
+    """A block from the model's forward pass to the end of the backward pass."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._divisor = 0.0
+        self._scale: Tensor | None = None
+        block.__enter__()
+
+    def returned(self, loss: Tensor, divisor: float) -> None:
+        """The forward pass is over; what the Trainer does to the loss will show in the loss's gradient."""
+        self._divisor = divisor
+        loss.register_hook(self._seen)
+
+    def end(self) -> None:
+        """Close the block.
+
+        Raises:
+            CaptureError: no gradient reached the loss that the model returned.
+        """
+        if self._scale is None:
+            self.block.drop()
+            raise CaptureError(
+                "the loss that was trained on is not the one that the model returned (compute_loss_func, label "
+                "smoothing, or a compute_loss of one's own), so rows could not be scaled; have the model return its "
+                "loss, or log in a loop of your own"
+            )
+        try:
+            self.block.measured(float(self._scale), self._divisor)
+        except BaseException:
+            self.block.drop()
+            raise
+        self.block.__exit__(None, None, None)
+
+    def _seen(self, gradient: Tensor) -> None:
+        self._scale = gradient.detach()
+
+
+def _batches_to_skip(steps: int, batches: int, accumulated: int) -> int:
+    """How many batches of its epoch a resumed Trainer reads and throws away."""
+    steps_per_epoch = max(1, -(-batches // accumulated))
+    return steps % steps_per_epoch * accumulated

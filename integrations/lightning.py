@@ -1,0 +1,191 @@
+"""A callback that logs what a ``lightning.Trainer`` trains on.
+
+A block is open from the start of a training batch to the end of its backward pass; nothing of the Trainer or of the
+module is patched. The loader's batch sampler is watched for the samples' indices and given back at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import logix_like as logix
+from logix_like.block import Block
+from logix_like.config import Config
+from logix_like.errors import CaptureError, MissingDependencyError
+
+from .naming import NamedBy, SampleNames
+from .starting import settings_of, start_run
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError as error:
+    raise MissingDependencyError(
+        "logix_like.integrations.lightning needs lightning: pip install 'logix_like[lightning]'"
+    ) from error
+
+
+class LogixCallback(Callback):
+    """Logs every training sample's gradient while a ``lightning.Trainer`` trains.
+
+    ``Trainer(callbacks=[LogixCallback(project="mnist")])`` is all. A row is the gradient of the sample's own loss,
+    before clipping and free of what precision and accumulation multiply the loss by; the config's ``loss_reduction``
+    says what ``training_step`` returns. Validation is not logged. With manual optimization every backward pass that
+    has a forward pass of its own is one visit of the batch's samples, and steps count those of the first optimizer.
+
+    Args:
+        project: name of the run; may also stand in the config.
+        config: as in :func:`logix_like.init`.
+        data_id: what samples are called: the names in the dataset's order, a column of the dataset, or a function
+            that takes the batch and returns one id for each sample; by default the index in the dataset.
+        dataset: holds the column named by ``data_id``, where the loader's dataset does not.
+        mask: takes the batch, returns ``[batch, positions]``, true where a position counts.
+        scale: what the training step multiplies its loss by itself (manual optimization with accumulation).
+        overwrite: replace an earlier run in the same place.
+        verbose: print once what is tracked.
+        overrides: settings that win over the config.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+        *,
+        data_id: NamedBy = None,
+        dataset: Any = None,
+        mask: Callable[[Any], Tensor] | None = None,
+        scale: float = 1.0,
+        overwrite: bool = False,
+        verbose: bool = True,
+        **overrides: Any,
+    ) -> None:
+        self._config = settings_of(project, config, overrides)
+        self._named_by = data_id
+        self._dataset = dataset
+        self._mask = mask
+        self._scale = scale
+        self._overwrite = overwrite
+        self._verbose = verbose
+        self._run: logix.Run | None = None
+        self._names: SampleNames | None = None
+        self._loader: Any = None
+        self._block: Block | None = None
+        self._batch: dict[str, Any] = {}
+
+    @property
+    def run(self) -> logix.Run:
+        """The run, for queries during and after training.
+
+        Raises:
+            CaptureError: training has not begun.
+        """
+        if self._run is None:
+            raise CaptureError("there is no run yet: it begins with trainer.fit()")
+        return self._run
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Watch the loader before its workers start, where it is known so early.
+
+        Raises:
+            CaptureError: this callback has logged a training already.
+        """
+        if stage != "fit":
+            return
+        if self._run is not None and getattr(trainer, "ckpt_path", None) is None:
+            raise CaptureError(
+                "this callback has logged a training already; give the next fit() a LogixCallback of its own "
+                "(another project, or overwrite=True), or resume with ckpt_path"
+            )
+        loader = trainer.fit_loop._data_source.instance
+        # With several processes the Trainer will build another loader from this one.
+        if isinstance(loader, DataLoader) and trainer.world_size == 1 and not trainer.overfit_batches:
+            self._watch(loader)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the run, or go on with it where the Trainer resumes from a checkpoint."""
+        loader = trainer.train_dataloader
+        if loader is not self._loader:
+            self._watch(loader)
+            assert self._names is not None
+            if self._names.order is not None:
+                self._names.order.join(_first_pass(trainer))
+        self._run = start_run(
+            self._config,
+            pl_module,
+            trainer.optimizers[0],
+            steps=trainer.global_step,
+            overwrite=self._overwrite,
+            verbose=self._verbose,
+        )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Tell the run of the epoch."""
+        self.run.epoch(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A block begins."""
+        assert self._names is not None
+        mask = None if self._mask is None else self._mask(batch)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = self._scale
+        if pl_module.automatic_optimization:
+            scale /= trainer.accumulate_grad_batches
+        ids = self._names.take(batch, mask)
+        self._batch = {"data_id": ids, "mask": mask, "scale": scale, "scaler": scaler}
+        self._open()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """The block's rows go to the run; with manual optimization another pass may follow."""
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(None, None, None)
+            if not pl_module.automatic_optimization:
+                self._open()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """What was opened for a further backward pass is not needed."""
+        self._drop()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """End the run."""
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Keep what was logged before training was broken off."""
+        self.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing behind."""
+        self.close()
+
+    def close(self) -> None:
+        """End logging; calling it again does nothing."""
+        self._drop()
+        if self._names is not None:
+            self._names.close()
+        self._names = self._loader = None
+        if self._run is not None:
+            self._run.finalize()
+
+    def _watch(self, loader: Any) -> None:
+        if self._names is not None:
+            self._names.close()
+        self._names, self._loader = SampleNames(self._named_by, loader, self._dataset), loader
+
+    def _open(self) -> None:
+        self._block = self.run(**self._batch)
+        self._block.__enter__()
+
+    def _drop(self) -> None:
+        if self._block is not None:
+            self._block.drop()
+            self._block = None
+
+
+def _first_pass(trainer: Any) -> Any:
+    """The loader's iterator of the first pass, which Lightning makes before callbacks hear of the loader."""
+    return trainer.fit_loop._combined_loader._iterator.iterators[0]

@@ -1,0 +1,110 @@
+"""What a Hugging Face model's own loss is: a sum over which samples or tokens, divided by what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logix_like.errors import CaptureError
+
+IGNORED = -100
+"""The label of what a loss leaves out."""
+CLOSE = 2e-4
+"""Relative difference between divisors that counts as none: the loss is computed in float32, in another order."""
+
+
+class LossReader:
+    """Finds the divisor of a model's loss: its own batch's count, or the count of a whole accumulated step.
+
+    A trainer that accumulates gives ``num_items_in_batch``, the count over all micro-batches, to each of them; some
+    models divide by it and some do not. Where it makes a difference, the loss is computed once more from the logits
+    to see which it is; that is remembered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shifts = shifts_labels(model)
+        self._divides_by_step: bool | None = None
+
+    def divisor(self, batch: Mapping[str, Any], outputs: Any, samples: int) -> float:
+        """What the sum of the samples' losses was divided by.
+
+        Args:
+            batch: the model's keyword arguments.
+            outputs: what it returned.
+            samples: how many samples the batch has.
+
+        Raises:
+            CaptureError: the loss is neither kind of mean.
+        """
+        targets = self.targets(batch)
+        if targets is None:
+            return float(samples)
+        own = float(targets.ne(IGNORED).sum())
+        given = batch.get("num_items_in_batch")
+        step = own if given is None else float(given)
+        if abs(step - own) <= CLOSE * own:
+            return step
+        if self._divides_by_step is None:
+            self._divides_by_step = _divides_by(step, own, outputs, targets)
+        return step if self._divides_by_step else own
+
+    def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Whole-number labels as the loss sees them, one for each prediction; None for other losses."""
+        labels, shifted = batch.get("labels"), batch.get("shift_labels")
+        if isinstance(shifted, Tensor):
+            return shifted
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return None
+        if self._shifts and labels.ndim > 1:
+            return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        return labels
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model compares each position with the label of the next."""
+    unwrap = getattr(model, "get_base_model", None)  # of a model with adapters
+    base = unwrap() if callable(unwrap) else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    function = getattr(base, "loss_function", None)
+    return getattr(function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _divides_by(step: float, own: float, outputs: Any, targets: Tensor) -> bool:
+    """Whether the loss is the sum divided by ``step`` rather than by ``own``."""
+    loss, logits = loss_of(outputs), _logits_of(outputs)
+    if loss is None or logits is None or logits.shape[:-1] != targets.shape:
+        return True  # what the trainer asks of models that it gives the count to
+    with torch.no_grad():
+        flat = logits.detach().reshape(-1, logits.shape[-1]).float()
+        total = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        found = float(total / loss.detach())
+    for divisor, answer in ((step, True), (own, False)):
+        if abs(found / divisor - 1) <= CLOSE:
+            return answer
+    raise CaptureError(
+        f"the model's loss is its summed cross-entropy divided by {found:.6g}, which is neither the {own:.6g} items of "
+        f"its batch nor the {step:.6g} of the accumulated step, so rows could not be scaled; train with "
+        "gradient_accumulation_steps=1, or log this model in a loop of your own"
+    )
+
+
+def loss_of(outputs: Any) -> Tensor | None:
+    """The loss that a model returned, None if it returned none."""
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+    else:
+        loss = outputs[0] if isinstance(outputs, tuple | list) and outputs else None
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() else None
+
+
+def _logits_of(outputs: Any) -> Tensor | None:
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    else:
+        logits = outputs[1] if isinstance(outputs, tuple | list) and len(outputs) > 1 else None
+    return logits if isinstance(logits, Tensor) else None

@@ -1,0 +1,97 @@
+"""What the samples of a batch are called in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import CaptureError, ConfigError
+from logix_like.ids import as_data_ids
+from logix_like.layout import DataId
+
+from .order import LoaderOrder
+
+NamedBy = str | Sequence[Any] | Callable[[Any], Any] | None
+"""``None``: the dataset index, or a hash of the content where there is none; text: a column of the dataset; a
+sequence: the name of each dataset index; a function: takes a batch, gives one id for each of its samples."""
+
+
+class SampleNames:
+    """Ids of the batches that one loader hands out, in their order.
+
+    Args:
+        named_by: see :data:`NamedBy`.
+        loader: the training loader.
+        dataset: holds the column, where the trainer removed it from the loader's dataset.
+
+    Raises:
+        ConfigError: the column is not there.
+        CaptureError: the loader's order cannot be watched.
+    """
+
+    def __init__(self, named_by: NamedBy, loader: Any, dataset: Any = None) -> None:
+        self._function: Callable[[Any], Any] | None = named_by if callable(named_by) else None
+        self.order: LoaderOrder | None = None
+        """The loader's order, where ids come from dataset indices."""
+        self._names: Sequence[Any] | None = None
+        by_index = LoaderOrder.fits(loader)
+        if named_by is not None and not callable(named_by):
+            if not by_index:
+                raise ConfigError(
+                    "the training data has no indices (an iterable dataset), so that neither a column nor a sequence "
+                    "can name its samples; give data_id= a function of the batch"
+                )
+            self._names = _column(named_by, dataset, loader) if isinstance(named_by, str) else named_by
+        if self._function is None and by_index:
+            self.order = LoaderOrder(loader)
+
+    def take(self, batch: Any, mask: Tensor | None) -> tuple[DataId, ...]:
+        """Ids of ``batch``, which is the next one of the loader."""
+        if self._function is not None:
+            return as_data_ids(self._function(batch), mask)
+        if self.order is None:
+            return _content(batch, mask)
+        indices = self.order.take()
+        if self._names is None:
+            return indices
+        return as_data_ids([self._names[index] for index in indices])
+
+    def close(self) -> None:
+        """Leave the loader as it was."""
+        if self.order is not None:
+            self.order.close()
+
+
+def _column(name: str, dataset: Any, loader: Any) -> Sequence[Any]:
+    source: Any
+    for source in (dataset, getattr(loader, "dataset", None)):
+        if name in (getattr(source, "column_names", None) or ()):
+            return _values(source[name])
+        if isinstance(source, list | tuple) and source and isinstance(source[0], Mapping) and name in source[0]:
+            return [sample[name] for sample in source]
+    known = getattr(getattr(loader, "dataset", None), "column_names", None)
+    raise ConfigError(
+        f"data_id={name!r} names no column of the training data"
+        + (f" (its columns are {', '.join(known)})" if known else "")
+        + "; if the trainer removes unused columns, give the dataset too: LogixCallback(data_id=..., dataset=...); "
+        "or give data_id= the names themselves, in the dataset's order"
+    )
+
+
+def _values(column: Any) -> Sequence[Any]:
+    values: Sequence[Any] = list(column)
+    return values
+
+
+def _content(batch: Any, mask: Tensor | None) -> tuple[DataId, ...]:
+    """Hashes of the token ids of each sample."""
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise CaptureError(
+            "the training data has no indices (an iterable dataset) and the batch no 'input_ids' [batch, positions] "
+            "to name its samples by; give LogixCallback(data_id=...), a function of the batch"
+        )
+    return as_data_ids(tokens, mask if mask is not None and mask.shape == tokens.shape else None)
