@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from logix_like.examples.measuring import compare_steps
-from logix_like.examples.text import PADDING, Batch, Words, batch_of, gospels, paragraphs, shuffled
+from logix_like.examples.text import PADDING, Batch, Words, batch_of, endless, gospels, paragraphs, shuffled
 from torch import Tensor, nn
 
 import logix_like as logix
@@ -129,10 +129,10 @@ def ask(run: logix.Run, question: Batch, texts: Mapping[str, str], k: int = 5) -
     result = run.compute_influence_all(query, k=k, mode="cosine")
     print(f"\nWhich passages taught the model this? {question.ids[0]}\n  ({result.note})")
     for name, ranking in (
-        ("Proponents: training on them lowered its loss", result.proponents()),
-        ("Opponents: training on them raised it", result.opponents()),
+        ("Proponents (above 0: training on them lowered the sentence's loss)", result.proponents()),
+        ("Opponents (below 0: training on them raised it)", result.opponents()),
     ):
-        print(f"{name}.")
+        print(name)
         for data_id, score in zip(ranking.ids[0], ranking.scores[0].tolist(), strict=True):
             print(f"  {score:+.3f}  {data_id:<14} {texts[data_id]}")
 
@@ -153,7 +153,7 @@ def step_of(model: nn.Module, run: logix.Run | None) -> Callable[[Batch], None]:
 def measure_overhead(model: nn.Module, passages: Mapping[str, Tensor], settings: Settings, root: Path) -> None:
     """Time plain and logged steps of two copies of the model, in turn."""
     plain, logged = copy.deepcopy(model), copy.deepcopy(model)
-    batches = islice(shuffled(passages, settings.batch), settings.measured_steps)
+    batches = islice(endless(passages, settings.batch), settings.measured_steps)
     with logix.init("measured", logged, "language_model", root=root, projection={"rank": 16}, verbose=False) as run:
         overhead = compare_steps(step_of(plain, None), step_of(logged, run), batches)
     print(f"Overhead: {overhead}.")

@@ -104,3 +104,9 @@ def shuffled(passages: Mapping[str, Tensor], size: int) -> Iterator[Batch]:
     groups = [pool[i : i + size] for pool in by_length for i in range(0, len(pool), size)]
     for number in torch.randperm(len(groups)).tolist():
         yield batch_of(groups[number], passages)
+
+
+def endless(passages: Mapping[str, Tensor], size: int) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    while True:
+        yield from shuffled(passages, size)

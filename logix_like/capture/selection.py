@@ -135,8 +135,33 @@ def select_modules(
             + (f"; left out: {_some(skipped)}" if skipped else "")
             + " (a frozen model is tracked with modules.frozen=true)"
         )
+    chosen = _with_partners(candidates, chosen, exclude, skipped)
     selection = _assemble(model, chosen, skipped, batch_dim or {}, frozen)
     return replace(selection, composites=tuple(_composites(model, selection.modules)))
+
+
+def _with_partners(
+    candidates: Mapping[str, nn.Module],
+    chosen: Sequence[tuple[str, nn.Module, Rule]],
+    exclude: Sequence[str],
+    skipped: dict[str, str],
+) -> list[tuple[str, nn.Module, Rule]]:
+    """``chosen`` and, whatever their type, the modules that share a weight with one of them.
+
+    Without them a row would hold only a part of the weight's gradient, that of one of its uses.
+    """
+    rules = {name: rule for name, _, rule in chosen}
+    owners = {id(module.weight): name for name, module, _ in chosen}
+    for name, module in candidates.items():
+        owner = owners.get(id(module._parameters.get("weight")))
+        kind = type_name(module)
+        if owner is None or name in rules:
+            continue
+        if kind is None or _fits(name, exclude) or RULES[kind].check(module):
+            skipped[name] = f"it shares its weight with {owner!r}, whose rows lack its part of the gradient"
+        else:
+            rules[name] = RULES[kind]
+    return [(name, module, rules[name]) for name, module in candidates.items() if name in rules]
 
 
 def trackable(model: nn.Module) -> dict[str, nn.Module]:

