@@ -123,7 +123,7 @@ class Int8(Encoding):
         largest = _largest(rows, layout)
         # Below the smallest normal number the scale would lose bits; such a block is zero for any purpose.
         scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        scale = torch.where(largest.isfinite(), scale, torch.nan)
+        scale.masked_fill_(~largest.isfinite(), torch.nan)
         values.copy_(_scale(rows.clone(), 1 / scale, layout).round_().nan_to_num_(0.0).clamp_(-127, 127))
         return scale
 
@@ -136,7 +136,7 @@ class Int8(Encoding):
 def _largest(rows: Tensor, layout: Layout) -> Tensor:
     """Largest magnitude of each row and module, ``[n, modules]``."""
     if _alike(layout):
-        return rows.unflatten(1, (len(layout), -1)).abs().amax(2)
+        return rows.reshape(len(rows), len(layout), -1).abs().amax(2)
     return torch.stack([rows[:, block.columns].abs().amax(1) for block in layout], dim=1)
 
 

@@ -146,4 +146,4 @@ def test_damaged_rows_can_be_left_out(tmp_path: Path, array: str, caplog: pytest
 
 def test_what_to_do_with_damage_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="known: raise, skip"):
-        open_store(new_store(tmp_path / "s"), on_damage="ignore")  # type: ignore[arg-type]
+        open_store(new_store(tmp_path / "s"), on_damage="ignore")
