@@ -91,27 +91,72 @@ class Float16(Encoding):
     scaled = True
 
     def encode(self, rows: Tensor, layout: Layout, values: Tensor) -> Tensor:
-        largest = torch.stack([rows[:, block.columns].abs().amax(1) for block in layout], dim=1)
+        largest = _largest(rows, layout)
         exponent = torch.frexp(largest).exponent - 15
         usable = largest.isfinite() & (largest > 0)
         # Below 2^-126 a float32 scale would itself lose bits, and its inverse overflow.
         exponent = torch.where(usable, exponent, 0).clamp_min(-126)
         scale = torch.ldexp(torch.ones_like(largest), exponent)
-        for column, block in enumerate(layout):
-            values[:, block.columns] = rows[:, block.columns] / scale[:, column : column + 1]
+        values.copy_(_scale(rows.clone(), 1 / scale, layout))  # powers of two: multiplying is as exact as dividing
         return scale
 
     def decode(self, values: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
         if scale is None:
             raise ValueError("float16 rows are decoded with their scales")
-        rows = values.to(self.staging)
-        for column, block in enumerate(layout):
-            rows[:, block.columns] *= scale[:, column : column + 1]
+        return _scale(values.to(self.staging), scale, layout)
+
+
+class Int8(Encoding):
+    """Whole numbers from -127 to 127 times a scale for each row and module: the block's largest is 127.
+
+    The rounding error of a number is at most half its block's scale. A block that is not finite has the
+    scale NaN, and so has a chunk that a Zarr reader misses.
+    """
+
+    name = "int8"
+    dtype = torch.int8
+    data_type = "int8"
+    fill_value = -128  # never stored; its scale is NaN
+    scaled = True
+
+    def encode(self, rows: Tensor, layout: Layout, values: Tensor) -> Tensor:
+        largest = _largest(rows, layout)
+        # Below the smallest normal number the scale would lose bits; such a block is zero for any purpose.
+        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scale.masked_fill_(~largest.isfinite(), torch.nan)
+        values.copy_(_scale(rows.clone(), 1 / scale, layout).round_().nan_to_num_(0.0).clamp_(-127, 127))
+        return scale
+
+    def decode(self, values: Tensor, scale: Tensor | None, layout: Layout) -> Tensor:
+        if scale is None:
+            raise ValueError("int8 rows are decoded with their scales")
+        return _scale(values.to(self.staging), scale, layout)
+
+
+def _largest(rows: Tensor, layout: Layout) -> Tensor:
+    """Largest magnitude of each row and module, ``[n, modules]``."""
+    if _alike(layout):
+        return rows.reshape(len(rows), len(layout), -1).abs().amax(2)
+    return torch.stack([rows[:, block.columns].abs().amax(1) for block in layout], dim=1)
+
+
+def _scale(rows: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+    """Multiply each module's columns of ``rows [n, width]`` by its column of ``scale [n, modules]``, in place."""
+    if _alike(layout):
+        rows.view(len(rows), len(layout), -1).mul_(scale.unsqueeze(2))
         return rows
+    for column, block in enumerate(layout):
+        rows[:, block.columns] *= scale[:, column : column + 1]
+    return rows
+
+
+def _alike(layout: Layout) -> bool:
+    """Whether all blocks have the same size: one operation then does for all of them."""
+    return len({block.size for block in layout}) == 1
 
 
 ENCODINGS: Mapping[str, Encoding] = MappingProxyType(
-    {encoding.name: encoding for encoding in (BFloat16(), Float32(), Float64(), Float16())}
+    {encoding.name: encoding for encoding in (BFloat16(), Float32(), Float64(), Float16(), Int8())}
 )
 """Encodings by the name that the config gives them."""
 

@@ -90,6 +90,8 @@ class GradientReader:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
         wanted = row_numbers(key, self.rows)
         order = np.argsort(wanted, kind="stable")
+        if len(wanted):
+            self._map(int(np.searchsorted(self._starts, wanted[0], side="right")) - 1)  # refuses an absurd width
         result = torch.empty(len(wanted), self._layout.width, dtype=self._encoding.staging)
         for chunk in self.selected(wanted[order]):
             result[torch.from_numpy(order[chunk.start : chunk.stop])] = chunk.decode()

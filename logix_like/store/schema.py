@@ -4,6 +4,7 @@ This is the only place that spells a path or the format's version::
 
     <store>/                                 Zarr v3 group; its attributes are the StoreManifest
       projections/<module>/{input,output}    float32 [rank, d]; a side that is the identity has no array
+      writers/<rank>.lock                    empty; locked by the process that writes as this rank
       writers/<rank>-<attempt>/              one part for each writing process and restart
         gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
         tails/<n>/...                        the same arrays, one short chunk each

@@ -43,7 +43,10 @@ def load_statistics(folder: Path, layout: Layout, rows: int) -> Statistics:
     attributes = _attributes(folder)
     if attributes.get("rows") != rows:
         raise _damaged(folder, f"covers {attributes.get('rows')!r} rows, the commit record says {rows}")
-    for name in attributes.get("fields", ()):
+    fields = attributes.get("fields")
+    if not isinstance(fields, list):
+        raise _damaged(folder, f"names its sums by {fields!r}, expected a list")
+    for name in fields:
         if name not in FIELDS:
             raise _damaged(folder, f"names a sum {name!r} that does not exist")
         for module, tensor in _load_field(folder / name).items():

@@ -16,11 +16,15 @@ import numpy as np
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged, read_chunk
 from logix_like.store.columns import decode_ids, decode_texts, decode_values
-from logix_like.store.commits import Commits
+from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.encoding import Encoding
+from logix_like.store.files import CHECKSUM_BYTES
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.schema import COLUMNS, DATA_ID, INVALID, METADATA, ROOT_MODULE, Flag
 from logix_like.store.segments import Segment
+
+MANY_ROWS = 100_000
+"""A chunk that is said to have more rows is looked at before it is believed."""
 
 
 class RowTable:
@@ -209,11 +213,21 @@ def make_table(
     for part in parts:
         for record in part.commits.rows:
             folder = part.folder / record.part if record.part else part.folder
+            if record.rows > MANY_ROWS:
+                _require_rows(folder, record, len(column_names))
             segments.append(Segment(folder, record.chunk, first, record.rows, record.crc))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
             identity.update(json.dumps(entry).encode())
     return RowTable(segments, layout, encoding, column_names, f"{kind}:{identity.hexdigest()}")
+
+
+def _require_rows(folder: Path, record: RowsRecord, columns: int) -> None:
+    """Refuse a record that claims far more rows than there are, before memory is taken for them."""
+    file = chunk_file(folder / COLUMNS, record.chunk, 2)
+    found = file.stat().st_size if file.is_file() else 0
+    if found != 8 * record.rows * columns + CHECKSUM_BYTES:
+        raise damaged(file, f"{record.rows} rows by the commit record", f"has {found} bytes")
 
 
 def _column_name(array: str) -> str:

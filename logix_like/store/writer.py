@@ -22,6 +22,7 @@ from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.encoding import encoding_named
+from logix_like.store.lock import WriterLock
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import read_manifest, segment
 
@@ -191,6 +192,8 @@ class StoreWriter:
         statistics: Gathers over the rows that are finite, in the background; owned by the writer.
         on_error: ``raise``: the next call raises; ``stop_logging``: it is logged once and
             further rows are dropped and counted.
+
+    Raises :class:`StoreError` when another process writes as the same rank.
     """
 
     def __init__(
@@ -211,6 +214,7 @@ class StoreWriter:
         _require_choice("on_error", on_error, ("raise", "stop_logging"))
         store, codec, sync = Path(path), encoding_named(encoding), durability == "commit"
         _require_described(store, layout, encoding)
+        self._lock = WriterLock(store, rank)
         self.folder = claim_writer(store, rank, sync=sync)
         """The writer's part of the store."""
         rows = chunk_rows(layout, codec, chunk_mib)
@@ -272,6 +276,7 @@ class StoreWriter:
         self._finalizer.detach()
         self._inbox.put(_Request(last=True))
         self._thread.join()
+        self._lock.close()
         if self._inbox.error is not None and not self._told:
             self._report()
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,12 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout, ModuleBlock
-from logix_like.store import StoreWriter, create_store, describe, open_store
+from logix_like.store import ENCODINGS, StoreWriter, create_store, describe, open_store
 from tests.bench import w1
 
 ROWS, BATCH, CHUNK_MIB = 4096, 8, 4.0
+LIMITS = {"bfloat16": 14_500, "int8": 7_500}
+"""B4, bytes a row."""
 MANY, NARROW = 1_000_000, 64
 
 
@@ -97,15 +100,39 @@ def test_b7_writing(tmp_path: Path, durability: Literal["process", "commit"]) ->
         assert ratio.quartiles[1] >= 0.6
 
 
-def test_b4_bytes(tmp_path: Path) -> None:
-    layout = wide_layout()
-    store = new_store(tmp_path / "store", layout, "bfloat16")
-    with StoreWriter(store, layout, "bfloat16") as out:
-        for batch in w1_batches(layout.width, ROWS):
-            out.put(batch)
-    size = open_store(store).bytes["rows"] / ROWS
-    show(f"B4 bfloat16, bytes a row with columns and records: {size:,.0f}")
-    assert size <= 14_500
+@pytest.mark.timeout(900)
+def test_b4_bytes_and_what_they_buy(tmp_path: Path) -> None:
+    """Rows with few large numbers and many small, as gradients have: normal numbers times log-normal scales."""
+    layout, generator = wide_layout(), torch.Generator().manual_seed(1)
+    rows = torch.randn(ROWS // 4, layout.width, generator=generator)
+    rows *= torch.randn(layout.width, generator=generator).exp()
+    rows += torch.randn(8, layout.width, generator=generator)[torch.arange(len(rows)) % 8]  # 8 kinds of samples
+    queries = rows[:8] + torch.randn(8, layout.width, generator=generator)
+    exact = queries @ rows.T
+    for encoding in ENCODINGS:
+        store = new_store(tmp_path / encoding, layout, encoding)
+        start = time.perf_counter()
+        with StoreWriter(store, layout, encoding) as out:
+            for n, part in enumerate(rows.split(BATCH)):
+                out.put(ProjectedBatch(tuple(f"sample-{n * BATCH + i}" for i in range(len(part))), part, step=n))
+        written = time.perf_counter() - start
+        opened = open_store(store)
+        size = opened.bytes["rows"] / len(rows)
+        start = time.perf_counter()
+        found = queries @ opened.gradients[:].float().T
+        read = time.perf_counter() - start
+        rate = rows.nbytes / 2**20
+        show(
+            f"B4 {encoding:<9} {size:8,.0f} bytes a row; of float32: write {rate / written:6,.0f} MiB/s, "
+            f"read {rate / read:6,.0f} MiB/s; Spearman of scores {spearman(found, exact):.6f}"
+        )
+        assert size <= LIMITS.get(encoding, size)
+
+
+def spearman(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean over queries of the rank correlation of their scores."""
+    pairs = zip(found.argsort(1).argsort(1).double(), exact.argsort(1).argsort(1).double(), strict=True)
+    return sum(torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs) / len(exact)
 
 
 OPENING = """

@@ -27,14 +27,14 @@ from tests.store.store_runs import (
     zarr_values,
 )
 
-# Half a unit in the last place: 8, 24, 53 and 11 bits of precision.
-ROUNDING = {"bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0, "float16": 2.0**-11}
+# Half a unit in the last place: 8, 24, 53 and 11 bits of precision; int8: half of 1/127 (and float32's own).
+ROUNDING = {"bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0, "float16": 2.0**-11, "int8": 1.0001 / 254}
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, encoding: str) -> bool:
-    """Equal up to the rounding of the encoding, number by number (float16: by block)."""
+    """Equal up to the rounding of the encoding, number by number (those with scales: by block)."""
     error = (found - expected).abs()
-    if encoding != "float16":
+    if not ENCODINGS[encoding].scaled:
         return bool((error <= ROUNDING[encoding] * expected.abs()).all())
     split = small_layout().split
     return all(
@@ -59,7 +59,7 @@ def test_rows_come_back_in_order(tmp_path: Path, encoding: str, size: int) -> No
     assert [chunk.start for chunk in opened.chunks()] == [0, 16, 32, 48]
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "float16", "float32", "int8"])
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-8, 1.0, 1e12])
 def test_gradients_of_any_size_survive(tmp_path: Path, encoding: str, magnitude: float) -> None:
     store = new_store(tmp_path / "s", encoding)
@@ -71,12 +71,38 @@ def test_gradients_of_any_size_survive(tmp_path: Path, encoding: str, magnitude:
     assert found[3].count_nonzero() == 0
 
 
-def test_float16_scales_each_module_by_itself(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s", "float16")
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_each_module_is_scaled_by_itself(tmp_path: Path, encoding: str) -> None:
+    store = new_store(tmp_path / "s", encoding)
     rows = torch.randn(5, WIDTH)
     rows[:, :12] *= 1e-10
-    log(store, rows, "float16")
-    assert close(open_store(store).gradients[:], rows, "float16")
+    log(store, rows, encoding)
+    assert close(open_store(store).gradients[:], rows, encoding)
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_modules_of_one_size_are_scaled_together_and_alike(encoding: str) -> None:
+    blocks = [ModuleBlock(f"m{n}", "linear", (4, 4), (3, 4), 12 * n, f"m{n}") for n in range(3)]
+    rows = torch.randn(6, 36) * torch.tensor([1e-9, 1.0, 1e5]).repeat_interleave(12)
+    codec, values = ENCODINGS[encoding], torch.empty(6, 36, dtype=ENCODINGS[encoding].dtype)
+    scale = codec.encode(rows, Layout(blocks), values)
+    for n in range(3):
+        part, one = slice(12 * n, 12 * n + 12), Layout(blocks[:1])
+        alone = torch.empty(6, 12, dtype=codec.dtype)
+        assert codec.encode(rows[:, part], one, alone)[:, 0].equal(scale[:, n])
+        assert values[:, part].equal(alone)
+        error = (codec.decode(values, scale, Layout(blocks))[:, part] - rows[:, part]).abs()
+        assert (error.amax(1) <= ROUNDING[encoding] * rows[:, part].abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_does_not_hide_what_is_not_finite(tmp_path: Path, bad: float) -> None:
+    store, rows = new_store(tmp_path / "s", "int8"), torch.randn(5, WIDTH)
+    rows[2, 3] = bad
+    log(store, rows, "int8")
+    opened = open_store(store)
+    assert opened.valid.tolist() == [True, True, False, True, True]
+    assert opened.gradients[2][:12].isnan().all() and opened.gradients[2][12:].isfinite().all()
 
 
 def test_columns_and_ids_keep_their_types(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ EPOCHS = 3
 IDS: list[DataId] = [f"{i}" if i % 2 else i for i in range(SAMPLES)]
 
 # Sums of three float32 numbers, divided; and what each encoding rounds.
-ROUNDING = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+ROUNDING = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2.0**-8, "float16": 2.0**-10, "int8": 2.0**-6}
 
 
 def visited_store(path: Path, encoding: str = "float32") -> tuple[GradientStore, torch.Tensor, list[list[int]]]:
