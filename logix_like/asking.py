@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,11 +15,11 @@ from logix_like.block import BlockOptions
 from logix_like.config import QueryConfig
 from logix_like.errors import CaptureError, ConfigError, QueryError, StoreError
 from logix_like.layout import DataId, Layout
-from logix_like.logbook import Logbook, project
+from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.store import open_store
-from logix_like.weights import fingerprint, gradients_put_aside, load_weights, restored_weights
+from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
 
 class Query:
@@ -52,6 +53,24 @@ class Query:
         return len(self.data_id)
 
 
+class _Averages:
+    """Queries by their ids and, where several have the same, by their order at each checkpoint."""
+
+    def __init__(self) -> None:
+        self._queries: dict[tuple[tuple[DataId, ...], int], Query] = {}
+        self._seen: Counter[tuple[DataId, ...]] = Counter()
+
+    def next_checkpoint(self) -> None:
+        """Begin again to count queries of equal ids."""
+        self._seen.clear()
+
+    def of(self, data_id: tuple[DataId, ...]) -> Query:
+        """The query that the next block of these ids adds to."""
+        number = self._seen[data_id]
+        self._seen[data_id] += 1
+        return self._queries.setdefault((data_id, number), Query(data_id))
+
+
 class Asker:
     """Captures queries with a logbook's tracker and holds the engine over its store."""
 
@@ -60,24 +79,26 @@ class Asker:
         self._settings = settings
         self._logbook = logbook
         self._engine: QueryEngine | None = None
-        self._averaged: dict[tuple[DataId, ...], Query] | None = None
+        self._engine_key = ""
+        self._averaged: _Averages | None = None
         self._warned = False
 
     @contextmanager
     def query(self, options: BlockOptions) -> Iterator[Query]:
         """Capture one block of queries; inside :meth:`at_checkpoints`, equal ids are averaged."""
         tracker = self._logbook.tracker
+        self._logbook.require_no_block("a query inside it would be logged with it")
         if tracker.needs_warmup:
             raise CaptureError("a query needs the projections first" + self._logbook.warmup_note())
         query = Query(options.data_id)
         if self._averaged is not None:
-            query = self._averaged.setdefault(options.data_id, query)
+            query = self._averaged.of(options.data_id)
         recording = tracker.recording(len(options.data_id))
-        with gradients_put_aside(tracker.model), recording:
+        with undisturbed(tracker.model), recording:
             yield query
         recording.check()
-        recording.factor = options.factor()
-        query.add(project(recording, options)[0].cpu(), tracker.layout)
+        recording.factor = options.factor(options.loss_scale())
+        query.add(per_token(recording.project()[0], options).cpu(), tracker.layout)
         if self._logbook.closed and self._averaged is None:
             self._warn_of_other_weights(tracker.model)
 
@@ -86,9 +107,10 @@ class Asker:
         store, model = open_store(self._path), self._logbook.tracker.model
         chosen = _chosen([record.number for record in store.checkpoints], which)
         with restored_weights(model):
-            self._averaged = {}
+            self._averaged = _Averages()
             try:
                 for number in chosen:
+                    self._averaged.next_checkpoint()
                     load_weights(model, store.load_checkpoint(number))
                     yield model
             finally:
@@ -112,9 +134,10 @@ class Asker:
         return query
 
     def engine(self) -> QueryEngine:
-        """The engine over all that is committed; it keeps what it has fitted once logging has ended."""
-        if self._engine is None or not self._logbook.closed:
-            self._engine = QueryEngine(open_store(self._path))
+        """The engine over all that is committed; it keeps what it has fitted until there are further rows."""
+        store = open_store(self._path)
+        if self._engine is None or self._engine_key != store.key:
+            self._engine, self._engine_key = QueryEngine(store), store.key
         return self._engine
 
     def settings(self, given: Mapping[str, Any], *only: str) -> dict[str, Any]:

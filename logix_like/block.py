@@ -68,9 +68,13 @@ class BlockOptions:
                 raise CaptureError(f"metadata {name!r} has {len(values)} values for {len(ids)} ids")
         return cls(ids, mask=mask, loss=loss, metadata=columns, scale=scale, **others)
 
-    def factor(self) -> float:
+    def loss_scale(self) -> float:
+        """What the loss of a block that begins now is multiplied by, the scaler's part included."""
+        return self.scale * (1.0 if self.scaler is None else self.scaler.get_scale())
+
+    def factor(self, loss_scale: float) -> float:
         """What captured gradients are multiplied by to be those of each sample's own loss."""
-        return self._batch_factor() / (self.scale * (1.0 if self.scaler is None else self.scaler.get_scale()))
+        return self._batch_factor() / loss_scale
 
     def row_divisors(self) -> Tensor | None:
         """``[batch, 1]`` token counts that rows are divided by, if they are to be."""
@@ -103,14 +107,19 @@ class Block:
         self,
         recording: Recording | None,
         options: BlockOptions,
+        on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
         on_drop: Callable[[Block], None],
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
         self.options = options
+        self._on_begin = on_begin
         self._on_end = on_end
         self._on_drop = on_drop
+        self._begun = self._ended = False
+        # As it is when the block begins: a scaler that is updated inside it has moved on at the end.
+        self._loss_scale = 1.0
 
     def measured(self, scale: float, divisor: float) -> None:
         """Say before the end what the loss was, where it is known only after the backward pass.
@@ -123,14 +132,21 @@ class Block:
         """
         _require_positive(scale)
         self.options = replace(self.options, scale=scale, divisor=divisor)
+        self._loss_scale = self.options.loss_scale()
 
     def drop(self) -> None:
         """Close the block without rows."""
+        self._ended = True
         if self.recording is not None:
             self.recording.__exit__(None, None, None)
         self._on_drop(self)
 
     def __enter__(self) -> Block:
+        if self._begun:
+            raise CaptureError("this block was entered before; call run(data_id=...) again for each batch")
+        self._on_begin(self)
+        self._begun = True
+        self._loss_scale = self.options.loss_scale()
         if self.recording is not None:
             self.recording.__enter__()
         return self
@@ -141,13 +157,13 @@ class Block:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.recording is not None:
-            self.recording.__exit__(exc_type, exc, traceback)
-        self._on_drop(self)
+        if self._ended:  # by run.end() or run.abort(), inside the with statement
+            return
+        self.drop()
         if exc_type is None:
             if self.recording is not None:
                 self.recording.check()
-                self.recording.factor = self.options.factor()
+                self.recording.factor = self.options.factor(self._loss_scale)
             self._on_end(self)
 
 

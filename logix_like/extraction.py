@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,9 @@ def batch_ids(batch: Any, first: int) -> range:
 
 def batch_size(batch: Any) -> int:
     """Length of the first tensor found in ``batch``."""
-    tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    # Mappings of other libraries (a tokenizer's batch) are no containers that torch knows.
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
     if tensor is None:
         raise ConfigError("the batch holds no tensor to count samples by; give data_id=")
     return len(tensor)

@@ -24,7 +24,7 @@ def as_data_ids(ids: Any, mask: Tensor | None = None) -> tuple[DataId, ...]:
         CaptureError: an id is neither ``str`` nor ``int``, or the shape makes no sense.
     """
     if isinstance(ids, np.ndarray):
-        ids = torch.from_numpy(ids) if ids.dtype.kind in "iu" else ids.tolist()
+        ids = torch.from_numpy(ids.astype(np.int64)) if ids.dtype.kind in "iu" else ids.tolist()
     if isinstance(ids, Tensor):
         return _from_tensor(ids, mask)
     if isinstance(ids, str | int) or not isinstance(ids, Iterable):

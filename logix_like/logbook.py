@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logix_like.block import Block, BlockOptions
-from logix_like.capture.batch import FactorMoments, ProjectedBatch
+from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import CaptureError
@@ -17,7 +17,7 @@ from logix_like.overflow import StepGate, overflowed
 from logix_like.query.gradients import QueryGradients
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.tracking import stored_projections, warn_of_coupling
+from logix_like.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 
 
 class Logbook:
@@ -35,6 +35,7 @@ class Logbook:
         self._gate = StepGate(self._store)
         self._waiting: list[tuple[Recording, BlockOptions, ProjectedBatch | None]] = []
         self._last: QueryGradients | None = None
+        self._compared: Recording | None = None
         self.statistics: frozenset[str] = frozenset(config.statistics)
         """What is gathered beside the rows; fixed by the first batch."""
         self.saving = True
@@ -85,24 +86,21 @@ class Logbook:
         )
 
     def open(self, options: BlockOptions, *, detached: bool = False) -> Block:
-        """A new block; ``detached`` when the model's weights are frozen.
+        """A new block, open once it is entered; ``detached`` when the model's weights are frozen.
 
         Raises:
-            CaptureError: another block is open, or no model is watched.
+            CaptureError: no model is watched.
         """
         tracker = self.tracker
-        if self._open is not None:
-            raise CaptureError("a block is open already: blocks are not nested; close it with end() first")
         recording = None
-        if self.closed or self.blocks % self._config.every == 0:
+        if not self._storing or self.blocks % self._config.every == 0:
             recording = tracker.recording(
                 len(options.data_id),
                 mask=options.mask,
                 moments=self._storing and "kronecker" in self.statistics,
                 detached=detached,
             )
-        self._open = Block(recording, options, self._ended, self._dropped)
-        return self._open
+        return Block(recording, options, self._begin, self._ended, self._dropped)
 
     def end(self) -> None:
         """Close the open block.
@@ -113,6 +111,21 @@ class Logbook:
         if self._open is None:
             raise CaptureError("end() without start(): no block is open")
         self._open.__exit__(None, None, None)
+
+    def abort(self) -> bool:
+        """Drop the open block; whether there was one."""
+        block = self._open
+        if block is not None:
+            block.drop()
+        return block is not None
+
+    def require_no_block(self, what: str) -> None:
+        """Raise :class:`CaptureError` if a block is open."""
+        if self._open is not None:
+            raise CaptureError(
+                f"a block is open already: {what}; close it with end() (or leave its with statement), or drop it with "
+                "run.abort()"
+            )
 
     def flush(self, *, force: bool = False) -> None:
         """Turn ended blocks into rows, if the projections exist; ``force`` ends a warm-up early."""
@@ -135,7 +148,10 @@ class Logbook:
             self._tracker.fit(trained)
         waiting, self._waiting = self._waiting, []
         for recording, options, columns in waiting:
-            rows, moments = project(recording, options)
+            rows, moments = recording.project()
+            if recording is self._compared:
+                compare_with_gradients(recording, rows, self._tracker)
+            rows = per_token(rows, options)
             self._last = QueryGradients(options.data_id, rows, self._tracker.settle())
             if columns is not None:
                 self._gate.put(replace(columns, rows=rows.cpu(), moments=moments))
@@ -151,13 +167,21 @@ class Logbook:
     def _storing(self) -> bool:
         return self.saving and not self.closed
 
+    def _begin(self, block: Block) -> None:
+        self.require_no_block("blocks are not nested")
+        self._open = block
+
     def _dropped(self, block: Block) -> None:
-        self._open = None
+        if self._open is block:
+            self._open = None
 
     def _ended(self, block: Block) -> None:
         if block.recording is not None:
             if self.blocks == 0 and not self.closed:
                 warn_of_coupling(block.recording, self.tracker.model)
+                # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already.
+                if block.options.divisor is None and not self.tracker.needs_warmup:
+                    self._compared = block.recording
             self._waiting.append((block.recording, block.options, self._columns(block.options)))
             self.flush()
         self.blocks += 1
@@ -187,8 +211,7 @@ class Logbook:
         self._session.put(batch)
 
 
-def project(recording: Recording, options: BlockOptions) -> tuple[Tensor, FactorMoments | None]:
-    """A recording's rows ``[batch, width]`` (divided by token counts if asked for) and moments."""
-    rows, moments = recording.project()
+def per_token(rows: Tensor, options: BlockOptions) -> Tensor:
+    """``rows [batch, width]``, divided by each sample's number of tokens if the block was told so."""
     divisors = options.row_divisors()
-    return (rows if divisors is None else rows / divisors.to(rows)), moments
+    return rows if divisors is None else rows / divisors.to(rows)

@@ -34,6 +34,7 @@ from torch import Tensor
 from logix_like.errors import QueryError, StatisticsError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.linalg.eigen import Eigen, symmetric_eigen
+from logix_like.linalg.finite import require_finite
 from logix_like.linalg.inverse import damped_inverse, damped_reciprocal
 from logix_like.linalg.kronecker import product_eigenvalues, scale_in_eigenbasis
 from logix_like.statistics import CorrectedEigenvalues, Statistics
@@ -110,6 +111,8 @@ class ModuleFit:
     """The ``lambda`` that was added to the module's eigenvalues."""
     preconditioner: Preconditioner
     """Its tensors are float64."""
+    rows: int | None = None
+    """How many rows it was fitted to; None where no row matters."""
 
 
 class Curvature:
@@ -129,12 +132,17 @@ class Curvature:
             factors = self.statistics.kronecker(block.name)
             for key, matrix in zip(keys, (factors.output, factors.input), strict=True):
                 if key not in self._eigen:
+                    require_finite(matrix, block.name)
                     self._eigen[key] = symmetric_eigen(matrix)
         return self._eigen[keys[0]], self._eigen[keys[1]]
 
     def corrected(self, block: ModuleBlock) -> CorrectedEigenvalues:
         """EK-FAC's eigenvalues of the module, with their basis."""
         return self.statistics.corrected_eigenvalues(block.name)
+
+    def counted(self, block: ModuleBlock, field: str) -> int:
+        """The module's count ``field`` of rows or samples."""
+        return int(self.statistics.sums[block.name][field].item())
 
 
 def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
@@ -144,13 +152,15 @@ def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: float) -> M
 def _fit_diagonal(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
     values = curvature.statistics.second_moment(block.name)
     shift = damping * values.mean().item()
-    return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)))
+    rows = curvature.counted(block, "rows")
+    return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
 def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
     covariance = curvature.statistics.covariance(block.name)
     shift = damping * covariance.diagonal().mean().item()
-    return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)))
+    rows = curvature.counted(block, "rows")
+    return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
 
 
 def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
@@ -158,14 +168,16 @@ def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> Modul
     values = product_eigenvalues(output.values, input_.values)
     shift = damping * values.mean().item()  # the mean of products of all pairs is the product of the means
     weights = damped_reciprocal(values, shift, block.name)
-    return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights))
+    basis = Eigenbasis(output.vectors, input_.vectors, weights)
+    return ModuleFit("kfac", shift, basis, curvature.counted(block, "samples"))
 
 
 def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
     corrected = curvature.corrected(block)
     shift = damping * corrected.values.mean().item()
     weights = damped_reciprocal(corrected.values, shift, block.name)
-    return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights))
+    basis = Eigenbasis(corrected.output_basis, corrected.input_basis, weights)
+    return ModuleFit("ekfac", shift, basis, curvature.counted(block, "corrected_rows"))
 
 
 def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
@@ -211,6 +223,7 @@ class FittedPreconditioner:
         self.layout = layout
         self._fit = fit
         self._described: dict[str, tuple[str, float]] = {}
+        self._rows: dict[str, int] = {}
         # Fitted at once in float32, so that what is wrong is said now; in float64 only when such rows come,
         # since for large blocks both would not be held without need.
         self._groups = {torch.float32: self._materialise(torch.float32)}
@@ -236,9 +249,17 @@ class FittedPreconditioner:
         for block in self.layout:
             fitted = self._fit(block)
             self._described[block.name] = fitted.kind, fitted.damping
+            if fitted.rows is not None:
+                self._rows[block.name] = fitted.rows
             leaves[block.name] = _cast(fitted.preconditioner, dtype)
         groups = _equal_blocks(self.layout, leaves)
         return tuple(_Group.stack([(block, leaves[block.name]) for block in group]) for group in groups)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The smallest and the largest number of rows that a module was fitted to; 0 where none mattered."""
+        counts = self._rows.values()
+        return min(counts, default=0), max(counts, default=0)
 
     def summary(self) -> str:
         """How many modules are preconditioned in which way, e.g. ``covariance (28 modules)``."""
@@ -304,11 +325,11 @@ def _cast(leaf: Preconditioner, dtype: torch.dtype) -> Preconditioner:
     return type(leaf)(*(tensor.to(dtype) for tensor in _tensors(leaf)))
 
 
-def require_preconditioner(name: str, damping: float) -> None:
+def require_preconditioner(name: object, damping: object) -> None:
     """Raise :class:`QueryError` unless ``name`` is known and ``damping`` is a number of at least 0."""
-    if name not in PRECONDITIONERS:
+    if not isinstance(name, str) or name not in PRECONDITIONERS:
         raise QueryError(f"unknown preconditioner {name!r}; known: {', '.join(PRECONDITIONERS)}")
-    if not (math.isfinite(damping) and damping >= 0):
+    if not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < math.inf:
         raise QueryError(f"damping is {damping!r}; it must be a number of at least 0 (0.1 is the default)")
 
 

@@ -7,6 +7,7 @@ Sign convention, here as everywhere: a positive score means that training on the
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
 from logix_like.config import Config, EverySteps, load_config
+from logix_like.config_errors import section_of
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
@@ -31,7 +33,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, open_store
+from logix_like.store import GradientStore, is_store, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -68,7 +70,14 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
-    path = Path(settings.root) / settings.project
+    # Absolute, so that a change of the working directory moves nothing.
+    path = (Path(settings.root) / settings.project).absolute()
+    if resume and is_store(path):
+        settings = _with_stored(settings, _stored_config(open_store(path)))
+    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
+        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
+    if model is not None and not resume:
+        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
     if model is not None:
@@ -83,10 +92,8 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
         StoreNotFoundError: there is no store at ``path``.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
-    store = open_store(path)
-    # Read leniently: a later version of the settings must not keep an old store from opening.
-    known = {key: value for key, value in store.manifest.config.items() if key in Config.model_fields}
-    run = Run(load_config(known), Path(path), None, verbose=False)
+    path = Path(path).absolute()
+    run = Run(_stored_config(open_store(path)), path, None, verbose=False)
     if model is not None:
         run.watch(model)
     return run
@@ -112,8 +119,6 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        if isinstance(config.checkpoints, EverySteps) and session is not None and optimizer is None:
-            raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
         self._progress = Progress(optimizer, **_cursor(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
@@ -208,6 +213,10 @@ class Run:
         """
         self._logbook.end()
 
+    def abort(self) -> None:
+        """Drop the open block without rows, e.g. after an exception between :meth:`start` and :meth:`end`."""
+        self._logbook.abort()
+
     def epoch(self, number: int) -> None:
         """Say that epoch ``number`` begins.
 
@@ -251,6 +260,8 @@ class Run:
             mask: mask of a batch, as in :meth:`__call__`.
             progress: whether a bar is shown.
         """
+        if self._logbook.closed:
+            raise StoreError("this run is finished or was loaded for queries: a pass over data would store nothing")
         model = self._logbook.tracker.model
         batches = progress_over(loader, progress, self.path.name, running_ids=data_id is None)
         with frozen(model), torch.enable_grad():
@@ -284,12 +295,26 @@ class Run:
         """
         if self._session is None or self._logbook.closed:
             return
+        dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
         if self._logbook.watching and self.config.checkpoints != "none":
             self.checkpoint()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
+        if dropped:
+            warnings.warn(
+                "a block was still open when the run was finalized: its rows are not stored; call run.end() first",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if self.config.checkpoints == "every_epoch" and self._progress.epoch == -1 and self._logbook.blocks:
+            warnings.warn(
+                "checkpoints: every_epoch, but no epoch was ever told: only the weights at the end are kept; call "
+                "run.epoch(number) at the start of each epoch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def __enter__(self) -> Run:
         return self
@@ -393,6 +418,38 @@ class Run:
         kept = self.config.checkpoints
         if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
             self.checkpoint()
+
+
+def _stored_config(store: GradientStore) -> Config:
+    """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
+    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
+    known: dict[str, Any] = {}
+    for key, value in store.manifest.config.items():
+        section = sections.get(key)
+        if section is not None and isinstance(value, Mapping):
+            known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}
+        elif key in sections:
+            known[key] = value
+    return load_config(known)
+
+
+def _with_stored(settings: Config, stored: Config) -> Config:
+    """``settings`` with everything that decides what a row is as the resumed store has it."""
+    kept = settings.model_copy(
+        update={
+            "modules": stored.modules,
+            "projection": stored.projection,
+            "store": settings.store.model_copy(update={"dtype": stored.store.dtype}),
+        }
+    )
+    if kept != settings:
+        warnings.warn(
+            "the resumed store's modules, projection and dtype are kept; they differ from this config's, and rows of "
+            "one store are all alike: start another project to change them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return kept
 
 
 def _cursor(session: StoreSession | None) -> dict[str, int]:

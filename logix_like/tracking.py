@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Mapping
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
-from logix_like.capture.selection import select_modules, trackable
+from logix_like.capture.selection import select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
-from logix_like.errors import ModelMismatchError
 from logix_like.projection import INITS
 from logix_like.store import GradientStore
 from logix_like.wrapping import named_modules
+
+DISAGREEMENT = 0.05
+"""Relative difference between summed rows and a weight's gradient from which on it is spoken of; autocast has 0.02."""
 
 
 def new_tracker(model: nn.Module, config: Config) -> Tracker:
@@ -42,15 +45,7 @@ def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> 
     """
     layout = store.layout
     assert layout is not None
-    present = set(trackable(model))
-    wanted = [name for block in layout for name in (block.name, *block.tied)]
-    missing = next((name for name in wanted if name not in present), None)
-    if missing is not None:
-        raise ModelMismatchError(
-            f"module {missing!r} of the store is not in this model ({type(model).__name__}); its modules are "
-            f"{', '.join(sorted(present - {''})[:8])} ...: load the model that was logged"
-        )
-    selection = select_modules(model, include=wanted, batch_dim=config.modules.batch_dim, frozen=True)
+    selection = select_stored(model, layout, batch_dim=config.modules.batch_dim)
     projector = Projector(
         selection.blocks,
         INITS[config.projection.init],
@@ -112,6 +107,49 @@ def warn_of_coupling(recording: Recording, model: nn.Module) -> None:
             RuntimeWarning,
             stacklevel=6,
         )
+
+
+def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker) -> None:
+    """At the first block: do the rows add up to the gradients that the backward pass left? If not, say so by name.
+
+    A weight that is also used without its module, a second backward pass, or a gradient that was changed inside the
+    block would otherwise go unnoticed. Gradients that were there before the block say nothing.
+    """
+    total = tracker.layout.split(rows.detach().sum(0))
+    pairs = {name: (total[name], g) for name, g in _projected(recording.fresh_gradients(), rows, tracker).items()}
+    pairs = {
+        name: (found, left) for name, (found, left) in pairs.items() if bool(left.any()) and bool(left.isfinite().all())
+    }
+    if not pairs:
+        return
+    # One factor for all modules is no difference: a scaler or a clipping inside the block multiplies all alike.
+    factor = statistics.median(float((found * left).sum() / left.square().sum()) for found, left in pairs.values())
+    wrong = [
+        name
+        for name, (found, left) in pairs.items()
+        if not float((found - factor * left).norm()) <= DISAGREEMENT * float(found.norm())
+    ]
+    if wrong:
+        warnings.warn(
+            f"the rows of {_first(wrong)} do not add up to the gradients of their weights in this block: a weight is "
+            "also used without calling its module, something else went backward, or gradients were changed inside the "
+            "block (clip, step and zero_grad belong behind it); such modules' rows are not the samples' gradients",
+            RuntimeWarning,
+            stacklevel=7,
+        )
+
+
+def _projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -> dict[str, Tensor]:
+    """Gradient matrices by block, each projected as the rows are."""
+    projected = {}
+    for name, gradient in gradients.items():
+        projection, matrix = tracker.projector.projection(name), gradient.to(rows)
+        if projection.input is not None:
+            matrix = matrix @ projection.input.to(rows).T
+        if projection.output is not None:
+            matrix = projection.output.to(rows) @ matrix
+        projected[name] = matrix
+    return projected
 
 
 def _first(names: list[str], most: int = 5) -> str:

@@ -46,16 +46,25 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_put_aside(model: nn.Module) -> Iterator[None]:
-    """A backward pass inside leaves no gradient behind and adds to none that was there."""
-    kept = [(p, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _ in kept:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward and backward passes inside change nothing of a training that goes on behind them.
+
+    Gradients, buffers (batch norm's averages) and the random states (dropout) are as before afterwards.
+    """
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index for p, _ in gradients if p.device.type == "cuda" and p.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
 
 @contextmanager

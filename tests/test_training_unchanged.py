@@ -78,8 +78,10 @@ def train_text(logged: Path | None, config: dict[str, Any]) -> dict[str, Any]:
     run = None
     if logged is not None:
         run = logix.init("run", model, {"root": str(logged), **config}, optimizer=optimizer, verbose=False)
-    for _ in range(5):
+    for epoch in range(5):
         optimizer.zero_grad()
+        if run is not None:
+            run.epoch(epoch)
         with run(data_id=batch["x"], mask=batch["mask"]) if run is not None else nullcontext():
             logits = model(batch["x"], batch["mask"])
             F.cross_entropy(logits.transpose(1, 2), batch["y"]).backward()

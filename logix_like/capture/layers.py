@@ -105,7 +105,9 @@ class LinearRule(Rule):
         return module.out_features, module.in_features
 
     def read_input(self, module: Any, value: Tensor, side: Side) -> Tensor:
-        return _positions(side.project(value))
+        projected = _positions(side.project(value))
+        # Un-projected it would be the live activation, which a later layer may change in place.
+        return projected.clone() if projected.data_ptr() == value.data_ptr() else projected
 
     def read_gradient(
         self, module: Any, kept: Tensor, gradient: Tensor, input_side: Side, output_side: Side
@@ -283,6 +285,19 @@ def type_name(module: nn.Module) -> str | None:
     cls = type(module).__name__
     if cls == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None:
         return "Conv1D"
-    if cls.endswith("RMSNorm") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
-        return "RMSNorm"
-    return None
+    return "RMSNorm" if cls.endswith("RMSNorm") and _is_rms_norm(module) else None
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """Whether a class of some library's computes ``rms_norm(x) * weight`` (or ``* (1 + weight)``), by trying it."""
+    weight = getattr(module, "weight", None)
+    has_eps = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not has_eps or weight.is_meta:
+        return False
+    with torch.no_grad():
+        probe = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
+        expected = _rms_norm(module, probe)
+        # Called past its hooks: nobody is to hear of the trial.
+        found = type(module).forward(module, probe)
+    slack = 2e-2 * float(expected.abs().max())
+    return any(torch.allclose(found, expected * factor, rtol=2e-2, atol=slack) for factor in (weight, 1 + weight))

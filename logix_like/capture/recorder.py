@@ -89,6 +89,12 @@ class CallReader:
     def _gradient(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         if not self._open:
             return
+        if gradient.requires_grad:
+            raise CaptureError(
+                f"module {tracked.name!r}: a backward pass with create_graph=True (a gradient penalty, a higher-order "
+                "method) went through it inside a block; its second-order part has no per-sample rows: do that pass "
+                "outside the block, or exclude the module"
+            )
         self.gradients += 1
         if tracked.batch_dim or not gradient.ndim or gradient.size(0) != self._batch:
             gradient = self._checked(tracked, gradient, "output")
@@ -128,7 +134,7 @@ class BlockRecorder:
     ) -> None:
         self._projector = projector
         self._mask = mask
-        self._shared: dict[str, _SharedInput] = {}
+        self._shared: dict[tuple[str, bool], _SharedInput] = {}
         self._moments = _Moments() if moments else None
         self._masked = 0 if mask is None else int(mask.sum())
         self._batch = batch
@@ -154,7 +160,10 @@ class BlockRecorder:
                 inward, outward = inward.to(self._dtype), outward.to(self._dtype)
             _add(self._blocks, use.block, outward.transpose(1, 2) @ inward)
             if self._moments is not None:
-                self._add_moments(use.block, inward, outward)
+                _add(self._moments.outputs, use.block, _outer_sum(self._counted(outward)))
+                # A shared input was counted when it was read, once for all who read it.
+                if use.transposed or not tracked.rule.shares_input:
+                    self._add_input_moment(use.block, inward)
 
     def rows(self) -> Tensor:
         """``[batch, width]``: the blocks side by side; zero for a module that got no gradient."""
@@ -174,34 +183,38 @@ class BlockRecorder:
         return FactorMoments(self._moments.inputs, outputs, self._moments.positions, self._batch)
 
     def _read(self, tracked: TrackedModule, use: Use, value: Tensor) -> Tensor:
-        known = self._shared.get(self._projector.group(use.block) or "")
-        if known is not None and known.holds(value):
-            return known.kept
-        rule, plain = tracked.rule, _plain(value)
+        rule, plain = tracked.rule, value
+        if not use.transposed and rule.shares_input:
+            known = self._shared.get((self._projector.group(use.block) or "", use.bias))
+            if known is not None and known.holds(value):
+                return known.kept
+        plain = _plain(value)
         if use.transposed or not rule.shares_input:
             self._decide_group(use.block, use.block)
             dtype = plain.dtype if plain.is_floating_point() else self._weight_dtype(tracked)
             side = self._projector.sides(use, dtype, plain.device)[0]
             return rule.read_input(tracked.module, plain, side)
-        group = self._group(use.block, value)
-        shared = self._shared.get(group)
+        group = self._group(use, value)
+        shared = self._shared.get((group, use.bias))
         if shared is None or not shared.holds(value):
             side = self._projector.sides(use, plain.dtype, plain.device)[0]
             kept = rule.read_input(tracked.module, plain, side)
-            shared = self._shared[group] = _SharedInput(weakref.ref(value), value._version, kept)
+            shared = self._shared[group, use.bias] = _SharedInput(weakref.ref(value), value._version, kept)
+            if self._moments is not None:
+                self._add_input_moment(group, kept.to(self._dtype))
         return shared.kept
 
-    def _group(self, block: str, value: Tensor) -> str:
+    def _group(self, use: Use, value: Tensor) -> str:
         """The block's group; at its first call ever, that of a block that has just read the same tensor."""
-        group = self._projector.group(block)
+        group = self._projector.group(use.block)
         if group is None:
             fits = (
                 name
-                for name, shared in self._shared.items()
-                if shared.holds(value) and self._projector.may_share(block, name)
+                for (name, bias), shared in self._shared.items()
+                if bias == use.bias and shared.holds(value) and self._projector.may_share(use.block, name)
             )
-            group = next(fits, block)
-            self._projector.assign(block, group)
+            group = next(fits, use.block)
+            self._projector.assign(use.block, group)
         return group
 
     def _decide_group(self, block: str, group: str) -> None:
@@ -213,17 +226,21 @@ class BlockRecorder:
         assert isinstance(dtype, torch.dtype)
         return torch.float32 if dtype == torch.float16 else dtype
 
-    def _add_moments(self, block: str, inward: Tensor, outward: Tensor) -> None:
+    def _add_input_moment(self, group: str, inward: Tensor) -> None:
         assert self._moments is not None
-        positions = inward.shape[0] * inward.shape[1]
-        if self._mask is not None and self._mask.shape == inward.shape[:2]:
-            weight = self._mask.to(inward.dtype).unsqueeze(-1)
-            inward, outward, positions = inward * weight, outward * weight, self._masked
-        _add(self._moments.outputs, block, _outer_sum(outward))
-        group = self._projector.group(block)
-        if group == block:
-            _add(self._moments.inputs, block, _outer_sum(inward))
-            self._moments.positions[block] = self._moments.positions.get(block, 0) + positions
+        masked = self._masks(inward)
+        _add(self._moments.inputs, group, _outer_sum(self._counted(inward)))
+        positions = self._masked if masked else inward.shape[0] * inward.shape[1]
+        self._moments.positions[group] = self._moments.positions.get(group, 0) + positions
+
+    def _masks(self, factor: Tensor) -> bool:
+        return self._mask is not None and self._mask.shape == factor.shape[:2]
+
+    def _counted(self, factor: Tensor) -> Tensor:
+        """``factor [batch, positions, rank]`` with zeros at the positions that the mask leaves out."""
+        if self._mask is None or not self._masks(factor):
+            return factor
+        return factor * self._mask.to(factor).unsqueeze(-1)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from logix_like.capture.composite import Composite, composite_for, parts_of
 from logix_like.capture.layers import RULES, Rule, type_name
-from logix_like.errors import ConfigError, UnsupportedModuleError
+from logix_like.errors import ConfigError, ModelMismatchError, UnsupportedModuleError
+from logix_like.layout import Layout
 from logix_like.wrapping import named_modules
 
 
@@ -136,7 +138,7 @@ def select_modules(
             + " (a frozen model is tracked with modules.frozen=true)"
         )
     chosen = _with_partners(candidates, chosen, exclude, skipped)
-    selection = _assemble(model, chosen, skipped, batch_dim or {}, frozen)
+    selection = _assemble(model, chosen, skipped, batch_dim or {})
     return replace(selection, composites=tuple(_composites(model, selection.modules)))
 
 
@@ -164,6 +166,41 @@ def _with_partners(
     return [(name, module, rules[name]) for name, module in candidates.items() if name in rules]
 
 
+def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, int] | None = None) -> Selection:
+    """The modules that a store holds, with the parts (weight, bias) it holds of them, trainable now or not.
+
+    Raises:
+        ModelMismatchError: a module is missing or is of a kind without a rule (names the first).
+    """
+    candidates = trackable(model)
+    parts: dict[str, tuple[bool, bool]] = {}
+    for name in dict.fromkeys(name for block in layout for name in (block.name, *block.tied)):
+        module = candidates.get(name)
+        kind = None if module is None else type_name(module)
+        if module is None or kind is None:
+            listed = ", ".join(sorted(set(candidates) - {""})[:8])
+            raise ModelMismatchError(
+                f"module {name!r} of the store is not in this model ({type(model).__name__}), or is none that can be "
+                f"tracked; its modules are {listed} ...: load the model that was logged"
+            )
+        parts[name] = _stored_parts(name, module, RULES[kind], layout)
+    ordered = [(n, m, RULES[type_name(m) or ""]) for n, m in candidates.items() if n in parts]
+    selection = _assemble(model, ordered, {}, batch_dim or {}, parts)
+    return replace(selection, composites=tuple(_composites(model, selection.modules)))
+
+
+def _stored_parts(name: str, module: nn.Module, rule: Rule, layout: Layout) -> tuple[bool, bool]:
+    """Whether a store's row has ``name``'s weight, and its bias."""
+    tied = any(name in block.tied for block in layout)
+    own = layout[name] if name in layout.names else None
+    weight = tied or (own is not None and own.kind != "bias")
+    if own is None:
+        return weight, False
+    own_weight = own.kind != "bias"
+    has_bias = getattr(module, "bias", None) is not None
+    return weight, has_bias and own.shape[1] == rule.shape(module)[1] * own_weight + 1
+
+
 def trackable(model: nn.Module) -> dict[str, nn.Module]:
     """All that can be tracked by its name: modules, and weights of composite modules as layers of their own."""
     found: dict[str, nn.Module] = {}
@@ -188,17 +225,21 @@ def _assemble(
     chosen: Sequence[tuple[str, nn.Module, Rule]],
     skipped: Mapping[str, str],
     batch_dim: Mapping[str, int],
-    frozen: bool,
+    parts: Mapping[str, tuple[bool, bool]] | None = None,
 ) -> Selection:
+    """Blocks and uses of the chosen modules; ``parts`` says what of each counts, else what is trained does."""
     owners: dict[int, tuple[str, Rule]] = {}
     blocks: dict[str, BlockShape] = {}
     modules, seen_biases = [], dict[int, str]()
     for name, module, rule in chosen:
         weight, bias = module.weight, getattr(module, "bias", None)
-        # A module chosen though all of it is frozen is tracked whole; else only what is trained.
-        all_frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
-        has_weight = weight.requires_grad or all_frozen
-        has_bias = bias is not None and (bias.requires_grad or all_frozen)
+        if parts is None:
+            # A module chosen though all of it is frozen is tracked whole; else only what is trained.
+            all_frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+            has_weight = weight.requires_grad or all_frozen
+            has_bias = bias is not None and (bias.requires_grad or all_frozen)
+        else:
+            has_weight, has_bias = parts[name]
         if has_bias and seen_biases.setdefault(id(bias), name) != name:
             raise UnsupportedModuleError(
                 f"modules {seen_biases[id(bias)]!r} and {name!r} share one bias; exclude one of them"
@@ -229,6 +270,10 @@ def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | 
     parameters = list(module.parameters(recurse=False))
     if not parameters or module._parameters.get("weight") is None:
         return "its weight is not a plain parameter"
+    if any(isinstance(p, UninitializedParameter) for p in parameters):
+        return "its shape is not known before the model has run once"
+    if parameters[0].is_meta:
+        return "its weights are on the meta device: load them first"
     if not frozen and not any(p.requires_grad for p in parameters):
         return "its parameters are frozen (requires_grad=False)"
     return RULES[kind].check(module)

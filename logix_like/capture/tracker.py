@@ -15,7 +15,7 @@ from logix_like.capture.batch import FactorMoments
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
-from logix_like.capture.selection import Selection, TrackedModule
+from logix_like.capture.selection import Selection, TrackedModule, Use
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
 
@@ -96,12 +96,13 @@ class Tracker:
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
-        rule, module, value = call.tracked.rule, call.tracked.module, call.value
-        wide = value if value.is_floating_point() else call.gradient
+        rule, module = call.tracked.rule, call.tracked.module
+        value, gradient = _finite(call.value, call.gradient)
+        wide = value if value.is_floating_point() else gradient
         for use in call.tracked.uses:
             inward, outward = self.projector.raw_sides(use, wide.dtype, wide.device)
             kept = rule.read_input(module, value, inward)
-            gradients = rule.read_gradient(module, kept, call.gradient, inward, outward)[1]
+            gradients = rule.read_gradient(module, kept, gradient, inward, outward)[1]
             flat = gradients.reshape(-1, gradients.shape[-1]) * recording.factor
             moments = [
                 rule.input_moment(module, value, inward).double().cpu(),
@@ -110,6 +111,31 @@ class Tracker:
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
             yield use.block, moments[::-1] if use.transposed else moments
+
+
+def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
+    """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
+    columns = []
+    for part, wanted in (("weight", use.weight), ("bias", use.bias)):
+        parameter = tracked.module._parameters.get(part)
+        if not wanted:
+            continue
+        if parameter is None or parameter.grad is None or type(parameter.grad) is not Tensor:
+            return None
+        gradient = parameter.grad.detach()
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if part == "bias" or gradient.ndim == 1:
+            columns.append(gradient.reshape(-1, 1))
+        else:
+            columns.append((gradient.T if tracked.rule.transposed else gradient).flatten(1))
+    return torch.cat(columns, 1) if columns else None
+
+
+def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the samples of which a number is not finite: they would spoil every moment."""
+    keep = value.flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
+    return (value, gradient) if bool(keep.all()) else (value[keep], gradient[keep])
 
 
 class Recording:
@@ -128,8 +154,14 @@ class Recording:
         self._reader = self._new_reader(detached)
         self._kept: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
         self._stack = ExitStack()
+        self._without_gradient: set[str] = set()
 
     def __enter__(self) -> Recording:
+        self._without_gradient = {
+            tracked.name
+            for tracked in self._tracker.selection.modules
+            if all(p.grad is None for p in tracked.module.parameters(recurse=False))
+        }
         self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
         return self
 
@@ -147,6 +179,18 @@ class Recording:
     def uncalled(self) -> tuple[TrackedModule, ...]:
         """Tracked modules that the block did not call."""
         return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
+
+    def fresh_gradients(self) -> dict[str, Tensor]:
+        """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
+        found = {}
+        for tracked in self._tracker.selection.modules:
+            use = tracked.uses[-1]
+            if use.block != tracked.name or tracked.name not in self._without_gradient or use.transposed:
+                continue
+            matrix = _gradient_matrix(tracked, use)
+            if matrix is not None:
+                found[use.block] = matrix
+        return found
 
     def check(self) -> None:
         """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
