@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from logix_like.block import BlockOptions
+from logix_like.capture.tracker import Tracker
 from logix_like.config import QueryConfig
 from logix_like.errors import CaptureError, ConfigError, QueryError, StoreError
 from logix_like.layout import DataId, Layout
 from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.store import open_store
+from logix_like.store import open_store, projections_digest
+from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
 
@@ -29,12 +31,14 @@ class Query:
         self.data_id = data_id
         self._sum: Tensor | None = None
         self._layout: Layout | None = None
+        self._projections = ""
         self._count = 0
 
-    def add(self, rows: Tensor, layout: Layout) -> None:
-        """Take one block's rows ``[queries, width]``; those of several blocks are averaged."""
+    def add(self, rows: Tensor, layout: Layout, projections: str) -> None:
+        """Take one block's rows ``[queries, width]`` and the digest of what projected them; blocks are averaged."""
         self._sum = rows if self._sum is None else self._sum + rows
         self._layout = layout
+        self._projections = projections
         self._count += 1
 
     @property
@@ -47,7 +51,7 @@ class Query:
         if self._sum is None or self._layout is None:
             raise QueryError("the query holds no gradient: run forward and backward inside 'with run.query(...)'")
         note = "" if self._count == 1 else f"query gradient averaged over {self._count} checkpoints"
-        return QueryGradients(self.data_id, self._sum / self._count, self._layout, note)
+        return QueryGradients(self.data_id, self._sum / self._count, self._layout, note, self._projections)
 
     def __len__(self) -> int:
         return len(self.data_id)
@@ -80,6 +84,7 @@ class Asker:
         self._logbook = logbook
         self._engine: QueryEngine | None = None
         self._engine_key = ""
+        self._projections = ""
         self._averaged: _Averages | None = None
         self._warned = False
 
@@ -98,7 +103,7 @@ class Asker:
             yield query
         recording.check()
         recording.factor = options.factor(options.loss_scale())
-        query.add(per_token(recording.project()[0], options).cpu(), tracker.layout)
+        query.add(per_token(recording.project()[0], options).cpu(), tracker.layout, self._digest(tracker))
         if self._logbook.closed and self._averaged is None:
             self._warn_of_other_weights(tracker.model)
 
@@ -164,6 +169,11 @@ class Asker:
         with self.query(options) as query:
             loss_fn(model, batch).backward()
         return query
+
+    def _digest(self, tracker: Tracker) -> str:
+        if not self._projections and tracker.settled:
+            self._projections = projections_digest(tracker.layout, stored_projections(tracker))
+        return self._projections
 
     def _warn_of_other_weights(self, model: nn.Module) -> None:
         if self._warned:

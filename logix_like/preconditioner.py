@@ -26,6 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from types import MappingProxyType
 
 import torch
@@ -329,7 +330,7 @@ def require_preconditioner(name: object, damping: object) -> None:
     """Raise :class:`QueryError` unless ``name`` is known and ``damping`` is a number of at least 0."""
     if not isinstance(name, str) or name not in PRECONDITIONERS:
         raise QueryError(f"unknown preconditioner {name!r}; known: {', '.join(PRECONDITIONERS)}")
-    if not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 <= damping < math.inf:
+    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= float(damping) < math.inf:
         raise QueryError(f"damping is {damping!r}; it must be a number of at least 0 (0.1 is the default)")
 
 

@@ -121,6 +121,8 @@ class StoreSession:
         """
         seen = (step, fingerprint(model))
         if seen != self._last_checkpoint:
+            if self._writer is not None:
+                self._writer.require_present()  # never into a store that has taken this one's place
             state = whole_tensors(model)
             if self._ranks.first:
                 save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
@@ -135,6 +137,7 @@ class StoreSession:
         if self._writer is not None:
             with self._writer as writer:
                 writer.commit()
+                writer.require_present()
                 if "corrected_eigval" in self._statistics and self._ranks.size == 1:
                     _correct_eigenvalues(open_store(self.path), writer)
         elif self._ranks.size == 1:

@@ -53,7 +53,9 @@ def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> 
         seed=config.projection.seed,
     )
     projector.restore(layout, store.projections)
-    return Tracker(model, selection, projector)
+    tracker = Tracker(model, selection, projector)
+    tracker.settle()
+    return tracker
 
 
 def stored_projections(tracker: Tracker) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:

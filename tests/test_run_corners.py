@@ -37,7 +37,7 @@ def assert_rows_add_up(run: logix.Run, model: nn.Module, samples: int) -> None:
     assert len(store) == samples
     for name, found in total.items():
         module = model.get_submodule(name)
-        parts = [module.weight.grad] if store.layout[name].kind != "bias" else []
+        parts: list[Any] = [module.weight.grad] if store.layout[name].kind != "bias" else []
         if found.shape[1] > sum(part.shape[1] for part in parts):
             parts.append(module.bias.grad[:, None])
         assert torch.allclose(found, torch.cat(parts, 1), rtol=CLOSE, atol=CLOSE), name

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from logix_like.errors import StatisticsError
 from logix_like.linalg.eigen import symmetrise
+from logix_like.linalg.finite import require_finite
 
 
 def damped_inverse(matrix: Tensor, damping: float, name: str) -> Tensor:
@@ -16,8 +17,9 @@ def damped_inverse(matrix: Tensor, damping: float, name: str) -> Tensor:
     that the module takes no part in any score.
 
     Raises:
-        StatisticsError: the damped matrix is singular to working precision; names the module ``name``.
+        StatisticsError: the damped matrix is singular to working precision, or not finite; names the module ``name``.
     """
+    require_finite(matrix, name)
     damped = symmetrise(matrix.to(torch.float64))
     if damping == 0 and not damped.any():
         return damped
@@ -35,8 +37,9 @@ def damped_reciprocal(values: Tensor, damping: float, name: str) -> Tensor:
     Values that are all zero, without damping, have the reciprocal 0, as in :func:`damped_inverse`.
 
     Raises:
-        StatisticsError: a damped value is 0 to working precision; names the module ``name``.
+        StatisticsError: a damped value is 0 to working precision, or not finite; names the module ``name``.
     """
+    require_finite(values, name)
     damped = values.to(torch.float64) + damping
     if not damped.any():
         return damped

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from logix_like.errors import StatisticsError
+from logix_like.linalg.finite import require_finite
 from logix_like.preconditioner import has_kronecker
 from logix_like.query.scan import Candidates
 from logix_like.statistics import (
@@ -31,6 +32,10 @@ class QueryStore(Protocol):
     @property
     def key(self) -> str:
         """Identifies the rows: equal keys, equal rows."""
+
+    @property
+    def projections_digest(self) -> str:
+        """Tells the projections of the rows from others; empty where they are not known."""
 
     @property
     def damaged_rows(self) -> int:
@@ -83,8 +88,8 @@ def ensure_statistics(
 ) -> Statistics:
     """The store's statistics with those ``needed`` complete: over all valid rows, every visit counted.
 
-    Sums over rows that are missing or do not cover all valid rows are computed again in one pass over the
-    store, and so are EK-FAC's eigenvalues. Kronecker factors need the model's activations and cannot be had
+    Sums over rows that are missing, or cover more or fewer rows than are valid, are computed again in one pass over
+    the store, and so are EK-FAC's eigenvalues. Kronecker factors need the model's activations and cannot be had
     from rows: they are taken as gathered.
 
     Args:
@@ -111,6 +116,7 @@ def ensure_statistics(
 
 
 def _require_kronecker(statistics: Statistics) -> None:
+    """Refuse factors that were not gathered, or cannot be decomposed since a sum overflowed."""
     for block in statistics.layout:
         if not has_kronecker(statistics, block):
             raise StatisticsError(
@@ -118,25 +124,32 @@ def _require_kronecker(statistics: Statistics) -> None:
                 "give them; put 'kronecker' under 'statistics' in the config before training, or ask with "
                 "preconditioner='covariance'"
             )
+        factors = statistics.kronecker(block.name)
+        require_finite(factors.output, block.name)
+        require_finite(factors.input, block.name)
 
 
 def _covers(statistics: Statistics, names: Collection[str], rows: int, covariance_limit: int) -> bool:
-    """Whether every sum that ``names`` need is there for every module, over at least ``rows`` rows."""
-    if statistics.rows < rows:
-        return False
+    """Whether every sum that ``names`` need is there for every module, over exactly ``rows`` rows.
+
+    The watermark does not tell: it also counts rows that are not finite, which are in no sum.
+    """
     fields = {field for name in names for field in ROW_SUMS[name]}
     return all(
-        statistics.has(block.name, field)
+        statistics.has(block.name, field) and _count(statistics, block.name, "rows") == rows
         for block in statistics.layout
         for field in fields
         if field != "outer_sum" or block.size <= covariance_limit
     )
 
 
+def _count(statistics: Statistics, module: str, field: str) -> int:
+    return int(statistics.sums[module][field].item()) if statistics.has(module, field) else 0
+
+
 def _covers_corrected(statistics: Statistics, rows: int) -> bool:
     return all(
-        statistics.has(block.name, "corrected_square_sum")
-        and statistics.sums[block.name]["corrected_rows"].item() >= rows
+        statistics.has(block.name, "corrected_square_sum") and _count(statistics, block.name, "corrected_rows") == rows
         for block in statistics.layout
     )
 

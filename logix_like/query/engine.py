@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logix_like.errors import EmptyStoreError, QueryError
+from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError
 from logix_like.layout import DataId
 from logix_like.preconditioner import FittedPreconditioner, require_preconditioner
 from logix_like.query.completion import QueryStore
@@ -20,7 +20,7 @@ from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import FlatIndex
 from logix_like.query.modes import MODES
-from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
+from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence, is_count
 from logix_like.query.scan import Candidates
 from logix_like.query.scoring import Extremes, Task, every_score, exact_extremes, indexed_extremes
 
@@ -65,6 +65,8 @@ class Question:
         ):
             if name not in known:
                 raise QueryError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+        if self.k is not None and not is_count(self.k):
+            raise QueryError(f"k is {self.k!r}; it must be a whole number, or None for the scores of all samples")
         if self.k is not None and self.k < 1:
             raise QueryError(f"k is {self.k}; it must be at least 1, or None for the scores of all samples")
         if self.k is None and self.engine == "faiss":
@@ -123,13 +125,13 @@ class QueryEngine:
 
         Raises:
             QueryError: an option, an id or a query makes no sense.
-            ModelMismatchError: the queries' modules are not the store's.
+            ModelMismatchError: the queries' modules or projections are not the store's.
             EmptyStoreError: the store has no row to rank.
             StatisticsError: a statistic is missing and cannot be computed, or a block is singular.
         """
         question = Question(k, preconditioner, damping, mode, reduce, engine)
         candidates = self._select(reduce, data_id)
-        _require_answerable(query, candidates)
+        self._require_answerable(query, candidates)
         if k is not None and k > candidates.count:
             raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
         fit = self._fitter.fit(preconditioner, damping, progress)
@@ -163,7 +165,7 @@ class QueryEngine:
         question = Question(None, preconditioner, damping, "dot", reduce, "exact")
         candidates = self._select(reduce, data_id)
         if query is not None:
-            _require_answerable(query, candidates)
+            self._require_answerable(query, candidates)
         fit = self._fitter.fit(preconditioner, damping, progress)
         note = self._note(question, candidates, fit, query)
         if query is not None:
@@ -190,6 +192,23 @@ class QueryEngine:
                 "before asking"
             )
 
+    def _require_answerable(self, query: QueryGradients, candidates: Candidates) -> None:
+        if not isinstance(query, QueryGradients):
+            raise QueryError(
+                f"the query is a {type(query).__name__}; it must be QueryGradients: those of 'with run.query(...) as "
+                "q' are q.gradients, saved ones come from QueryGradients.load(...)"
+            )
+        if query.layout != candidates.rows.layout:
+            candidates.rows.layout.require_same(query.layout)
+        known = self._store.projections_digest if query.projections else ""
+        if known and query.projections != known:
+            raise ModelMismatchError(
+                f"the queries were projected with other matrices ({query.projections}) than the rows ({known}): "
+                "another seed or another basis, so that no number of theirs means the same; capture the queries with "
+                "the store's projections (resume the run, or load them from the store)"
+            )
+        query.require_answerable()
+
     def _select(self, reduce: str, data_id: Sequence[DataId] | None) -> Candidates:
         self._require_rows()
         candidates = self._candidates.get(
@@ -197,7 +216,9 @@ class QueryEngine:
         )
         if data_id is None:
             return candidates
-        return candidates.restrict([data_id] if isinstance(data_id, str | int) else data_id)
+        if not isinstance(data_id, str | int | Iterable):
+            raise QueryError(f"data_id is {data_id!r}; it must be a list of the ids (str or int) to rank")
+        return candidates.restrict([data_id] if isinstance(data_id, str | int) else list(data_id))
 
     def _task(
         self,
@@ -270,12 +291,6 @@ class QueryEngine:
         if self._store.damaged_rows:
             parts.append(f"{self._store.damaged_rows:,} stored rows left out (their files are damaged)")
         return "; ".join(parts + ([f"queries: {query.note}"] if query is not None and query.note else []))
-
-
-def _require_answerable(query: QueryGradients, candidates: Candidates) -> None:
-    if query.layout != candidates.rows.layout:
-        candidates.rows.layout.require_same(query.layout)
-    query.require_answerable()
 
 
 def _squared_lengths(rows: Tensor, preconditioner: FittedPreconditioner) -> Tensor:

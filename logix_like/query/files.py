@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -28,14 +28,17 @@ from torch import Tensor
 from logix_like.errors import QueryError, StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.result import Ids, InfluenceResult, Ranking
+from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
 
 FORMAT = {"format": "logix_like.influence", "version": 1}
 QUERY_FORMAT = {"format": "logix_like.queries", "version": 1}
+SELF_FORMAT = {"format": "logix_like.self_influence", "version": 1}
+SELF_PLAIN = ("preconditioner", "damping", "reduce", "note")
 PLAIN = ("samples", "mode", "preconditioner", "damping", "reduce", "engine", "note")
 DTYPES = ("float32", "float64", "int64", "object")
 """Kinds of arrays in a file; objects are data ids."""
 
+Result = TypeVar("Result")
 Arrays = dict[str, NDArray[Any]]
 Parts = tuple[dict[str, Any], Arrays]
 """The header and the arrays of a result."""
@@ -49,13 +52,39 @@ def write_result(result: InfluenceResult, path: Path) -> Path:
 
 def read_result(path: Path) -> InfluenceResult:
     """Read a result; :class:`QueryError` when the file is missing, damaged or something else."""
+    return _read(path, FORMAT, _put_together)
+
+
+def write_self_influence(result: SelfInfluence, path: Path) -> Path:
+    """Write ``result`` as :func:`write_result` does."""
+    write, _ = _format_of(path)
+    header = SELF_FORMAT | {name: getattr(result, name) for name in SELF_PLAIN}
+    arrays: Arrays = {"data_id": result.data_id, "scores": result.scores.numpy()}
+    arrays |= {} if result.step is None else {"step": result.step}
+    return replace_file(path, lambda file: write((header, arrays), file))
+
+
+def read_self_influence(path: Path) -> SelfInfluence:
+    """Read self-influences; :class:`QueryError` when the file is missing, damaged or something else."""
+    return _read(path, SELF_FORMAT, _self_influence)
+
+
+def _self_influence(header: dict[str, Any], arrays: Arrays) -> SelfInfluence:
+    ids, scores, step = arrays["data_id"], arrays["scores"], arrays.get("step")
+    if scores.ndim != 1 or any(other.shape != scores.shape for other in (ids, step) if other is not None):
+        raise ValueError(f"ids of shape {ids.shape} do not fit scores of shape {scores.shape}")
+    plain = {name: header[name] for name in SELF_PLAIN}
+    return SelfInfluence(ids, torch.from_numpy(np.ascontiguousarray(scores)), step=step, **plain)
+
+
+def _read(path: Path, form: Mapping[str, Any], make: Callable[[dict[str, Any], Arrays], Result]) -> Result:
     _, read = _format_of(path)
     try:
         with path.open("rb") as file:
             header, arrays = read(file)
-        if any(header.pop(key, None) != value for key, value in FORMAT.items()):
-            raise ValueError(f"its header does not say {FORMAT}")
-        return _put_together(header, arrays)
+        if any(header.pop(key, None) != value for key, value in form.items()):
+            raise ValueError(f"its header does not say {form}")
+        return make(header, arrays)
     except FileNotFoundError as error:
         raise QueryError(f"there is no result at {path}; save one with result.save(...)") from error
     except _UNREADABLE as error:
@@ -69,7 +98,8 @@ def write_queries(queries: QueryGradients, path: Path) -> Path:
     """Write ``queries`` to an npz file; replaces a file that is there."""
     _require_npz(path)
     gradients = queries.gradients.detach().cpu()
-    header = QUERY_FORMAT | {"note": queries.note, "layout": queries.layout.to_json()}
+    about = {"note": queries.note, "projections": queries.projections}
+    header = QUERY_FORMAT | about | {"layout": queries.layout.to_json()}
     arrays: Arrays = {
         "data_id": _object_array(list(queries.data_id)),
         "gradients": (gradients if gradients.dtype == torch.float64 else gradients.float()).numpy(),
@@ -99,7 +129,7 @@ def read_queries(path: Path, layout: Layout | None = None) -> QueryGradients:
         ) from error
     if layout is None:
         raise QueryError(f"{path} does not say which modules its columns belong to; give layout=store.modules")
-    return QueryGradients(ids, gradients, layout, str(header.get("note", "")))
+    return QueryGradients(ids, gradients, layout, str(header.get("note", "")), str(header.get("projections", "")))
 
 
 def _plain_ids(ids: NDArray[Any]) -> tuple[str | int, ...]:
@@ -122,6 +152,8 @@ def _require_npz(path: Path) -> None:
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file by ``write`` beside ``path``, then move it there in one step."""
+    if not path.parent.is_dir():
+        raise QueryError(f"{path} cannot be written: there is no folder {path.parent.absolute()}; create it first")
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with unfinished.open("xb") as file:

@@ -67,8 +67,15 @@ class Fitter:
         layout = statistics.layout
         fitted = fit_preconditioner(name, statistics, layout, damping, curvature=curvature)
         rows = int(self._store.valid.sum())
-        covered = f"{min(statistics.rows, rows):,}" + ("" if statistics.rows >= rows else f" of {rows:,}")
         described = f"preconditioner {fitted.summary()}"
         if name != "identity":
-            described += f", damping {damping:g}, empirical Fisher over {covered} rows"
+            described += f", damping {damping:g}, empirical Fisher over {_covered(fitted, rows)} rows"
         return Fit(fitted, described, rows, key)
+
+
+def _covered(fitted: FittedPreconditioner, valid: int) -> str:
+    """How many rows ``fitted`` knows of, out of the ``valid`` ones, in words."""
+    low, high = (min(count, valid) for count in fitted.rows)
+    if low == valid:
+        return f"{valid:,}"
+    return f"{low:,} of {valid:,}" if low == high else f"{low:,} to {high:,} of {valid:,}"

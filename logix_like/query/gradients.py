@@ -26,6 +26,8 @@ class QueryGradients:
     """The module table of the columns."""
     note: str = ""
     """How they were made, for the result's note, e.g. ``mean over 3 checkpoints``."""
+    projections: str = ""
+    """Digest of the projections they were made with, as a store's ``projections_digest``; empty: not known."""
 
     def __post_init__(self) -> None:
         """Refuse gradients whose shape does not fit the ids and the layout."""

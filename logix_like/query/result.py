@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.object_]
 """Data ids, ``str`` or ``int``, in an object array."""
+
+
+def is_count(k: object) -> bool:
+    """Whether ``k`` is a whole number and no truth value."""
+    return isinstance(k, Integral) and not isinstance(k, bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +99,9 @@ class InfluenceResult:
 
     def _extremes(self, k: int | None, held: Ranking | None, *, largest: bool) -> Ranking:
         k = self.held if k is None else k
-        if not 1 <= k <= self.held:
+        if not is_count(k) or not 1 <= k <= self.held:
             why = f"ranked {self.samples} samples" if held is None else f"was asked for with k={held.k}"
-            raise QueryError(f"k is {k}; this result {why}, so k must be between 1 and {self.held}")
+            raise QueryError(f"k is {k!r}; this result {why}, so k must be between 1 and {self.held}")
         if held is not None:
             return held.first(k)
         assert self.scores is not None and self.data_id is not None
@@ -177,10 +183,26 @@ class SelfInfluence:
     step: NDArray[np.int64] | None = None
     """``[samples]``: the step of each visit, when every visit was scored by itself."""
 
+    def save(self, path: str | Path) -> Path:
+        """Write the self-influences to a ``.json`` or ``.npz`` file, at once or not at all; returns its path.
+
+        Ids keep their type and scores their bits; nothing is pickled.
+        """
+        from logix_like.query.files import write_self_influence
+
+        return write_self_influence(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SelfInfluence:
+        """Read what :meth:`save` wrote."""
+        from logix_like.query.files import read_self_influence
+
+        return read_self_influence(Path(path))
+
     def highest(self, k: int) -> Ranking:
         """The ``k`` samples with the highest scores, as a ranking of one line."""
-        if not 1 <= k <= len(self.data_id):
-            raise QueryError(f"k is {k}; it must be between 1 and {len(self.data_id)}, the number of samples")
+        if not is_count(k) or not 1 <= k <= len(self.data_id):
+            raise QueryError(f"k is {k!r}; it must be between 1 and {len(self.data_id)}, the number of samples")
         best, chosen = stable_top(self.scores[None], k)
         columns = chosen.numpy()
         return Ranking(self.data_id[columns], best, None if self.step is None else self.step[columns])

@@ -11,11 +11,11 @@ from logix_like.store.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from logix_like.store.creation import add_fingerprints, create_store, describe
+from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.gradients import RowChunk
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
-from logix_like.store.schema import Flag, StoreManifest, read_manifest
+from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.writer import StoreWriter
@@ -38,9 +38,11 @@ __all__ = [
     "build_view",
     "create_store",
     "describe",
+    "is_store",
     "list_checkpoints",
     "load_checkpoint",
     "open_store",
+    "projections_digest",
     "read_manifest",
     "save_checkpoint",
     "verify",

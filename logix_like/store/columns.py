@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from urllib.parse import quote
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from logix_like.layout import DataId
 
 Value = str | int | float | None
 """A value of a metadata column; None where a row was logged without it."""
+
+NAME_BYTES = 255
+"""No file system takes a longer name."""
 
 
 def id_text(data_id: DataId) -> tuple[str, bool]:
@@ -40,6 +44,18 @@ def value_text(value: object) -> str:
     elif value is not None and not isinstance(value, int | float):
         raise StoreError(f"a metadata value is {value!r} of type {type(value).__name__}, expected str, int or float")
     return json.dumps(value, ensure_ascii=False)
+
+
+def require_column_name(name: object) -> None:
+    """Raise :class:`StoreError` unless ``name`` can be that of a metadata column, and so of a folder."""
+    if not isinstance(name, str):
+        raise StoreError(f"a metadata column is called {name!r} of type {type(name).__name__}, expected a str")
+    _require_utf8(name)
+    if name in ("", ".", "..") or "/" in name or len(quote(name, safe="")) > NAME_BYTES:
+        raise StoreError(
+            f"a metadata column cannot be called {name!r}: its name becomes a folder's; give it one without '/', of "
+            f"1 to {NAME_BYTES} letters (fewer where they are not ASCII), other than '.' and '..'"
+        )
 
 
 def _require_utf8(text: str) -> None:

@@ -19,10 +19,11 @@ from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.documents import unsealed
 from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
-from logix_like.store.parts import EncodedRows
+from logix_like.store.hold import FolderHold, remove_unheld
+from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.pipeline import chunk_rows
 from logix_like.store.rowwriter import RowWriter
-from logix_like.store.schema import DATA_ID, DOCUMENT, METADATA, VIEW_COLUMNS, Flag, segment
+from logix_like.store.schema import DATA_ID, DOCUMENT, METADATA, VIEW_COLUMNS, segment
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import Visits, last_visits
 
@@ -32,26 +33,30 @@ VIEW_CHUNK_MIB = 4.0
 BLOCK_BYTES = 16 * 2**20
 """Sums of this size are in memory at a time."""
 STALE_SECONDS = 3600.0
-"""Views of other rows are removed when they are older: by then nobody is about to map their files."""
+"""Half-written views are removed when they are older: by then their writer is gone."""
 
 
 def cache_folder(store: Path, created: str) -> Path:
     """The folder for views of a store that this process may not write to (not created)."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    root = Path(chosen) if chosen else user_cache_path("logix_like", appauthor=False)
+    root = Path(chosen).absolute() if chosen else user_cache_path("logix_like", appauthor=False)
     name = hashlib.blake2b(f"{store}\n{created}".encode(), digest_size=12).hexdigest()
     return root / "views" / name
 
 
 def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
     """The mean view of ``table`` at ``folder``, or None if it is not there, or not complete."""
-    if not folder.is_dir():
+    try:
+        hold = FolderHold(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     commits = read_commits(folder)
     if not commits.closed:
+        hold.close()
         return None
     means = make_table([PartSource(folder, key, commits)], table.layout, table.encoding, VIEW_COLUMNS, key)
-    return RowTable(means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=_left_out(folder))
+    left_out = _left_out(folder)
+    return RowTable(means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=left_out, hold=hold)
 
 
 def _left_out(folder: Path) -> int:
@@ -67,8 +72,8 @@ def _left_out(folder: Path) -> int:
 def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
     """Write the mean row of each sample to ``folder``, which appears complete or not at all.
 
-    Each row is read once; memory stays bounded by a block of sums and a few chunks. Older views
-    beside it, of other rows, are removed.
+    Each row is read once; memory stays bounded by a block of sums and a few chunks. Other views
+    beside it, of fewer rows, are removed unless someone reads them.
     """
     temporary = temporary_name(folder)
     try:
@@ -84,9 +89,25 @@ def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
         ) from error
     finally:
         remove_tree(temporary)
+    _remove_others(folder)
+
+
+def _remove_others(folder: Path) -> None:
     for other in folder.parent.iterdir():
-        if other.is_dir() and other != folder and time.time() - other.stat().st_mtime > STALE_SECONDS:
-            remove_tree(other)
+        try:
+            if other == folder or not other.is_dir():
+                continue
+            if _is_old(other):
+                remove_tree(other)
+            elif not other.name.startswith("."):  # else another process's, which is being written or removed
+                remove_unheld(other)
+        except OSError:
+            continue  # another process was faster
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether nobody can still be about to write a hidden folder; held views are never so."""
+    return folder.name.startswith(".") and time.time() - folder.stat().st_mtime > STALE_SECONDS
 
 
 def _write_means(table: RowTable, visits: Visits, folder: Path) -> None:
@@ -140,10 +161,11 @@ def _encode(table: RowTable, columns: dict[str, np.ndarray], last: np.ndarray, m
     values = torch.empty(means.shape, dtype=table.encoding.dtype)
     scale = table.encoding.encode(means, table.layout, values)
     norm = torch.linalg.vector_norm(means, dim=1).double().numpy()
-    flags = np.where(np.isfinite(norm), columns["flags"], columns["flags"] | int(Flag.NONFINITE))
-    columns = {**columns, "norm": norm, "flags": flags}
+    columns = {**columns, "norm": norm}
     numbers = np.stack([columns[name] for name in VIEW_COLUMNS], axis=1).astype(np.float64)
     texts = {DATA_ID: [id_text(data_id)[0] for data_id in table.data_id[last]]}
     for name, column in table.metadata.items():
         texts[f"{METADATA}/{segment(name)}"] = [value_text(value) for value in column[last]]
-    return EncodedRows(values, scale, numbers, texts)
+    rows = EncodedRows(values, scale, numbers, texts)
+    flag_nonfinite(rows, table.encoding, table.layout)
+    return rows

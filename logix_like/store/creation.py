@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -145,6 +146,17 @@ def read_projections(store: Path, manifest: StoreManifest) -> dict[str, tuple[Te
         }
     except KeyError as error:
         raise StoreDamagedError(f"{store} names no projection for module {error}") from error
+
+
+def projections_digest(layout: Layout, projections: Projections) -> str:
+    """BLAKE2b-128 hex of the matrices, which tells a seed and a basis from others; float32, as they are stored."""
+    digest = hashlib.blake2b(digest_size=16)
+    for side, matrices in _shared_matrices(layout, projections).items():
+        for name, matrix in matrices.items():
+            shape = None if matrix is None else list(matrix.shape)
+            digest.update(json.dumps([side, name, shape]).encode())
+            digest.update(b"" if matrix is None else as_bytes(matrix).data)
+    return digest.hexdigest()
 
 
 def _shared_matrices(layout: Layout, projections: Projections) -> dict[str, dict[str, Tensor | None]]:

@@ -18,6 +18,7 @@ from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import CHECKSUM_BYTES, checksum, map_bytes
+from logix_like.store.hold import FolderHold
 from logix_like.store.schema import GRADIENTS, SCALE
 from logix_like.store.segments import Segment
 
@@ -66,8 +67,11 @@ class RowChunk:
 class GradientReader:
     """The gradients of a table: ``reader[a:b]``, ``reader[[3, 1]]``, ``reader[mask]``, ``reader[7]``."""
 
-    def __init__(self, segments: Sequence[Segment], layout: Layout, encoding: Encoding) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], layout: Layout, encoding: Encoding, hold: FolderHold | None = None
+    ) -> None:
         self._segments = tuple(segments)
+        self._hold = hold
         self._layout = layout
         self._encoding = encoding
         self._starts = np.array([segment.first for segment in self._segments], dtype=np.int64)

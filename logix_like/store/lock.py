@@ -1,4 +1,4 @@
-"""One process for each rank: a lock that its holder's death releases."""
+"""One writer for each rank: a lock that its holder's death releases."""
 
 from __future__ import annotations
 
@@ -11,31 +11,55 @@ from pathlib import Path
 from logix_like.errors import StoreError
 from logix_like.store.schema import WRITERS
 
+Holder = tuple[int, int, int]
+"""Process, and the lock file's device and number."""
+
+_held: set[Holder] = set()
+
 
 class WriterLock:
-    """Held from its making to :meth:`close` by a process that writes as ``rank``.
+    """Held from its making to :meth:`close` by a writer of ``rank``.
 
     It is a POSIX record lock on the empty file ``writers/<rank>.lock``: the kernel drops it when the process
-    ends in whatever way, so that none is ever stale; forked children (data loaders) do not hold it on.
-    Writers of one process do not exclude each other: each has a part of its own.
+    ends in whatever way, so that none is ever stale; forked children (data loaders) do not hold it on. Such a
+    lock does not exclude its own process, and any closing of the file drops it, so that the process also keeps
+    a list of those that it holds.
 
-    Raises :class:`StoreError` when another process holds it. A file system without locks goes without.
+    Raises :class:`StoreError` when it is held, by another process or this one. A file system without locks goes
+    without.
     """
 
     def __init__(self, store: Path, rank: int) -> None:
         file = store / WRITERS / f"{rank}.lock"
+        holder = _holder(os.stat(file)) if file.exists() else None
+        if holder in _held:  # looked at before the file is opened: closing it again would drop the lock
+            raise StoreError(
+                f"this process already writes to {store} as rank {rank}; end that run first (run.finalize()), or "
+                "give this one a project of its own"
+            )
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._release = weakref.finalize(self, os.close, handle)
+        holder = _holder(os.fstat(handle))
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                self.close()
+                os.close(handle)
                 raise StoreError(
                     f"another process writes to {store} as rank {rank} (it holds {file.name}); end it first, or "
                     "give each process a rank or a project of its own"
                 ) from error
+        _held.add(holder)
+        self._release = weakref.finalize(self, _release, handle, holder)
 
     def close(self) -> None:
-        """Let another process in; idempotent."""
+        """Let another writer in; idempotent."""
         self._release()
+
+
+def _holder(file: os.stat_result) -> Holder:
+    return os.getpid(), file.st_dev, file.st_ino
+
+
+def _release(handle: int, holder: Holder) -> None:
+    _held.discard(holder)
+    os.close(handle)

@@ -15,7 +15,7 @@ from logix_like.store.arrays import ArraySpec, chunk_file, write_group
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Bytes, as_bytes, write_checked, write_files
-from logix_like.store.schema import COLUMNS, DATA_ID, DOCUMENT, GRADIENTS, METADATA, SCALE
+from logix_like.store.schema import COLUMNS, DATA_ID, DOCUMENT, GRADIENTS, METADATA, SCALE, WRITER_COLUMNS, Flag
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,21 @@ class EncodedRows:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+SUSPICIOUS_NORM = 1e18
+"""A row of a smaller norm (in float32) is finite, and stays so in each encoding."""
+
+
+def flag_nonfinite(rows: EncodedRows, encoding: Encoding, layout: Layout) -> None:
+    """Flag the rows that are not finite as stored; correct norms that overflowed though their row did not."""
+    norm, flags = WRITER_COLUMNS.index("norm"), WRITER_COLUMNS.index("flags")
+    for row in np.flatnonzero(~(rows.numbers[:, norm] < SUSPICIOUS_NORM)).tolist():
+        scale = None if rows.scale is None else rows.scale[row : row + 1]
+        stored = encoding.decode(rows.values[row : row + 1], scale, layout).double()
+        rows.numbers[row, norm] = torch.linalg.vector_norm(stored)
+        if not stored.isfinite().all():
+            rows.numbers[row, flags] = int(rows.numbers[row, flags]) | Flag.NONFINITE
 
 
 class PartWriter:

@@ -126,6 +126,7 @@ class RowPipeline:
                 return
             statistics = self._accumulator.snapshot()
             self._saved_at = self.committed
+        self.require_present()
         parent, generation = self._statistics_folder, self._generation + 1
         if generation == 1:
             write_group(parent, sync=self._sync)
@@ -133,6 +134,10 @@ class RowPipeline:
         self._rows.record_statistics(generation, statistics.rows)
         remove_tree(parent / str(self._generation))
         self._generation = generation
+
+    def require_present(self) -> None:
+        """Raise :class:`StoreWriteError` when the part's store was removed or replaced."""
+        self._rows.require_present()
 
     def close(self) -> None:
         """Commit everything and seal the record."""

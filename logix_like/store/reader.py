@@ -18,7 +18,7 @@ from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
-from logix_like.store.creation import read_projections
+from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
 from logix_like.store.files import folder_size
@@ -145,7 +145,7 @@ class GradientStore:
             known, self._snapshot = self.damages, snapshot
             if self.damages != known:
                 self._tell_damages()
-            for name in ("statistics", "statistics_of_writers", "projections"):
+            for name in ("statistics", "statistics_of_writers", "projections", "projections_digest"):
                 self.__dict__.pop(name, None)
         return self
 
@@ -272,6 +272,11 @@ class GradientStore:
     def projections(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
         """By module: input ``[rank_in, d_in]`` and output ``[rank_out, d_out]``, None for the identity."""
         return read_projections(self.path, self.manifest)
+
+    @cached_property
+    def projections_digest(self) -> str:
+        """Tells the stored projections from others (another seed, another basis); empty before the first batch."""
+        return "" if self.layout is None else projections_digest(self.layout, self.projections)
 
     @property
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:

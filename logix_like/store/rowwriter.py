@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
 from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
@@ -32,11 +34,16 @@ class RowWriter:
         self._column_names = column_names
         self._sync = sync
         self._main = self._part(folder, chunk_rows)
+        self._identity = _identity(folder)
         self._log = CommitLog(folder, sync=sync)
         self._chunks = self._tails = 0
 
     def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1) -> None:
-        """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk."""
+        """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk.
+
+        Raises :class:`StoreWriteError` when the part is no longer the one that this was made for.
+        """
+        self.require_present()
         if len(rows) == self._chunk_rows:
             part, name, chunk = self._main, "", self._chunks
             self._chunks += 1
@@ -51,8 +58,20 @@ class RowWriter:
         """Switch to a generation of statistics that is written."""
         self._log.append(StatisticsRecord(self._log.sequence, generation, watermark))
 
+    def require_present(self) -> None:
+        """Raise :class:`StoreWriteError` when the part was removed, or another one is in its place.
+
+        That happens when its store is replaced while it is written to; the new store's files are not touched.
+        """
+        if _identity(self._folder) != self._identity:
+            raise StoreWriteError(
+                f"the store of {self._folder} was removed or replaced (overwrite=True) while it was written to; "
+                "what was committed to it is gone with it: give each run a project of its own"
+            )
+
     def seal(self) -> None:
         """Trim the arrays' shapes to their rows and end the record."""
+        self.require_present()
         if self._chunks:
             self._main.finish()
         self._log.append(CloseRecord(self._log.sequence))
@@ -78,3 +97,12 @@ class RowWriter:
             column_names=self._column_names,
             sync=self._sync,
         )
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder it is, whatever it is called; None where there is none."""
+    try:
+        found = os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino

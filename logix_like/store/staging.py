@@ -12,11 +12,8 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import DataId, Layout
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.encoding import Encoding
-from logix_like.store.parts import EncodedRows
+from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.schema import DATA_ID, METADATA, WRITER_COLUMNS, Flag, segment
-
-SUSPICIOUS_NORM = 1e18
-"""A row of a smaller norm (in float32) is finite, and stays so in each encoding."""
 
 
 class StagedChunk:
@@ -73,13 +70,9 @@ class StagedChunk:
         scale = None if self._scale is None else self._scale[: self.count]
         norm = self._norm[: self.count].double()
         numbers = self._columns.numbers(norm.numpy())
-        for row in (~(norm < SUSPICIOUS_NORM)).nonzero().flatten().tolist():
-            own = None if scale is None else scale[row : row + 1]
-            stored = self._encoding.decode(values[row : row + 1], own, self._layout).double()
-            numbers[row, 3] = torch.linalg.vector_norm(stored)
-            if not stored.isfinite().all():
-                numbers[row, 5] = int(numbers[row, 5]) | Flag.NONFINITE
-        return EncodedRows(values, scale, numbers, self._columns.texts())
+        rows = EncodedRows(values, scale, numbers, self._columns.texts())
+        flag_nonfinite(rows, self._encoding, self._layout)
+        return rows
 
     def clear(self) -> None:
         """Forget the waiting rows."""

@@ -20,6 +20,7 @@ from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import CHECKSUM_BYTES
 from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.hold import FolderHold
 from logix_like.store.schema import COLUMNS, DATA_ID, INVALID, METADATA, ROOT_MODULE, Flag
 from logix_like.store.segments import Segment
 
@@ -45,6 +46,7 @@ class RowTable:
         *,
         left_out: int = 0,
         factor: np.ndarray | None = None,
+        hold: FolderHold | None = None,
     ) -> None:
         self.layout = layout
         """The rows' module table."""
@@ -58,9 +60,11 @@ class RowTable:
         """Multiplier ``[n]`` of each row, None for 1."""
         self.segments = tuple(segments)
         """Where the rows lie."""
+        self.hold = hold
+        """Keeps the files from being removed, where somebody else might (views only)."""
         self.column_names = column_names
         """Names of the columns of numbers."""
-        self.gradients = GradientReader(self.segments, layout, encoding)
+        self.gradients = GradientReader(self.segments, layout, encoding, hold)
         """Rows by slice, index array, mask or number: float32 tensors ``[n, width]``."""
 
     def __len__(self) -> int:

@@ -76,4 +76,5 @@ def _as_sum(means: RowTable) -> RowTable:
         means.key,
         left_out=means.left_out,
         factor=means.visits.astype(np.float64),
+        hold=means.hold,
     )

@@ -20,11 +20,11 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import ConfigError, StoreError, StoreWriteError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
-from logix_like.store.columns import id_text, value_text
+from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
 from logix_like.store.lock import WriterLock
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
-from logix_like.store.schema import read_manifest, segment
+from logix_like.store.schema import read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class StoreWriter:
         on_error: ``raise``: the next call raises; ``stop_logging``: it is logged once and
             further rows are dropped and counted.
 
-    Raises :class:`StoreError` when another process writes as the same rank.
+    Raises :class:`StoreError` when another writer, of whatever process, writes as the same rank.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class StoreWriter:
     ) -> None:
         _require_choice("durability", durability, ("process", "commit"))
         _require_choice("on_error", on_error, ("raise", "stop_logging"))
-        store, codec, sync = Path(path), encoding_named(encoding), durability == "commit"
+        store = Path(path).absolute()  # once: where the process stands later changes nothing
+        codec, sync = encoding_named(encoding), durability == "commit"
         _require_described(store, layout, encoding)
         self._lock = WriterLock(store, rank)
         self.folder = claim_writer(store, rank, sync=sync)
@@ -264,6 +265,10 @@ class StoreWriter:
         self._require_open()
         return self._ask(_Request())
 
+    def require_present(self) -> None:
+        """Raise :class:`StoreWriteError` when the store was removed or replaced since the writer began."""
+        self._pipeline.require_present()
+
     def write_statistics(self, statistics: Statistics) -> None:
         """Commit, with these statistics in place of the gathered ones (e.g. corrected ones added)."""
         self._require_open()
@@ -294,6 +299,12 @@ class StoreWriter:
         return self.committed
 
     def _require_open(self) -> None:
+        if os.getpid() != self._process:
+            raise StoreWriteError(
+                f"the writer of {self.folder} belongs to process {self._process}, and this is process {os.getpid()}, "
+                "forked from it without the thread that writes; no row was taken: log in the process that began, or "
+                "start a run of a rank of its own here"
+            )
         if not self._finalizer.alive:
             raise StoreWriteError(
                 f"the writer of {self.folder} is closed; no row was taken, start a new writer to go on"
@@ -302,10 +313,12 @@ class StoreWriter:
     def _report(self) -> None:
         """Raise the worker's failure, or log it once."""
         cause = self._inbox.error
-        message = (
-            f"writing to {self.folder} failed: {cause!r}; {self.committed} of {self.rows} rows are "
-            "committed and safe; see to the cause (disk space, permissions) and go on with resume=True"
-        )
+        message = str(cause)
+        if not isinstance(cause, StoreWriteError):  # which says by itself what is to be done
+            message = (
+                f"writing to {self.folder} failed: {cause!r}; {self.committed} of {self.rows} rows are "
+                "committed and safe; see to the cause (disk space, permissions) and go on with resume=True"
+            )
         if self._raises:
             self._told = True
             raise StoreWriteError(message) from cause
@@ -348,6 +361,6 @@ def _check_batch(batch: ProjectedBatch, width: int) -> None:
     for data_id in batch.data_id:
         id_text(data_id)
     for name, values in batch.metadata.items():
-        segment(name)
+        require_column_name(name)
         for value in values:
             value_text(value)

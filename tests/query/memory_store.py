@@ -98,6 +98,7 @@ class MemoryStore(MemoryRows):
     """All visits, with statistics and sample views."""
 
     damaged_rows = 0
+    projections_digest = ""
 
     def __init__(
         self,

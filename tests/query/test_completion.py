@@ -32,8 +32,9 @@ def _statistics(rows: Tensor, *names: str) -> Statistics:
     if "kronecker" not in names:
         return statistics
     one = torch.ones((), dtype=torch.float64)
+    samples = one * max(1, len(rows))
     factors = {
-        b.name: {"samples": one, "output_outer_sum": _moment(b.rank[0])}
+        b.name: {"samples": samples, "output_outer_sum": samples * _moment(b.rank[0])}
         | {"positions": one, "input_outer_sum": _moment(b.rank[1])}
         for b in LAYOUT
     }

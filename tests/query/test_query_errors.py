@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError
+from logix_like.capture.batch import FactorMoments
+from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError, StatisticsError
 from logix_like.query.engine import ENGINES, REDUCTIONS, QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.statistics import StatisticsAccumulator
 from logix_like.store.view import REDUCTIONS as STORE_REDUCTIONS
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout
@@ -35,7 +39,17 @@ def query() -> QueryGradients:
         ({"engine": "annoy", "k": 1}, "unknown engine 'annoy'; known: exact, faiss"),
         ({"preconditioner": "adam"}, "unknown preconditioner 'adam'; known: identity"),
         ({"damping": -1.0}, "damping is -1.0; it must be a number of at least 0"),
+        ({"damping": "a"}, "damping is 'a'; it must be a number"),
+        ({"damping": True}, "damping is True; it must be a number"),
+        ({"damping": None}, "damping is None; it must be a number"),
+        ({"damping": float("nan")}, "damping is nan; it must be a number"),
+        ({"preconditioner": ["ekfac"]}, r"unknown preconditioner \['ekfac'\]; known"),
+        ({"mode": ["dot"]}, r"unknown mode \['dot'\]; known"),
         ({"k": 0}, "k is 0; it must be at least 1"),
+        ({"k": 2.5}, "k is 2.5; it must be a whole number, or None"),
+        ({"k": True}, "k is True; it must be a whole number"),
+        ({"k": "3"}, "k is '3'; it must be a whole number"),
+        ({"data_id": 1.5}, r"data_id is 1.5; it must be a list of the ids"),
         ({"k": 11}, "k is 11, but there are only 10 samples to rank; ask for fewer"),
         ({"engine": "faiss"}, "finds the first k only: give k="),
         ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
@@ -101,3 +115,46 @@ def test_empty_stores(query: QueryGradients) -> None:
 def test_names_agree_with_the_store() -> None:
     assert tuple(REDUCTIONS) == STORE_REDUCTIONS
     assert ENGINES == ("exact", "faiss")
+
+
+@pytest.mark.parametrize("query", [None, torch.ones(1, LAYOUT.width), "q0"])
+def test_what_is_no_query_is_refused(engine: QueryEngine, query: Any) -> None:
+    with pytest.raises(QueryError, match=f"the query is a {type(query).__name__}; it must be QueryGradients"):
+        engine.influence(query)
+
+
+def test_a_k_from_numpy_is_a_number(engine: QueryEngine, query: QueryGradients) -> None:
+    result = engine.influence(query, k=np.int64(3))
+    assert result.proponents().k == 3
+    for wrong in (1.5, True):
+        with pytest.raises(QueryError, match=f"k is {wrong!r}; this result was asked for with k=3"):
+            result.proponents(wrong)
+
+
+def test_queries_of_other_projections_are_refused(query: QueryGradients) -> None:
+    store = MemoryStore(LAYOUT, torch.randn(10, LAYOUT.width))
+    told = replace(query, projections="a" * 32)
+    assert QueryEngine(store).influence(told).samples == 10  # the store's are not known
+    store.projections_digest = "b" * 32
+    assert QueryEngine(store).influence(query).samples == 10  # the query's are not
+    for ask in (QueryEngine(store).influence, QueryEngine(store).self_influence):
+        with pytest.raises(ModelMismatchError, match="another seed or another basis"):
+            ask(told)
+    store.projections_digest = told.projections
+    assert QueryEngine(store).influence(told).samples == 10
+
+
+@pytest.mark.parametrize("preconditioner", ["auto", "covariance", "diagonal", "kfac", "ekfac"])
+def test_sums_that_overflowed_name_the_module(query: QueryGradients, preconditioner: str) -> None:
+    rows = torch.randn(40, LAYOUT.width)
+    rows[3] *= 1e22
+    accumulator = StatisticsAccumulator(LAYOUT, ["kronecker"])
+    inputs = {b.name: torch.full((b.rank[1],) * 2, torch.inf) for b in LAYOUT}
+    outputs = {b.name: torch.eye(b.rank[0]) for b in LAYOUT}
+    accumulator.add_moments(FactorMoments(inputs, outputs, dict.fromkeys(inputs, 40), 40))
+    statistics = accumulator.snapshot()
+    engine = QueryEngine(MemoryStore(LAYOUT, rows, statistics=statistics))
+    with pytest.raises(StatisticsError, match=r"module 'layer.0' hold numbers that are not finite"):
+        engine.influence(query, preconditioner=preconditioner)
+    scores = engine.influence(query, preconditioner="identity").scores
+    assert scores is not None and scores.isfinite().all()

@@ -26,7 +26,7 @@ HEADER = {"format": "logix_like.queries", "version": 1, "layout": LAYOUT.to_json
 
 def gradients(dtype: torch.dtype = torch.float32) -> QueryGradients:
     values = torch.randn(len(IDS), LAYOUT.width, dtype=torch.float64).to(dtype)
-    return QueryGradients(IDS, values, LAYOUT, "mean over 3 checkpoints")
+    return QueryGradients(IDS, values, LAYOUT, "mean over 3 checkpoints", "0123abcd")
 
 
 def write(path: Path, **arrays: Any) -> Path:
@@ -48,7 +48,7 @@ def test_what_is_read_is_what_was_saved(tmp_path: Path, dtype: torch.dtype) -> N
     assert torch.equal(read.gradients, saved.gradients)
     assert read.gradients.dtype == dtype
     assert read.layout == LAYOUT
-    assert read.note == saved.note
+    assert (read.note, read.projections) == (saved.note, "0123abcd")
     assert [file.name for file in tmp_path.iterdir()] == ["queries.npz"]
 
 
@@ -123,3 +123,13 @@ def test_half_a_file_is_refused(tmp_path: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(QueryError, match="cannot be read as queries"):
         QueryGradients.load(path)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match=r"there is no folder .*nowhere; create it first"):
+        gradients().save(tmp_path / "nowhere" / "queries.npz")
+
+
+def test_a_file_of_before_has_no_projections(tmp_path: Path) -> None:
+    path = write(tmp_path / "queries.npz", data_id=np.arange(2), gradients=np.zeros((2, 10)), header=header())
+    assert QueryGradients.load(path).projections == ""

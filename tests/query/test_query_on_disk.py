@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from logix_like.capture.batch import ProjectedBatch
-from logix_like.errors import EmptyStoreError
+from logix_like.errors import EmptyStoreError, ModelMismatchError, StatisticsError
 from logix_like.layout import Layout
 from logix_like.query.engine import REDUCTIONS, QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store
+from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store, projections_digest
 from tests.reference import blocks_layout, dense_inverse, dense_ranking, dense_scores, second_moment_matrix
 
 LAYOUT = blocks_layout((4, 3), (3, 4), (4, 3))
@@ -127,3 +128,50 @@ def test_scores_sum_over_modules_of_unequal_size(tmp_path: Path) -> None:
     expected = dense_scores(query.gradients, rows, inverse, "dot")
     assert result.scores is not None
     assert (result.scores.double() - expected).norm() < TOLERANCE["float32"] * expected.norm()
+
+
+def test_a_covariance_of_a_killed_resumption_covers_all_valid_rows(tmp_path: Path, query: QueryGradients) -> None:
+    rows = torch.randn(60, LAYOUT.width)
+    rows[:30] = float("nan")
+    store = _write(tmp_path / "store", rows, list(range(60)), "float32")
+    assert (store.statistics.rows, int(store.valid.sum())) == (60, 30)
+    later = 50 * torch.randn(24, LAYOUT.width)
+    with StoreWriter(tmp_path / "store", LAYOUT, "float32") as writer:  # none are written, as by one that was killed
+        writer.put(ProjectedBatch(tuple(range(60, 84)), later))
+    result = QueryEngine(store.refresh()).influence(query, damping=DAMPING)
+    every = torch.cat([rows[30:], later]).double()
+    inverse = dense_inverse(LAYOUT, lambda b: second_moment_matrix(every[:, b.columns]), DAMPING)
+    expected = dense_scores(query.gradients, every, inverse, "dot")
+    assert result.scores is not None
+    assert (result.scores.double() - expected).norm() < TOLERANCE["float32"] * expected.norm()
+    assert "empirical Fisher over 54 rows" in result.note
+
+
+def test_queries_of_another_seed_are_refused(tmp_path: Path, query: QueryGradients) -> None:
+    def projections(seed: int) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        generator = torch.Generator().manual_seed(seed)
+        return {b.name: (torch.randn(b.rank[1], b.shape[1], generator=generator), None) for b in LAYOUT}
+
+    create_store(tmp_path / "store", {})
+    store = open_store(tmp_path / "store")
+    assert store.projections_digest == ""
+    describe(tmp_path / "store", LAYOUT, "float32", projections(0))
+    with StoreWriter(tmp_path / "store", LAYOUT, "float32") as writer:
+        writer.put(ProjectedBatch((1, 2), torch.randn(2, LAYOUT.width)))
+    engine = QueryEngine(store.refresh())
+    assert store.projections_digest == projections_digest(LAYOUT, projections(0))
+    engine.influence(replace(query, projections=projections_digest(LAYOUT, projections(0))))
+    with pytest.raises(ModelMismatchError, match="another seed or another basis"):
+        engine.influence(replace(query, projections=projections_digest(LAYOUT, projections(1))))
+
+
+@pytest.mark.parametrize("preconditioner", ["auto", "covariance"])
+def test_a_visit_too_large_to_square_names_the_module(
+    tmp_path: Path, query: QueryGradients, preconditioner: str
+) -> None:
+    rows = torch.randn(40, LAYOUT.width)
+    rows[3] = 1e22
+    engine = QueryEngine(_write(tmp_path / "store", rows, list(range(20)) * 2, "bfloat16"))
+    with pytest.raises(StatisticsError, match=r"module 'layer.0' hold numbers that are not finite"):
+        engine.influence(query, preconditioner=preconditioner)
+    assert engine.influence(query, preconditioner="identity").samples == 20

@@ -267,3 +267,36 @@ def test_missing_packages_say_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependencyError, match=rf"needs {package}.*pip install 'logix_like\[{extra}\]'"):
         _full().to_pandas() if package == "pandas" else _full().report(tmp_path / "answer.html")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [False, True])
+def test_self_influences_come_back(tmp_path: Path, suffix: str, dtype: torch.dtype, steps: bool) -> None:
+    full = _full(dtype)
+    assert full.scores is not None
+    step = np.arange(8, dtype=np.int64) if steps else None
+    saved = SelfInfluence(_ids(AWKWARD), full.scores[0], "auto", 0.1, "none", "a note", step)
+    path = saved.save(tmp_path / f"self{suffix}")
+    read = SelfInfluence.load(str(path))
+    assert torch.equal(read.scores, saved.scores) and read.scores.dtype == dtype
+    assert read.data_id.tolist() == AWKWARD and [type(i) for i in read.data_id] == [type(i) for i in AWKWARD]
+    assert (read.step is None) == (not steps) and (step is None or np.array_equal(read.step, step))
+    names = ("preconditioner", "damping", "reduce", "note")
+    assert [getattr(read, name) for name in names] == [getattr(saved, name) for name in names]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(QueryError, match="cannot be read as a saved result"):
+        InfluenceResult.load(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_another_result_is_no_self_influence(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(QueryError, match="cannot be read as a saved result"):
+        SelfInfluence.load(_full().save(tmp_path / f"full{suffix}"))
+    with pytest.raises(QueryError, match="there is no result at"):
+        SelfInfluence.load(tmp_path / f"missing{suffix}")
+
+
+def test_a_result_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(QueryError, match=r"there is no folder .*nowhere; create it first"):
+        _full().save(tmp_path / "nowhere" / "result.json")

@@ -150,12 +150,12 @@ def test_metadata_and_ids_are_in_the_view(tmp_path: Path) -> None:
     store = new_store(tmp_path / "s")
     with writer(store) as out:
         for epoch in range(2):
-            values: dict[str, tuple[str | int | float, ...]] = {"label": (3, "x"), "é/..": (epoch, 0.5)}
+            values: dict[str, tuple[str | int | float, ...]] = {"label": (3, "x"), "é..": (epoch, 0.5)}
             out.put(ProjectedBatch(("a", 7), torch.randn(2, WIDTH), epoch=epoch, metadata=values))
     view = open_store(store).view("mean")
     assert view.data_id.tolist() == ["a", 7]
     assert view.metadata["label"].tolist() == [3, "x"]
-    assert view.metadata["é/.."].tolist() == [1, 0.5]
+    assert view.metadata["é.."].tolist() == [1, 0.5]
 
 
 def test_the_view_in_the_store_is_found_and_the_cache_left_alone(tmp_path: Path, cache_folder: Path) -> None:
@@ -205,15 +205,51 @@ def test_keys_tell_views_and_rows_apart(tmp_path: Path) -> None:
 
 def test_old_views_are_removed_when_nobody_uses_them(tmp_path: Path) -> None:
     store, _, _ = visited_store(tmp_path)
-    first = build_view(store.path)
+    views = [build_view(store.path)]
+    used = {reduce: open_store(store.path).view(reduce) for reduce in ("mean", "sum")}
+    for _ in range(3):
+        log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
+        views.append(build_view(store.path))
+    assert [view is not None and view.exists() for view in views] == [True, False, False, True]
+    del used["mean"]
     log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
-    second = build_view(store.path)
-    assert first is not None and second is not None and first.exists() and second.exists()
+    views.append(build_view(store.path))
+    assert len(used["sum"].gradients[:]) == len(used["sum"].data_id) == SAMPLES
+    used.clear()
+    log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
+    views.append(build_view(store.path))
+    assert [view is not None and view.exists() for view in views] == [False, False, False, False, False, True]
+
+
+def test_the_cache_keeps_one_view_of_a_growing_store(tmp_path: Path, cache_folder: Path) -> None:
+    store, _, _ = visited_store(tmp_path)
+    for _ in range(4):
+        open_store(store.path).view("mean")
+        log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
+    (own,) = (cache_folder / "views").iterdir()
+    assert len(list(own.iterdir())) == 1
+    unfinished = own / ".1-1.partial"
+    unfinished.mkdir()
+    open_store(store.path).view("mean")
+    assert len(list(own.iterdir())) == 2  # another process may be writing it
     long_ago = time.time() - 2 * compaction.STALE_SECONDS
-    os.utime(first, (long_ago, long_ago))
+    os.utime(unfinished, (long_ago, long_ago))
     log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
-    third = build_view(store.path)
-    assert third is not None and third.exists() and second.exists() and not first.exists()
+    open_store(store.path).view("mean")
+    assert len(list(own.iterdir())) == 1
+
+
+@pytest.mark.parametrize("encoding", ["float32", "bfloat16", "int8"])
+def test_a_large_visit_that_is_finite_takes_part(tmp_path: Path, encoding: str) -> None:
+    store = new_store(tmp_path / "s", encoding)
+    with writer(store, encoding) as out:
+        for epoch in range(2):
+            rows = torch.ones(2, WIDTH)
+            rows[0] *= 1e22 if epoch else 1.0
+            out.put(ProjectedBatch(("large", "usual"), rows, epoch=epoch))
+    view = open_store(store).view("mean")
+    assert view.valid.all() and np.isfinite(view.norm).all()
+    assert view.norm[0] == pytest.approx(5e21 * WIDTH**0.5, rel=0.02)
 
 
 def test_a_view_is_built_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

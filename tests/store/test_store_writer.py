@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreDamagedError, StoreError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import open_store
+from logix_like.store import create_store, open_store
 from logix_like.store.parts import PartWriter
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
 
@@ -200,6 +201,11 @@ def _no_space(*_: object) -> None:
         (ProjectedBatch((1,), torch.ones(1, WIDTH), loss=torch.ones(2)), "'loss' has 2 values for 1 samples"),
         (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={"a": ()}), "'a' has 0 values for 1 samples"),
         (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={"a": ([],)}), "expected str, int or float"),  # type: ignore[dict-item]
+        *(
+            (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={name: (1,)}), f"cannot be called {name!r}: its name")
+            for name in ("", ".", "..", "a/b", "x" * 300)
+        ),
+        (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={7: (1,)}), "column is called 7 of type int"),  # type: ignore[dict-item]
     ],
 )
 def test_a_batch_that_cannot_be_stored_is_refused_at_once(tmp_path: Path, batch: ProjectedBatch, message: str) -> None:
@@ -222,9 +228,11 @@ def test_a_closed_writer_takes_no_rows(tmp_path: Path) -> None:
 
 def test_ranks_and_restarts_write_parts_of_their_own(tmp_path: Path) -> None:
     store = new_store(tmp_path / "s")
-    with writer(store, rank=1) as second, writer(store, rank=0) as first, writer(store, rank=0) as third:
-        for number, out in enumerate((second, first, third)):
-            out.put(ProjectedBatch((number,), torch.full((1, WIDTH), float(number))))
+    for number, ranks in ((0, (1, 0)), (2, (0,))):
+        with ExitStack() as stack:
+            for out in [stack.enter_context(writer(store, rank=rank)) for rank in ranks]:
+                out.put(ProjectedBatch((number,), torch.full((1, WIDTH), float(number))))
+                number += 1
     opened = open_store(store)
     assert [w.name for w in opened.writers] == ["0-1", "1-1", "0-2"]
     assert opened.data_id.tolist() == [1, 0, 2]
@@ -380,3 +388,71 @@ def test_a_missing_record_file_beside_rows_is_damage(tmp_path: Path) -> None:
     (store / "writers/0-1/commits").unlink()
     with pytest.raises(StoreDamagedError, match="commits is missing, but the part has rows"):
         open_store(store)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_writer_whose_store_was_replaced_writes_nothing_more(tmp_path: Path, described: bool) -> None:
+    old = writer(new_store(tmp_path / "s"))
+    old.put(next(batches(torch.zeros(5, WIDTH))))
+    old.commit()
+    create_store(tmp_path / "s", {}, overwrite=True)
+    if described:
+        (tmp_path / "s/zarr.json").unlink()
+        (tmp_path / "s/writers/zarr.json").unlink()
+        (tmp_path / "s/writers").rmdir()
+        log(new_store(tmp_path / "s"), torch.ones(5, WIDTH))
+    before = sorted((tmp_path / "s").rglob("*"))
+    for batch in batches(torch.zeros(CHUNK_ROWS + 5, WIDTH)):
+        old.put(batch)
+    with pytest.raises(StoreWriteError, match=r"was removed or replaced \(overwrite=True\)"):
+        old.commit()
+    with pytest.raises(StoreWriteError, match="removed or replaced"):
+        old.require_present()
+    old.close()
+    assert sorted((tmp_path / "s").rglob("*")) == before
+    rows = open_store(tmp_path / "s")
+    assert len(rows) == 5 * described and bool((rows.gradients[:] == 1).all())
+
+
+def test_a_writer_whose_store_was_removed_does_not_make_it_again(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    old = writer(store)
+    store.rename(tmp_path / "aside")
+    with pytest.raises(StoreWriteError, match="removed or replaced"):
+        old.close()
+    assert not store.exists()
+
+
+def test_a_second_writer_of_a_rank_in_one_process_is_refused(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store), writer(store, rank=1), pytest.raises(StoreError, match="this process already writes"):
+        writer(store)
+    log(store, torch.ones(1, WIDTH))
+    assert [w.name for w in open_store(store).writers] == ["0-1", "1-1", "0-2"]
+
+
+def test_another_working_folder_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    statistics = StatisticsAccumulator(small_layout(), ["mean"])
+    out = writer(Path(new_store(Path("s")).name), statistics=statistics)
+    reader = open_store("s")
+    for batch in batches(torch.randn(40, WIDTH)):
+        out.put(batch)
+        out.commit()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    out.close()
+    assert len(reader.refresh()) == 40 and reader.statistics.rows == 40
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_forked_child_is_told_that_it_cannot_write(tmp_path: Path) -> None:
+    out = writer(new_store(tmp_path / "s"))
+    batch = next(batches(torch.randn(5, WIDTH)))
+    out._process += 1  # as a child sees it: the process number is another one
+    for call in (lambda: out.put(batch), out.commit):
+        with pytest.raises(StoreWriteError, match="forked from it without the thread that writes"):
+            call()
+    out._process -= 1
+    out.close()
+    assert len(open_store(out.folder.parent.parent)) == 0
