@@ -157,11 +157,12 @@ class Recording:
         self._without_gradient: set[str] = set()
 
     def __enter__(self) -> Recording:
-        self._without_gradient = {
-            tracked.name
-            for tracked in self._tracker.selection.modules
-            if all(p.grad is None for p in tracked.module.parameters(recurse=False))
-        }
+        if not self._tracker.settled:  # the first block: its rows are compared with the gradients that it leaves
+            self._without_gradient = {
+                tracked.name
+                for tracked in self._tracker.selection.modules
+                if all(p.grad is None for p in tracked.module.parameters(recurse=False))
+            }
         self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
         return self
 
