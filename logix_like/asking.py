@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Asker:
         if self._logbook.closed and self._averaged is None:
             self._warn_of_other_weights(tracker.model)
 
-    def at_checkpoints(self, which: str | Sequence[int]) -> Iterator[nn.Module]:
+    def at_checkpoints(self, which: str | Sequence[int]) -> Generator[nn.Module, None, None]:
         """The model at its checkpoints, one after another; the weights are restored at the end."""
         store, model = open_store(self._path), self._logbook.tracker.model
         chosen = _chosen([record.number for record in store.checkpoints], which)
@@ -132,7 +132,7 @@ class Asker:
         if checkpoints is None:
             return self._ask(self._logbook.tracker.model, batch, loss_fn, options)
         query = None
-        with closing(self.at_checkpoints(checkpoints)) as models:  # type: ignore[type-var]
+        with closing(self.at_checkpoints(checkpoints)) as models:
             for model in models:
                 query = self._ask(model, batch, loss_fn, options)
         assert query is not None

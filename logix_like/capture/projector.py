@@ -11,7 +11,6 @@ from torch import Tensor
 
 from logix_like.capture.layers import Side
 from logix_like.capture.selection import BlockShape, Use
-from logix_like.errors import ModelMismatchError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.projection import Init, rank_for
 
@@ -163,7 +162,4 @@ def _with_ranks(mine: Layout, stored: Layout) -> Layout:
         ModuleBlock(**{**vars(block), "rank": other.rank, "offset": other.offset})
         for block, other in zip(mine, stored, strict=True)
     ]
-    try:
-        return Layout(blocks)
-    except ValueError as error:  # pragma: no cover - a stored layout is consistent by construction
-        raise ModelMismatchError(str(error)) from error
+    return Layout(blocks)
