@@ -54,6 +54,7 @@ LAYERS = (
     ("logix_like.logbook",),
     ("logix_like.asking",),
     ("logix_like.run",),
+    ("logix_like.starting",),
     ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
 
