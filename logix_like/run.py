@@ -23,7 +23,6 @@ from tqdm import tqdm
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
 from logix_like.config import Config, EverySteps, load_config
-from logix_like.config_errors import section_of
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
@@ -31,6 +30,7 @@ from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.resuming import require_resume_step, stand_of, stored_config, warn_of_missing_steps, with_stored
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
 from logix_like.store import GradientStore, is_store, open_store
@@ -45,6 +45,7 @@ def init(
     *,
     optimizer: Optimizer | None = None,
     resume: bool = False,
+    resume_step: int | None = None,
     overwrite: bool = False,
     verbose: bool = True,
     **overrides: Any,
@@ -57,6 +58,8 @@ def init(
         config: a YAML file, a preset's name, a mapping or a :class:`Config`.
         optimizer: lets rows carry optimizer steps and learning rates.
         resume: go on behind the last commit of an earlier run in the same place.
+        resume_step: how many steps the training's own checkpoint had taken that it goes on from. Rows of steps after
+            it, which the training is about to take again, are taken back: they stay on disk and count no more.
         overwrite: replace an earlier run in the same place.
         verbose: print once, to stderr, what is tracked.
         overrides: settings that win over the config.
@@ -70,16 +73,20 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
+    require_resume_step(resume_step, resume=resume)
     # Absolute, so that a change of the working directory moves nothing.
     path = (Path(settings.root) / settings.project).absolute()
     if resume and is_store(path):
-        settings = _with_stored(settings, _stored_config(open_store(path)))
+        settings = with_stored(settings, stored_config(open_store(path)))
     if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
         raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
     if model is not None and not resume:
         new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
-    session = StoreSession(path, settings, resume=resume, overwrite=overwrite)
+    session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
+    warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
+    if resume_step is not None:
+        run.step(resume_step)
     if model is not None:
         run.watch(model)
     return run
@@ -93,7 +100,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
     path = Path(path).absolute()
-    run = Run(_stored_config(open_store(path)), path, None, verbose=False)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False)
     if model is not None:
         run.watch(model)
     return run
@@ -119,7 +126,7 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._progress = Progress(optimizer, **_cursor(session))
+        self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
         self._asker = Asker(path, config.query, self._logbook)
@@ -288,6 +295,24 @@ class Run:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
         self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
 
+    def forget(self, data_id: Any) -> int:
+        """Take back every row logged so far of the samples ``data_id``; returns how many there were.
+
+        They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
+        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
+        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
+        :meth:`commit` in all.
+
+        Raises:
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+        """
+        if self._session is None:
+            raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
+        if self._logbook.waiting:
+            raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
+        self.commit()
+        return self._session.forget(as_data_ids(data_id))
+
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
 
@@ -418,42 +443,3 @@ class Run:
         kept = self.config.checkpoints
         if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
             self.checkpoint()
-
-
-def _stored_config(store: GradientStore) -> Config:
-    """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
-    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
-    known: dict[str, Any] = {}
-    for key, value in store.manifest.config.items():
-        section = sections.get(key)
-        if section is not None and isinstance(value, Mapping):
-            known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}
-        elif key in sections:
-            known[key] = value
-    return load_config(known)
-
-
-def _with_stored(settings: Config, stored: Config) -> Config:
-    """``settings`` with everything that decides what a row is as the resumed store has it."""
-    kept = settings.model_copy(
-        update={
-            "modules": stored.modules,
-            "projection": stored.projection,
-            "store": settings.store.model_copy(update={"dtype": stored.store.dtype}),
-        }
-    )
-    if kept != settings:
-        warnings.warn(
-            "the resumed store's modules, projection and dtype are kept; they differ from this config's, and rows of "
-            "one store are all alike: start another project to change them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return kept
-
-
-def _cursor(session: StoreSession | None) -> dict[str, int]:
-    if session is None or session.cursor is None:
-        return {}
-    epoch, step = session.cursor
-    return {"epoch": epoch, "step": step + 1}

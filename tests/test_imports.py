@@ -49,7 +49,7 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
-    ("logix_like.logbook",),
+    ("logix_like.logbook", "logix_like.resuming"),
     ("logix_like.asking",),
     ("logix_like.run",),
     ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
