@@ -29,6 +29,7 @@ from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
 from logix_like.store import GradientStore, open_store
@@ -57,7 +58,7 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._progress = Progress(optimizer, **_cursor(session))
+        self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
         self._asker = Asker(path, config.query, self._logbook)
@@ -226,6 +227,24 @@ class Run:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
         self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
 
+    def forget(self, data_id: Any) -> int:
+        """Take back every row logged so far of the samples ``data_id``; returns how many there were.
+
+        They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
+        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
+        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
+        :meth:`commit` in all.
+
+        Raises:
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+        """
+        if self._session is None:
+            raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
+        if self._logbook.waiting:
+            raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
+        self.commit()
+        return self._session.forget(as_data_ids(data_id))
+
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
 
@@ -356,10 +375,3 @@ class Run:
         kept = self.config.checkpoints
         if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
             self.checkpoint()
-
-
-def _cursor(session: StoreSession | None) -> dict[str, int]:
-    if session is None or session.cursor is None:
-        return {}
-    epoch, step = session.cursor
-    return {"epoch": epoch, "step": step + 1}

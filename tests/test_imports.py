@@ -51,7 +51,7 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
-    ("logix_like.logbook",),
+    ("logix_like.logbook", "logix_like.resuming"),
     ("logix_like.asking",),
     ("logix_like.run",),
     ("logix_like.starting",),

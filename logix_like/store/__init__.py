@@ -1,8 +1,8 @@
 """The store: projected per-sample gradients on disk, as Zarr v3 arrays with a commit record.
 
 Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`save_checkpoint`,
-:func:`build_view`. Reading: :func:`open_store` gives a :class:`GradientStore`, whose views satisfy
-:class:`Rows`.
+:func:`build_view`; taking back: :func:`supersede_steps`, :func:`supersede_samples`. Reading:
+:func:`open_store` gives a :class:`GradientStore`, whose views satisfy :class:`Rows`.
 """
 
 from logix_like.store.checkpoints import (
@@ -16,6 +16,7 @@ from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.gradients import RowChunk
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
+from logix_like.store.superseding import supersede_samples, supersede_steps
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.writer import StoreWriter
@@ -45,5 +46,7 @@ __all__ = [
     "projections_digest",
     "read_manifest",
     "save_checkpoint",
+    "supersede_samples",
+    "supersede_steps",
     "verify",
 ]

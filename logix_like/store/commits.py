@@ -84,6 +84,8 @@ class Commits:
     """Whether a torn last line was dropped."""
     spoilt: bool = False
     """Whether that line was written whole, which no kill leaves: bits of it changed afterwards."""
+    length: int = 0
+    """How many records there are, of all kinds."""
 
     @property
     def total(self) -> int:
@@ -164,6 +166,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
         closed=bool(records) and isinstance(records[-1], CloseRecord),
         torn=torn,
         spoilt=spoilt,
+        length=len(records),
     )
 
 

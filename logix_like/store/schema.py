@@ -12,6 +12,7 @@ This is the only place that spells a path or the format's version::
         commits                              the record: rows that it does not name do not exist
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      retractions/<digest>.json              rows taken back after their commit
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ COMMITS = "commits"
 VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
+RETRACTIONS = "retractions"
 
 GRADIENTS = "gradients"
 SCALE = "scale"
@@ -64,7 +66,7 @@ class Flag(enum.IntFlag):
     NONFINITE = 1
     """The row holds a number that is not finite in the stored precision."""
     SUPERSEDED = 2
-    """The row was taken back: it stays on disk and is not read."""
+    """The row was taken back: it stays on disk and is not read. Not stored: told by the store's retractions."""
     INTEGER_ID = 4
     """The sample's id is an int, written in decimal."""
     OVERFLOW = 8

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from logix_like.store.retractions import Retraction
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -21,6 +23,8 @@ class Segment:
     """How many rows."""
     crc: Mapping[str, int]
     """CRC-32C of the chunk's file by array."""
+    retractions: tuple[Retraction, ...] = ()
+    """Those that reach the chunk; they may take back some of its rows."""
 
     @property
     def stop(self) -> int:

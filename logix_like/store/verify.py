@@ -1,7 +1,7 @@
 """Reading every byte of a store that counts, and naming what is not as it was committed.
 
 Checked are the manifest, every Zarr document, the commit records, each committed chunk of every array (against
-its own checksum and the record's), the latest statistics, projections, checkpoints and sample views. Files
+its own checksum and the record's), the latest statistics, projections, checkpoints, retractions and sample views. Files
 that no record names (what a kill left, temporary names) hold no committed rows and are not read.
 """
 
@@ -25,6 +25,7 @@ from logix_like.store.damage import array_file
 from logix_like.store.documents import unsealed
 from logix_like.store.files import read_bytes
 from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
     CHECKPOINTS,
     COLUMNS,
@@ -149,6 +150,7 @@ def _contents(store: Path, manifest: StoreManifest, damages: list[Damage]) -> tu
     checks = [
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
+        *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _folders(store / WRITERS))
