@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +32,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, is_store, open_store
+from logix_like.store import GradientStore, Place, as_place, is_store, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -49,7 +48,7 @@ def init(
     verbose: bool = True,
     **overrides: Any,
 ) -> Run:
-    """Start a run that logs into the store ``<root>/<project>``.
+    """Start a run that logs into the store ``<root>/<project>``, or ``<store.url>/<project>`` where that is set.
 
     Args:
         project: name of the run; may also stand in the config.
@@ -70,8 +69,7 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
-    # Absolute, so that a change of the working directory moves nothing.
-    path = (Path(settings.root) / settings.project).absolute()
+    path = as_place(settings.store.url or settings.root) / settings.project
     if resume and is_store(path):
         settings = _with_stored(settings, _stored_config(open_store(path)))
     if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
@@ -85,14 +83,14 @@ def init(
     return run
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
-    """Open a finished (or still growing) store for queries; it needs no config and never writes.
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None) -> Run:
+    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
 
     Raises:
         StoreNotFoundError: there is no store at ``path``.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
-    path = Path(path).absolute()
+    path = as_place(path)
     run = Run(_stored_config(open_store(path)), path, None, verbose=False)
     if model is not None:
         run.watch(model)
@@ -109,7 +107,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        path: Path,
+        path: Place,
         session: StoreSession | None,
         *,
         optimizer: Optimizer | None = None,

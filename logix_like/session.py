@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from logix_like.ranks import Ranks
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     GradientStore,
+    Place,
     StoreWriter,
     add_fingerprints,
     build_view,
@@ -43,7 +43,7 @@ class StoreSession:
     rows ever travel between them.
     """
 
-    def __init__(self, path: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, path: Place, config: Config, *, resume: bool, overwrite: bool) -> None:
         self.path = path
         self._config = config
         self._ranks = Ranks.here()
@@ -157,7 +157,7 @@ class StoreSession:
             ) from error
 
 
-def _complete(path: Path, weights: str | None) -> None:
+def _complete(path: Place, weights: str | None) -> None:
     """What is done once, when all rows are there."""
     if read_manifest(path).layout is None:
         return
@@ -174,7 +174,7 @@ def _require_projections_for(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _wait_for_description(path: Path, ranks: Ranks) -> None:
+def _wait_for_description(path: Place, ranks: Ranks) -> None:
     """Return once the first process has described the store, which it does at the end of its first block."""
     deadline = time.monotonic() + DESCRIPTION_SECONDS
     while read_manifest(path).layout is None:
