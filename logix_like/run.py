@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +31,7 @@ from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, open_store
+from logix_like.store import GradientStore, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -48,7 +47,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        path: Path,
+        path: Place,
         session: StoreSession | None,
         *,
         optimizer: Optimizer | None = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Flag,
     GradientStore,
+    Place,
     StoreWriter,
     add_fingerprints,
     build_view,
@@ -49,7 +49,7 @@ class StoreSession:
     """
 
     def __init__(
-        self, path: Path, config: Config, *, resume: bool, overwrite: bool, resume_step: int | None = None
+        self, path: Place, config: Config, *, resume: bool, overwrite: bool, resume_step: int | None = None
     ) -> None:
         self.path = path
         self._config = config
@@ -178,7 +178,7 @@ class StoreSession:
             ) from error
 
 
-def _complete(path: Path, weights: str | None) -> None:
+def _complete(path: Place, weights: str | None) -> None:
     """What is done once, when all rows are there."""
     if read_manifest(path).layout is None:
         return
@@ -187,7 +187,7 @@ def _complete(path: Path, weights: str | None) -> None:
     build_view(path)
 
 
-def _open_place(path: Path, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:
+def _open_place(path: Place, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:
     create_store(path, config, resume=resume, overwrite=overwrite)
     if step is not None:
         supersede_steps(path, step)
@@ -201,7 +201,7 @@ def _require_projections_for(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _wait_for_description(path: Path, ranks: Ranks) -> None:
+def _wait_for_description(path: Place, ranks: Ranks) -> None:
     """Return once the first process has described the store, which it does at the end of its first block."""
     deadline = time.monotonic() + DESCRIPTION_SECONDS
     while read_manifest(path).layout is None:

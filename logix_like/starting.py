@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from logix_like.errors import ConfigError
 from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
 from logix_like.session import StoreSession
-from logix_like.store import is_store, open_store
+from logix_like.store import Place, as_place, is_store, open_store
 from logix_like.tracking import new_tracker
 
 
@@ -31,7 +30,7 @@ def init(
     verbose: bool = True,
     **overrides: Any,
 ) -> Run:
-    """Start a run that logs into the store ``<root>/<project>``.
+    """Start a run that logs into the store ``<root>/<project>``, or ``<store.url>/<project>`` where that is set.
 
     Args:
         project: name of the run; may also stand in the config.
@@ -55,8 +54,7 @@ def init(
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     require_resume_step(resume_step, resume=resume)
-    # Absolute, so that a change of the working directory moves nothing.
-    path = (Path(settings.root) / settings.project).absolute()
+    path = as_place(settings.store.url or settings.root) / settings.project
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
     if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
@@ -73,14 +71,14 @@ def init(
     return run
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
-    """Open a finished (or still growing) store for queries; it needs no config and never writes.
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None) -> Run:
+    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
 
     Raises:
         StoreNotFoundError: there is no store at ``path``.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
-    path = Path(path).absolute()
+    path = as_place(path)
     run = Run(stored_config(open_store(path)), path, None, verbose=False)
     if model is not None:
         run.watch(model)

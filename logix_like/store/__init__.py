@@ -13,6 +13,7 @@ from logix_like.store.checkpoints import (
 )
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
@@ -29,6 +30,7 @@ __all__ = [
     "Encoding",
     "Flag",
     "GradientStore",
+    "Place",
     "RowChunk",
     "Rows",
     "StoreManifest",
@@ -36,6 +38,7 @@ __all__ = [
     "VerifyReport",
     "WriterInfo",
     "add_fingerprints",
+    "as_place",
     "build_view",
     "create_store",
     "describe",

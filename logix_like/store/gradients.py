@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import CHECKSUM_BYTES, checksum, map_bytes
+from logix_like.store.files import CHECKSUM_BYTES, Content, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
 from logix_like.store.schema import GRADIENTS, SCALE
 from logix_like.store.segments import Segment
@@ -144,7 +143,7 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, che
     file = chunk_file(segment.folder / array, segment.chunk, 2)
     size = segment.rows * width * dtype.itemsize
     try:
-        found = file.stat().st_size
+        found = file_size(file)
         if found != size + CHECKSUM_BYTES:
             raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
         content = map_bytes(file)
@@ -155,7 +154,7 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, che
     return torch.frombuffer(content, dtype=dtype, count=segment.rows * width).view(segment.rows, width)
 
 
-def _intact(content: mmap.mmap, size: int, crc: int | None) -> bool:
+def _intact(content: Content, size: int, crc: int | None) -> bool:
     data = np.frombuffer(content, np.uint8)
     return checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
 

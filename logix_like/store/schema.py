@@ -22,14 +22,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.store.documents import SEAL, sealed
-from logix_like.store.files import read_bytes, write_file
+from logix_like.store.files import Place, read_bytes, write_file
 
 FORMAT = "logix_like"
 VERSION = 1
@@ -146,12 +145,12 @@ def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
     return sealed({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})})
 
 
-def write_manifest(store: Path, manifest: StoreManifest) -> None:
+def write_manifest(store: Place, manifest: StoreManifest) -> None:
     """Write the manifest in one atomic step, and to the disk itself."""
     write_file(store / DOCUMENT, [group_document(manifest.to_attributes())], sync=True)
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: Place) -> bool:
     """Whether ``path`` is a folder that this library made, of whatever version."""
     try:
         return bool(_attributes(path)["format"] == FORMAT)
@@ -159,7 +158,7 @@ def is_store(path: Path) -> bool:
         return False
 
 
-def read_manifest(store: Path) -> StoreManifest:
+def read_manifest(store: Place) -> StoreManifest:
     """Read and check a store's manifest.
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
@@ -182,7 +181,7 @@ def read_manifest(store: Path) -> StoreManifest:
     return _manifest(attributes, where)
 
 
-def _attributes(store: Path) -> dict[str, Any]:
+def _attributes(store: Place) -> dict[str, Any]:
     document = store / DOCUMENT
     try:
         content = json.loads(read_bytes(document))
@@ -198,7 +197,7 @@ def _attributes(store: Path) -> dict[str, Any]:
     return attributes
 
 
-def _manifest(attributes: Mapping[str, Any], where: Path) -> StoreManifest:
+def _manifest(attributes: Mapping[str, Any], where: Place) -> StoreManifest:
     try:
         manifest = StoreManifest(
             created=str(attributes["created"]),
