@@ -14,6 +14,7 @@ from logix_like.store.checkpoints import (
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.gradients import RowChunk
+from logix_like.store.journal import PathJournal
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.verify import Damage, VerifyReport, verify
@@ -28,6 +29,7 @@ __all__ = [
     "Encoding",
     "Flag",
     "GradientStore",
+    "PathJournal",
     "RowChunk",
     "Rows",
     "StoreManifest",

@@ -12,6 +12,7 @@ This is the only place that spells a path or the format's version::
         commits                              the record: rows that it does not name do not exist
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ COMMITS = "commits"
 VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
+JOURNAL = "path"
 
 GRADIENTS = "gradients"
 SCALE = "scale"

@@ -24,6 +24,7 @@ from logix_like.store.creation import read_projections
 from logix_like.store.damage import array_file
 from logix_like.store.documents import unsealed
 from logix_like.store.files import read_bytes
+from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.schema import (
     CHECKPOINTS,
@@ -149,6 +150,7 @@ def _contents(store: Path, manifest: StoreManifest, damages: list[Damage]) -> tu
     checks = [
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
+        *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _folders(store / WRITERS))
