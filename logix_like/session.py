@@ -135,8 +135,8 @@ class StoreSession:
         build_view(self.path)
         return rows
 
-    def checkpoint(self, model: nn.Module, step: int, epoch: int) -> None:
-        """Keep the model's weights, unless the last checkpoint holds the same.
+    def checkpoint(self, model: nn.Module, step: int, epoch: int, moments: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the model's weights and the optimizer's moments, unless the last checkpoint holds the same.
 
         Where weights are spread over processes (FSDP), all must call this together; the first one writes.
         """
@@ -144,7 +144,7 @@ class StoreSession:
         if seen != self._last_checkpoint:
             if self._writer is not None:
                 self._writer.require_present()  # never into a store that has taken this one's place
-            state = whole_tensors(model)
+            state = {**whole_tensors(model), **(moments or {})}
             if self._ranks.first:
                 save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
             self._last_checkpoint = seen

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from logix_like.config import Config, EverySteps, load_config
+from logix_like.config import AtSteps, Config, EverySteps, load_config
 from logix_like.errors import ConfigError
 from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
@@ -57,8 +57,11 @@ def init(
     path = as_place(settings.store.url or settings.root) / settings.project
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
-    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
-        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
+        asked = next(iter(settings.checkpoints.model_dump()))
+        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and settings.record == "path":
+        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
     if model is not None and not resume:
         new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)

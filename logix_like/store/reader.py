@@ -14,6 +14,7 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
@@ -22,6 +23,7 @@ from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
 from logix_like.store.files import Place, as_place, files_of, folder_size, names_in
 from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.journal import load_state, read_path
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
@@ -304,6 +306,21 @@ class GradientStore:
     def load_checkpoint(self, number: int) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by its number."""
         return load_checkpoint(self.path, number)
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A checkpoint with its step and, with ``record: path``, the optimizer's state, by its number."""
+        known = {record.number: record for record in self.checkpoints}
+        if number not in known:
+            load_checkpoint(self.path, number)  # says which there are
+        return load_state(self.path, known[number])
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """The steps that were recorded with ``record: path``.
+
+        Raises :class:`StoreError` if none were.
+        """
+        return read_path(self.path)
 
     def view(self, reduce: str = "mean") -> Rows:
         """One row for each sample: ``mean`` or ``sum`` of its valid visits, the ``last``, or all (``none``).

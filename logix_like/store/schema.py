@@ -13,6 +13,7 @@ This is the only place that spells a path or the format's version::
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
       retractions/<digest>.json              rows taken back after their commit
+      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
 RETRACTIONS = "retractions"
+JOURNAL = "path"
 
 GRADIENTS = "gradients"
 SCALE = "scale"

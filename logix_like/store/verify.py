@@ -23,6 +23,7 @@ from logix_like.store.creation import read_projections
 from logix_like.store.damage import array_file
 from logix_like.store.documents import unsealed
 from logix_like.store.files import Place, as_place, names_in, read_bytes, walk
+from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
@@ -150,6 +151,7 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
         *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
+        *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
