@@ -44,7 +44,10 @@ LAYERS = (
     ("logix_like.preconditioner",),
     ("logix_like.query",),
     ("logix_like.report",),
+    ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.evaluation",),
+    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
