@@ -42,6 +42,7 @@ LAYERS = (
     ("logix_like.capture",),
     ("logix_like.store",),
     ("logix_like.preconditioner",),
+    ("logix_like.curvature",),
     ("logix_like.query",),
     ("logix_like.report",),
     ("logix_like.subsets", "logix_like.retraining"),
