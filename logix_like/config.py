@@ -98,7 +98,7 @@ class ProjectionConfig(_Section):
 class StoreConfig(_Section):
     """How rows are written."""
 
-    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""

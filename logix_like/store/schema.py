@@ -7,6 +7,7 @@ This is the only place that spells a path or the format's version::
       writers/<rank>.lock                    empty; locked by the process that writes as this rank
       writers/<rank>-<attempt>/              one part for each writing process and restart
         gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
+        coordinate_scale                     one row for each chunk of the others
         tails/<n>/...                        the same arrays, one short chunk each
         statistics/<generation>/<field>      float64 sums of all modules, one after another
         commits                              the record: rows that it does not name do not exist
@@ -48,6 +49,7 @@ JOURNAL = "path"
 
 GRADIENTS = "gradients"
 SCALE = "scale"
+COORDINATE_SCALE = "coordinate_scale"
 COLUMNS = "columns"
 DATA_ID = "data_id"
 METADATA = "metadata"
