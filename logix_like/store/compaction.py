@@ -19,7 +19,7 @@ from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.documents import unsealed
 from logix_like.store.encoding import encoding_of_means
-from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
+from logix_like.store.files import Place, make_folder, read_bytes, remove_tree, sync_folder, temporary_name
 from logix_like.store.hold import FolderHold, remove_unheld
 from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.pipeline import chunk_rows
@@ -37,7 +37,7 @@ STALE_SECONDS = 3600.0
 """Half-written views are removed when they are older: by then their writer is gone."""
 
 
-def cache_folder(store: Path, created: str) -> Path:
+def cache_folder(store: Place, created: str) -> Path:
     """The folder for views of a store that this process may not write to (not created)."""
     chosen = os.environ.get(CACHE_VARIABLE)
     root = Path(chosen).absolute() if chosen else user_cache_path("logix_like", appauthor=False)

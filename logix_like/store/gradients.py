@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
 from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.files import CHECKSUM_BYTES, checksum, map_bytes
+from logix_like.store.files import CHECKSUM_BYTES, Content, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
 from logix_like.store.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.segments import Segment
@@ -162,7 +161,7 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, 
     file = chunk_file(segment.folder / array, segment.chunk, 2)
     size = math.prod(shape) * dtype.itemsize
     try:
-        found = file.stat().st_size
+        found = file_size(file)
         if found != size + CHECKSUM_BYTES:
             raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
         content = map_bytes(file)
@@ -173,7 +172,7 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, 
     return torch.frombuffer(content, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
-def _intact(content: mmap.mmap, size: int, crc: int | None) -> bool:
+def _intact(content: Content, size: int, crc: int | None) -> bool:
     data = np.frombuffer(content, np.uint8)
     return checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from logix_like.layout import Layout
 from logix_like.store.arrays import ArraySpec, chunk_file, write_group
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.files import Bytes, as_bytes, write_checked, write_files
+from logix_like.store.files import Bytes, Place, as_bytes, write_checked, write_files
 from logix_like.store.schema import (
     COLUMNS,
     COORDINATE_SCALE,
@@ -61,7 +60,7 @@ class PartWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         layout: Layout,
         encoding: Encoding,
         *,
@@ -89,7 +88,7 @@ class PartWriter:
         """Cut the arrays' shapes to the rows that were written."""
         self._write_documents(self._rows)
 
-    def _chunk_file(self, name: str, chunk: int) -> Path:
+    def _chunk_file(self, name: str, chunk: int) -> Place:
         return chunk_file(self._folder / name, chunk, 1 if self._specs[name].width is None else 2)
 
     def _make_room(self, chunks: int, texts: Mapping[str, list[str]]) -> None:

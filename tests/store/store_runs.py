@@ -42,7 +42,8 @@ def projections() -> dict[str, tuple[Tensor | None, Tensor | None]]:
 
 def new_store(path: Path, encoding: str = "float32", layout: Layout | None = None) -> Path:
     """An empty store that is described."""
-    store = create_store(path, {"project": "test"})
+    store = path
+    create_store(store, {"project": "test"})
     if layout is None:
         describe(store, small_layout(), encoding, projections())
     else:
