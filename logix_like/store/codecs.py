@@ -71,6 +71,8 @@ class BloscLz4(Codec):
     def decode(self, data: np.ndarray, size: int) -> np.ndarray:
         from numcodecs.blosc import Blosc
 
+        if _number(data, 12, 4) != len(data):  # blosc does not look where its input ends
+            raise ValueError(f"it declares {_number(data, 12, 4)} compressed bytes and has {len(data)}")
         return _decode(Blosc(), data, size, declared=_number(data, 4, 4))
 
 
@@ -93,7 +95,8 @@ class Zstd(Codec):
         return _decode(Numcodec(), data, size, declared=_zstd_size(data))
 
 
-CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for codec in (Uncompressed(), BloscLz4(), Zstd())})
+UNCOMPRESSED = Uncompressed()
+CODECS: Mapping[str, Codec] = MappingProxyType({codec.name: codec for codec in (UNCOMPRESSED, BloscLz4(), Zstd())})
 """Codecs by the name that the config gives them."""
 
 
