@@ -249,7 +249,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
         ({"query": {"damping": float("nan")}}, "is nan", "a number, 0 or more"),
         ({"store": {"chunk_mib": 0}}, "is 0", "a number above 0"),
         ({"store": {"commit_seconds": float("inf")}}, "is inf", "a number above 0"),
-        ({"store": "float32"}, "'store' is 'float32'", "a mapping of settings: dtype, chunk_mib"),
+        ({"store": "float32"}, "'store' is 'float32'", "a mapping of settings: dtype, codec, chunk_mib"),
         ({"root": ""}, "'root' is ''", "the path of a folder"),
         ({"root": None}, "'root' is None", "the path of a folder"),
     ],
