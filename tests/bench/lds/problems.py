@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -82,14 +82,12 @@ class Problem(ABC):
         """Positions that count."""
         return None
 
-    def train(self, samples: Samples, seed: int, run: logix.Run | None = None) -> nn.Module:
-        """Train on ``samples``; the order of batches is the seed's."""
+    def train(self, samples: Samples, seed: int, start: Callable[[nn.Module], logix.Run] | None = None) -> nn.Module:
+        """Train a new model on ``samples``, logged by the run that ``start`` makes; the order is the seed's."""
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        return self.trained(self.model(), samples, seed, run)
-
-    def trained(self, model: nn.Module, samples: Samples, seed: int, run: logix.Run | None = None) -> nn.Module:
-        """Train ``model`` in place, logged if there is a run."""
+        model = self.model()
+        run = None if start is None else start(model)
         optimizer = self.optimizer(model)
         order = torch.Generator().manual_seed(seed)
         for epoch in range(self.epochs):
