@@ -22,8 +22,8 @@ Row = Callable[["Bench"], Tensor]
 class Logged:
     """A run's store, and queries to it."""
 
-    def __init__(self, problem: Problem, run: logix.Run) -> None:
-        self.problem, self.run = problem, run
+    def __init__(self, problem: Problem, run: logix.Run, model: nn.Module) -> None:
+        self.problem, self.run, self.model = problem, run, model
 
     def query(self, checkpoints: str | None = None) -> Any:
         """The problem's queries, at the final weights or averaged over checkpoints."""
@@ -76,7 +76,7 @@ class Bench:
     def _run(
         self,
         kind: str,
-        log: Callable[[str, Mapping[str, Any]], logix.Run],
+        log: Callable[[str, Mapping[str, Any]], tuple[logix.Run, nn.Module]],
         rank: Any,
         init: str,
         dtype: str,
@@ -86,14 +86,14 @@ class Bench:
         if name not in self._runs:
             projection = {"rank": rank, "init": init, **config.pop("projection", {})}
             settings = {"projection": projection, "store": {"dtype": dtype}, "checkpoints": "every_epoch", **config}
-            self._runs[name] = Logged(self.problem, log(f"run-{len(self._runs)}", settings))
+            self._runs[name] = Logged(self.problem, *log(f"run-{len(self._runs)}", settings))
         return self._runs[name]
 
     def _init(self, name: str, model: nn.Module, settings: Mapping[str, Any], **options: Any) -> logix.Run:
         preset = self.problem.preset or None
         return logix.init(name, model, preset, root=str(self.root), verbose=False, **settings, **options)
 
-    def _log_training(self, name: str, settings: Mapping[str, Any]) -> logix.Run:
+    def _log_training(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
         run: logix.Run | None = None
 
         def started(model: nn.Module) -> logix.Run:
@@ -101,12 +101,12 @@ class Bench:
             run = self._init(name, model, settings)
             return run
 
-        self.problem.train(range(self.problem.samples), self.seed, started)
+        model = self.problem.train(range(self.problem.samples), self.seed, started)
         assert run is not None
         run.finalize()
-        return run
+        return run, model
 
-    def _log_pass(self, name: str, settings: Mapping[str, Any]) -> logix.Run:
+    def _log_pass(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
         run = self._init(name, self.model, {**settings, "checkpoints": "none"})
         batches = self.batches()
         numbers = {id(batch): part for part, batch in batches}
@@ -119,4 +119,4 @@ class Bench:
             progress=False,
         )
         run.finalize()
-        return run
+        return run, self.model

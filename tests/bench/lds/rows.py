@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tests.bench.lds.bench import Row
+from tests.bench.lds.full_size import ekfac
 
 MAIN: Mapping[str, Row] = {
     "default: rows of training, mean over visits": lambda b: b.training().scores(),
@@ -17,6 +18,8 @@ MAIN: Mapping[str, Row] = {
     "LoGra, post-hoc": lambda b: b.posthoc().scores(),
     "LoGra, post-hoc, PCA": lambda b: b.posthoc(init="pca").scores(),
     "LoGra, post-hoc, K-FAC": lambda b: b.posthoc().scores(preconditioner="kfac"),
+    "EK-FAC, full size, final weights": ekfac,
+    "EK-FAC, full size, all averaged over checkpoints": lambda b: ekfac(b, averaged=True),
     "post-hoc GradDot": lambda b: b.posthoc().scores(preconditioner="identity"),
 }
 """One line for each way of scoring, at the default rank."""
