@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from logix_like.layout import DataId, Layout
 from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.store import open_store, projections_digest
+from logix_like.store import Place, open_store, projections_digest
 from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
@@ -78,7 +77,7 @@ class _Averages:
 class Asker:
     """Captures queries with a logbook's tracker and holds the engine over its store."""
 
-    def __init__(self, path: Path, settings: QueryConfig, logbook: Logbook) -> None:
+    def __init__(self, path: Place, settings: QueryConfig, logbook: Logbook) -> None:
         self._path = path
         self._settings = settings
         self._logbook = logbook

@@ -44,6 +44,17 @@ ProjectName = Annotated[
 ]
 
 
+Url = Annotated[
+    Annotated[
+        str,
+        BeforeValidator(lambda value: fspath(value) if isinstance(value, PathLike) else value),
+        Field(min_length=1),
+    ]
+    | None,
+    Field(description="a folder, or a URL such as s3://bucket/key"),
+]
+
+
 class _Section(BaseModel):
     """Frozen settings; a key that is not one of the fields is refused."""
 
@@ -87,12 +98,14 @@ class ProjectionConfig(_Section):
 class StoreConfig(_Section):
     """How rows are written."""
 
-    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""
     durability: Literal["process", "commit"] = "process"
     """What committed rows survive: the process's end, or (``commit``, by fsync) the machine's too."""
+    url: Url = None
+    """Where stores are kept in place of ``root``: a folder, ``s3://bucket/key``, ``memory://name``, ..."""
     on_error: Literal["raise", "stop_logging"] = "raise"
     """What a failing disk does to training: it stops it, or only the logging."""
     commit_seconds: PositiveNumber = 60.0

@@ -70,6 +70,11 @@ class Logbook:
         return self._tracker is not None
 
     @property
+    def waiting(self) -> bool:
+        """Whether ended blocks wait for the projection's warm-up."""
+        return bool(self._waiting)
+
+    @property
     def last(self) -> QueryGradients:
         """Ids and rows of the last block that was projected.
 

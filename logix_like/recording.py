@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +12,7 @@ from logix_like.errors import CaptureError, ConfigError
 from logix_like.path import OPTIMIZER, PathBlock, PathStep
 from logix_like.ranks import Ranks
 from logix_like.steps import Progress
-from logix_like.store import PathJournal
+from logix_like.store import PathJournal, Place
 from logix_like.updates import settings_of
 from logix_like.weights import whole
 from logix_like.wrapping import plain_names
@@ -29,7 +28,7 @@ class PathRecorder:
 
     def __init__(
         self,
-        store: Path,
+        store: Place,
         model: nn.Module,
         optimizer: Optimizer,
         progress: Progress,

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,9 +30,10 @@ from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.recording import PathRecorder
+from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, open_store
+from logix_like.store import GradientStore, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -49,7 +49,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        path: Path,
+        path: Place,
         session: StoreSession | None,
         *,
         optimizer: Optimizer | None = None,
@@ -59,7 +59,7 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._progress = Progress(optimizer, **_cursor(session))
+        self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
         self._asker = Asker(path, config.query, self._logbook)
@@ -234,6 +234,24 @@ class Run:
         moments = None if self._recorder is None else self._recorder.moments()
         self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch, moments)
 
+    def forget(self, data_id: Any) -> int:
+        """Take back every row logged so far of the samples ``data_id``; returns how many there were.
+
+        They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
+        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
+        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
+        :meth:`commit` in all.
+
+        Raises:
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+        """
+        if self._session is None:
+            raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
+        if self._logbook.waiting:
+            raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
+        self.commit()
+        return self._session.forget(as_data_ids(data_id))
+
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
 
@@ -389,10 +407,3 @@ def _is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
     if isinstance(kept, EverySteps):
         return step % kept.every_steps == 0
     return isinstance(kept, AtSteps) and step in kept.at_steps
-
-
-def _cursor(session: StoreSession | None) -> dict[str, int]:
-    if session is None or session.cursor is None:
-        return {}
-    epoch, step = session.cursor
-    return {"epoch": epoch, "step": step + 1}

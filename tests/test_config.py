@@ -180,7 +180,7 @@ def test_an_unknown_key_is_answered_with_file_line_and_the_nearest(tmp_path: Pat
     path = _write(tmp_path, "project: a\nstore:\n  dtype: float32\n  chunk_mb: 4\n")
     assert _message(path) == (
         f"{path}, line 4: unknown setting 'store.chunk_mb'; did you mean 'store.chunk_mib'? "
-        "The settings of 'store' are: dtype, chunk_mib, durability, on_error, commit_seconds"
+        "The settings of 'store' are: dtype, chunk_mib, durability, url, on_error, commit_seconds"
     )
 
 

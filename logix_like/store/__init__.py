@@ -1,8 +1,8 @@
 """The store: projected per-sample gradients on disk, as Zarr v3 arrays with a commit record.
 
 Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`save_checkpoint`,
-:func:`build_view`. Reading: :func:`open_store` gives a :class:`GradientStore`, whose views satisfy
-:class:`Rows`.
+:func:`build_view`; taking back: :func:`supersede_steps`, :func:`supersede_samples`. Reading:
+:func:`open_store` gives a :class:`GradientStore`, whose views satisfy :class:`Rows`.
 """
 
 from logix_like.store.checkpoints import (
@@ -13,10 +13,12 @@ from logix_like.store.checkpoints import (
 )
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.journal import PathJournal
 from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
+from logix_like.store.superseding import supersede_samples, supersede_steps
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.writer import StoreWriter
@@ -30,6 +32,7 @@ __all__ = [
     "Flag",
     "GradientStore",
     "PathJournal",
+    "Place",
     "RowChunk",
     "Rows",
     "StoreManifest",
@@ -37,6 +40,7 @@ __all__ = [
     "VerifyReport",
     "WriterInfo",
     "add_fingerprints",
+    "as_place",
     "build_view",
     "create_store",
     "describe",
@@ -47,5 +51,7 @@ __all__ = [
     "projections_digest",
     "read_manifest",
     "save_checkpoint",
+    "supersede_samples",
+    "supersede_steps",
     "verify",
 ]

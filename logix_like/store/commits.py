@@ -11,11 +11,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from logix_like.errors import StoreDamagedError
-from logix_like.store.files import LineFile, checksum, read_bytes
+from logix_like.store.files import Place, checksum, exists, files_of
 from logix_like.store.schema import COMMITS, GRADIENTS, TAILS
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -84,6 +83,8 @@ class Commits:
     """Whether a torn last line was dropped."""
     spoilt: bool = False
     """Whether that line was written whole, which no kill leaves: bits of it changed afterwards."""
+    length: int = 0
+    """How many records there are, of all kinds."""
 
     @property
     def total(self) -> int:
@@ -94,8 +95,8 @@ class Commits:
 class CommitLog:
     """Appends records to a part's file; one owner."""
 
-    def __init__(self, folder: Path, *, sync: bool = False) -> None:
-        self._file = LineFile(folder / COMMITS, sync=sync)
+    def __init__(self, folder: Place, *, sync: bool = False) -> None:
+        self._file = files_of(folder).records(folder / COMMITS, sync=sync)
         self.sequence = 0
         """Number of the next record."""
 
@@ -115,7 +116,7 @@ def format_record(record: Record) -> bytes:
     return b"%08x %s" % (checksum(content), content)
 
 
-def read_commits(folder: Path) -> Commits:
+def read_commits(folder: Place) -> Commits:
     """Read the record file of a part; a part without one has no rows.
 
     Raises :class:`StoreDamagedError` naming file and line when a line before the last is bad, or
@@ -123,9 +124,9 @@ def read_commits(folder: Path) -> Commits:
     """
     file = folder / COMMITS
     try:
-        content = bytes(read_bytes(file))
+        content = files_of(file).read_records(file)
     except FileNotFoundError:
-        if (folder / GRADIENTS).exists():
+        if exists(folder / GRADIENTS):
             raise StoreDamagedError(f"{file} is missing, but the part has rows; restore it from a copy") from None
         return Commits()
     except OSError as error:
@@ -164,6 +165,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
         closed=bool(records) and isinstance(records[-1], CloseRecord),
         torn=torn,
         spoilt=spoilt,
+        length=len(records),
     )
 
 

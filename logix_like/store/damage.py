@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from logix_like.errors import StoreDamagedError
 from logix_like.store.arrays import chunk_file, read_chunk
 from logix_like.store.commits import Commits, RowsRecord
-from logix_like.store.schema import COLUMNS, GRADIENTS, SCALE
+from logix_like.store.files import Place
+from logix_like.store.schema import COLUMNS, COORDINATE_SCALE, GRADIENTS, SCALE
+
+_WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
 
 
-def array_file(folder: Path, record: RowsRecord, array: str) -> Path:
+def array_file(folder: Place, record: RowsRecord, array: str) -> Place:
     """The file of a committed chunk of one of a part's arrays."""
     part = folder / record.part if record.part else folder
-    return chunk_file(part / array, record.chunk, 2 if array in (GRADIENTS, COLUMNS, SCALE) else 1)
+    return chunk_file(part / array, record.chunk, 2 if array in _WIDE else 1)
 
 
-def damaged_files(folder: Path, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
+def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
     """What is wrong with the files of a committed chunk, whose first row is row ``first`` of the store."""
     for array, crc in record.crc.items():
         try:
@@ -33,9 +35,9 @@ class IntactRows:
     """Leaves damaged chunks out of records; each chunk is read once in this object's life."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Path, int], tuple[str, ...]] = {}
+        self._found: dict[tuple[Place, int], tuple[str, ...]] = {}
 
-    def of(self, folder: Path, commits: Commits, first: int = 0) -> Commits:
+    def of(self, folder: Place, commits: Commits, first: int = 0) -> Commits:
         """The record without the chunks of which any file is damaged; ``first`` counts the store's rows."""
         kept = []
         for record in commits.rows:
@@ -47,7 +49,7 @@ class IntactRows:
             first += record.rows
         return replace(commits, rows=tuple(kept))
 
-    def findings(self, folders: Iterable[Path]) -> tuple[str, ...]:
+    def findings(self, folders: Iterable[Place]) -> tuple[str, ...]:
         """What was found in these parts, a line for each file, which names the file and its rows."""
         wanted = set(folders)
         return tuple(line for (folder, _), lines in self._found.items() if folder in wanted for line in lines)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.path import Checkpoint, PathBlock, PathStep, StoredCheckpoint, TrainingPath
-from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
-from logix_like.store.files import LineFile, checksum, make_folder, read_bytes
+from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
+from logix_like.store.files import checksum, files_of, make_folder, names_in
+from logix_like.store.retractions import read_retractions, standing_checkpoints
 from logix_like.store.schema import JOURNAL
+from logix_like.store.storage import Place
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -26,10 +27,13 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 class PathJournal:
     """Writes one attempt's steps; a line is on its way to the disk when a method returns."""
 
-    def __init__(self, store: Path, optimizer: str, groups: Sequence[Sequence[str]]) -> None:
+    def __init__(self, store: Place, optimizer: str, groups: Sequence[Sequence[str]]) -> None:
         folder = store / JOURNAL
         make_folder(folder)
         self._file = folder / f"{1 + max((number for number, _ in _attempts(store)), default=0)}.jsonl"
+        self._records = files_of(folder).records(self._file)
+        # A training may break off anywhere; nothing is left open by it.
+        weakref.finalize(self, self._records.close)
         self._settings: object = None
         self._write({"optimizer": optimizer, "groups": [list(group) for group in groups]})
 
@@ -45,14 +49,12 @@ class PathJournal:
     def _write(self, entry: Mapping[str, Any]) -> None:
         content = json.dumps(entry, separators=(",", ":")).encode()
         try:
-            # Opened for each line, so that nothing is left open by a training that breaks off.
-            with closing(LineFile(self._file)) as file:
-                file.append(b"%08x %s" % (checksum(content), content))
+            self._records.append(b"%08x %s" % (checksum(content), content))
         except OSError as error:
             raise StoreError(f"the path could not be recorded in {self._file}: {error}; see to the disk") from error
 
 
-def read_path(store: Path) -> TrainingPath:
+def read_path(store: Place) -> TrainingPath:
     """The recorded training of a store.
 
     Raises:
@@ -77,14 +79,14 @@ def read_path(store: Path) -> TrainingPath:
     return TrainingPath(header["optimizer"], groups, tuple(steps), _checkpoints(store))
 
 
-def journals(store: Path) -> list[Path]:
+def journals(store: Place) -> list[Place]:
     """The files of a store's journal in order."""
     return [file for _, file in _attempts(store)]
 
 
-def read_journal(file: Path) -> tuple[dict[str, Any], list[PathStep]] | None:
+def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
     """An attempt's header and steps; None where it was torn before the header was complete."""
-    lines = bytes(read_bytes(file)).split(b"\n")[:-1]
+    lines = files_of(file).read_records(file).split(b"\n")[:-1]
     entries = [_entry(file, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
     whole = [entry for entry in entries if entry is not None]
     if not whole:
@@ -102,7 +104,7 @@ def read_journal(file: Path) -> tuple[dict[str, Any], list[PathStep]] | None:
     return {"optimizer": str(header["optimizer"]), "groups": header["groups"]}, steps
 
 
-def _entry(file: Path, number: int, line: bytes, *, last: bool) -> dict[str, Any] | None:
+def _entry(file: Place, number: int, line: bytes, *, last: bool) -> dict[str, Any] | None:
     try:
         if line[:9] != b"%08x " % checksum(line[9:]):
             raise ValueError("its checksum does not match")
@@ -116,11 +118,13 @@ def _entry(file: Path, number: int, line: bytes, *, last: bool) -> dict[str, Any
         ) from error
 
 
-def _attempts(store: Path) -> list[tuple[int, Path]]:
-    return sorted((int(f.stem), f) for f in (store / JOURNAL).glob("*.jsonl") if f.stem.isdecimal())
+def _attempts(store: Place) -> list[tuple[int, Place]]:
+    folder = store / JOURNAL
+    files = [folder / name for name in names_in(folder) if name.endswith(".jsonl")]
+    return sorted((int(file.stem), file) for file in files if file.stem.isdecimal())
 
 
-def _require_no_gap(store: Path, steps: Sequence[PathStep]) -> None:
+def _require_no_gap(store: Place, steps: Sequence[PathStep]) -> None:
     for before, after in itertools.pairwise(steps):
         if after.step != before.step + 1:
             raise StoreError(
@@ -129,14 +133,14 @@ def _require_no_gap(store: Path, steps: Sequence[PathStep]) -> None:
             )
 
 
-def _checkpoints(store: Path) -> tuple[StoredCheckpoint, ...]:
+def _checkpoints(store: Place) -> tuple[StoredCheckpoint, ...]:
     def reader(record: CheckpointRecord) -> StoredCheckpoint:
         return StoredCheckpoint(record.number, record.step, lambda: load_state(store, record))
 
-    by_step = {record.step: reader(record) for record in list_checkpoints(store)}
+    by_step = {record.step: reader(record) for record in standing_checkpoints(store, read_retractions(store))}
     return tuple(by_step[step] for step in sorted(by_step))
 
 
-def load_state(store: Path, record: CheckpointRecord) -> Checkpoint:
+def load_state(store: Place, record: CheckpointRecord) -> Checkpoint:
     """A checkpoint's weights and moments."""
     return Checkpoint.of(load_checkpoint(store, record.number), record.step, record.epoch)

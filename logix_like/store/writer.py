@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Literal, Self
 
@@ -22,9 +22,9 @@ from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
-from logix_like.store.lock import WriterLock
+from logix_like.store.files import Place, as_place, files_of
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
-from logix_like.store.schema import read_manifest
+from logix_like.store.schema import WRITERS, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | PathLike[str] | Place,
         layout: Layout,
         encoding: str = "bfloat16",
         *,
@@ -212,10 +212,10 @@ class StoreWriter:
     ) -> None:
         _require_choice("durability", durability, ("process", "commit"))
         _require_choice("on_error", on_error, ("raise", "stop_logging"))
-        store = Path(path).absolute()  # once: where the process stands later changes nothing
+        store = as_place(path)
         codec, sync = encoding_named(encoding), durability == "commit"
         _require_described(store, layout, encoding)
-        self._lock = WriterLock(store, rank)
+        self._lock = files_of(store).lock(store, store / WRITERS, rank)
         self.folder = claim_writer(store, rank, sync=sync)
         """The writer's part of the store."""
         rows = chunk_rows(layout, codec, chunk_mib)
@@ -332,7 +332,7 @@ def _require_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
 
 
-def _require_described(store: Path, layout: Layout, encoding: str) -> None:
+def _require_described(store: Place, layout: Layout, encoding: str) -> None:
     manifest = read_manifest(store)
     if manifest.layout is None:
         raise StoreError(f"{store} has no module table yet; call describe(...) before writing to it")
