@@ -13,7 +13,6 @@ from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.flat import DataOf, FlatModel, differentiable
 from logix_like.estimators.last_layer import LastLayer
-from logix_like.layout import DataId
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids

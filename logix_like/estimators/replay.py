@@ -175,10 +175,10 @@ class Replay:
         away = float((found - recorded).norm() / (recorded - start).norm().clamp_min(1e-12))
         if not away <= TOLERANCE:
             raise QueryError(
-                f"the replay of steps {first} to {end - 1} ends {away:.1%} of the way off the recorded checkpoint, so it "
-                "is not the training that was recorded: give the model, the objective and the data (same order, same "
-                "transformations) of the training; dropout, batch normalisation, gradient clipping, mixed precision and "
-                "random augmentation cannot be replayed"
+                f"the replay of steps {first} to {end - 1} ends {away:.1%} of the way off the recorded checkpoint, "
+                "so it is not the training that was recorded: give the model, the objective and the data (same order, "
+                "same transformations) of the training; dropout, batch normalisation, gradient clipping, mixed "
+                "precision and random augmentation cannot be replayed"
             )
 
     def _theta(self, checkpoint: Checkpoint) -> Tensor:

@@ -35,9 +35,9 @@ class RepresenterPoints(Estimator):
     """``outputs_q = sum_i alpha_i (f_i . f_q)`` with ``alpha_i = - e_i / (decay n)``, exact at a stationary point.
 
     ``f`` are the inputs of the last layer (with a one for its bias), ``e_i`` the residual of sample i. The penalty is
-    ``decay / 2 ||W||^2`` on the *mean* loss, bias included, and so the factor is ``1 / (decay n)``; with ``decay ||W||^2``,
-    as in the paper's Theorem 3.1, it is ``1 / (2 decay n)``. The last layer is fitted again to stationarity by
-    L-BFGS in float64 (the paper's own line search); the model is not changed.
+    ``decay / 2 ||W||^2`` on the *mean* loss, bias included, and so the factor is ``1 / (decay n)``; with
+    ``decay ||W||^2``, as in the paper's Theorem 3.1, it is ``1 / (2 decay n)``. The last layer is fitted again to
+    stationarity by L-BFGS in float64 (the paper's own line search); the model is not changed.
 
     The score of a sample is its part of the outputs along the direction in which the query's loss falls,
     ``-e_q`` (for classes: of the label's logit, minus those of the others by their probabilities).
@@ -151,8 +151,8 @@ class RepresenterPoints(Estimator):
         size = float((self._features @ self.weight.T).abs().max())
         if self.refit.residual > STATIONARY * max(size, 1.0):
             warnings.warn(
-                f"after {self.refit.iterations} iterations the last layer is not at its optimum: parts and outputs differ "
-                f"by about {self.refit.residual:.2g} times a feature; give more iterations, or a larger decay",
+                f"after {self.refit.iterations} iterations the last layer is not at its optimum: parts and outputs "
+                f"differ by about {self.refit.residual:.2g} times a feature; give more iterations, or a larger decay",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -71,12 +71,12 @@ def test_checkpoints_that_are_not_there_are_named(tmp_path: Path) -> None:
     path, _ = train(tmp_path, steps=4, checkpoints={"at_steps": [2]})
     with pytest.raises(StoreError, match="no checkpoint of step 3; there are those of steps 0, 2"):
         TracInCP(path, network(), OBJECTIVE, batch_of, checkpoints=[2, 3])
-    with pytest.raises(ConfigError, match="'1', which is no nn.Linear of the model; there are: '0', '2'"):
+    with pytest.raises(ConfigError, match=r"'1', which is no nn.Linear of the model; there are: '0', '2'"):
         TracInLastLayer(path, network(), OBJECTIVE, batch_of, layer="1")
 
 
 def test_a_layer_that_is_not_the_last_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layer '0' is called 1 times .* name another layer"):
+    with pytest.raises(ConfigError, match=r"layer '0' is called 1 times .* name another layer"):
         LastLayer(network(), OBJECTIVE, "0").factors(queries())
 
 
