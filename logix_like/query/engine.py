@@ -23,6 +23,7 @@ from logix_like.query.modes import MODES
 from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence, is_count
 from logix_like.query.scan import Candidates
 from logix_like.query.scoring import Extremes, Task, every_score, exact_extremes, indexed_extremes
+from logix_like.query.sieve import Scorer
 
 REDUCTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -236,7 +237,7 @@ class QueryEngine:
             query_lengths = (gradients * preconditioned).sum(dim=1)
             lengths = self._row_lengths(candidates, fit, progress)
             lengths = lengths if factor is None else lengths * factor.square()
-        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, progress)
+        return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, factor), progress)
 
     def _answer(self, question: Question, task: Task, fit: Fit) -> dict[str, Any]:
         """The fields of a result that hold scores."""
@@ -245,7 +246,9 @@ class QueryEngine:
             ids, step = _labels(candidates, candidates.positions(), reduce)
             return {"data_id": ids, "scores": every_score(task), "step": step}
         if question.engine == "faiss":
-            top, bottom = indexed_extremes(task, self._index(question, task, fit), k)
+            wanted = None if candidates.complete else candidates.wanted
+            named = self._index(question, task, fit).candidates(task.scorer.queries, k, wanted)
+            top, bottom = indexed_extremes(task, *named, k)
         else:
             top, bottom = exact_extremes(task, k)
         return {"top": _ranking(candidates, top, reduce), "bottom": _ranking(candidates, bottom, reduce)}
@@ -271,10 +274,10 @@ class QueryEngine:
 
         def build() -> FlatIndex:
             lengths = torch.zeros(len(every.rows), dtype=every.dtype)
-            if task.mode.uses_lengths:
+            if task.scorer.mode.uses_lengths:
                 lengths = self._row_lengths(every, fit, task.progress)
-                lengths = lengths if task.factor is None else lengths * task.factor.square()
-            return FlatIndex(every, task.mode, lengths, task.factor, task.progress)
+                lengths = lengths if task.scorer.factor is None else lengths * task.scorer.factor.square()
+            return FlatIndex(every, task.scorer.mode, lengths, task.scorer.factor, task.progress)
 
         return self._indexes.get((every.rows.key, question.reduce, fit.key, question.mode), build)
 

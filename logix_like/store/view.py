@@ -31,6 +31,10 @@ class Gradients(Protocol):
         """Decoded rows ``[n, width]``."""
         ...
 
+    def selected(self, rows: np.ndarray, /) -> Iterator[RowChunk]:
+        """The rows of these ascending numbers, by chunk; ``start`` counts within them."""
+        ...
+
 
 class Rows(Protocol):
     """What can be scanned and ranked; the query engine depends on this alone."""
@@ -236,6 +240,10 @@ class SelectedGradients:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
         wanted = self._rows[row_numbers(key, len(self._rows))]
         return self._gradients[int(wanted[0]) if isinstance(key, int | np.integer) else wanted]
+
+    def selected(self, rows: np.ndarray) -> Iterator[RowChunk]:
+        """The rows of these ascending numbers, by chunk; ``start`` counts within them."""
+        return self._gradients.selected(self._rows[rows])
 
 
 def select_last(table: RowTable, visits: Visits, kind: str) -> SelectedRows:

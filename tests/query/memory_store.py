@@ -29,6 +29,15 @@ class MemoryGradients:
         numbers = row_numbers(key, len(self))
         return self._table.chunk(0, len(self)).select(numbers, 0).decode()
 
+    def selected(self, rows: NDArray[np.int64]) -> Iterator[RowChunk]:
+        self._table.scans += 1
+        size = self._table.chunk_rows
+        for start in range(0, len(self._table), size):
+            first, last = np.searchsorted(rows, [start, start + size])
+            if first < last:
+                whole = self._table.chunk(start, min(start + size, len(self._table)))
+                yield whole.select(rows[first:last] - start, int(first))
+
 
 @dataclass(eq=False)
 class MemoryRows:
@@ -75,7 +84,12 @@ class MemoryRows:
         """Not known."""
         return np.full(len(self), np.nan)
 
-    norm = lr = loss
+    lr = loss
+
+    @property
+    def norm(self) -> NDArray[np.float64]:
+        """Of each row."""
+        return np.asarray(self.rows.double().norm(dim=1).numpy())
 
     @property
     def metadata(self) -> Mapping[str, NDArray[np.object_]]:
