@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import EmptyStoreError, QueryError
-from logix_like.layout import DataId
 from logix_like.store.gradients import RowChunk
 from logix_like.store.view import Rows
 
@@ -151,23 +150,12 @@ class Candidates:
             )
         return cls(rows, wanted, count, True, rows.gradients[0:1].dtype, Memory(keep_bytes))
 
-    def restrict(self, data_id: Sequence[DataId]) -> Candidates:
-        """Only rows with one of these ids; :class:`QueryError` names the first id that no valid row has."""
-        position_of: dict[DataId, list[int]] = {}
-        ids = self.rows.data_id[:]
-        for position in self.wanted.nonzero().flatten().tolist():
-            position_of.setdefault(ids[position], []).append(position)
-        wanted = torch.zeros_like(self.wanted)
-        for one in data_id:
-            if one not in position_of:
-                raise QueryError(
-                    f"no sample with the id {one!r} ({type(one).__name__}) can be ranked; the store has "
-                    f"{len(position_of)} ids, the first is {next(iter(position_of))!r}"
-                )
-            wanted[position_of[one]] = True
+    def restrict(self, wanted: Tensor, what: str) -> Candidates:
+        """Only those that ``wanted [rows]`` names; :class:`QueryError`, saying ``what`` chose, when none is left."""
+        wanted = wanted & self.wanted
         count = int(wanted.sum())
         if not count:
-            raise QueryError("data_id names no sample: leave it out to rank all of them")
+            raise QueryError(f"{what} names no sample that can be ranked: leave it out to rank all {self.count:,}")
         return replace(self, wanted=wanted, count=count, complete=count == self.count)
 
     @contextmanager

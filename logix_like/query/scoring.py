@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from logix_like.query.parts import Parts
 from logix_like.query.products import Products
 from logix_like.query.ranking import RunningTop, stable_top
 from logix_like.query.scan import Candidates, HeldTile, Tile
@@ -71,6 +72,35 @@ def every_score(task: Task) -> Tensor:
         scores[:, start : start + len(tile)] = task.scores(tile)
         start += len(tile)
     return scores
+
+
+def every_part(task: Task, parts: Parts) -> Tensor:
+    """``[queries, candidates, parts]``: every score split by the parts of the model."""
+    scorer = task.scorer
+    shape = len(scorer.queries), task.candidates.count, len(parts.names)
+    split = torch.empty(shape, dtype=scorer.queries.dtype)
+    queries = torch.arange(shape[0])[:, None]
+    start = 0
+    with task.candidates.buffer() as buffer:
+        for tile in task.candidates.tiles(task.progress, "influence"):
+            for first, last, values in tile.pieces(buffer):
+                where = slice(start + first, start + last)
+                weight = scorer.weight(queries, tile.positions[first:last])
+                split[:, where] = parts.products(values, scorer.queries) * weight[..., None].to(split.dtype)
+            start += len(tile)
+    return split
+
+
+def parts_of_extremes(task: Task, side: Extremes, parts: Parts) -> Tensor:
+    """``[queries, k, parts]``: the scores of ``side`` split by the parts of the model."""
+    scorer, split = task.scorer, []
+    for query, positions in enumerate(side.positions):
+        rows, inverse = positions.unique(return_inverse=True)
+        asked = scorer.queries[query : query + 1].double()
+        products = parts.products(task.candidates.fetch(rows).double(), asked)[0]
+        weight = scorer.weight(torch.full_like(rows, query), rows)
+        split.append((products * weight[:, None])[inverse])
+    return torch.stack(split).to(scorer.queries.dtype)
 
 
 def exact_extremes(task: Task, k: int) -> Sides:

@@ -56,6 +56,18 @@ class Scorer:
         lengths = self.query_lengths[queries].double(), self.row_lengths[positions].double()
         return self.mode.scores(products, *lengths)
 
+    def weight(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """What products of pairs are multiplied by, float64, in a mode whose scores are proportional to them.
+
+        ``queries`` and ``positions`` are numbers of queries and rows, of shapes that fit each other.
+        """
+        weight = torch.ones(torch.broadcast_shapes(queries.shape, positions.shape), dtype=torch.float64)
+        if self.factor is not None:
+            weight = weight * self.factor[positions].double()
+        if not self.mode.uses_lengths:
+            return weight
+        return weight * self.mode.slope(self.query_lengths[queries].double(), self.row_lengths[positions].double())
+
     def slack(self, found: Approximate, norms: Tensor, positions: Tensor) -> Tensor:
         """``[queries]``: how far the scores of the rows at ``positions``, of these ``norms``, can be off.
 

@@ -174,6 +174,16 @@ class SelectedRows:
         self.gradients = SelectedGradients(table, rows)
         """Rows by slice, numbers or mask."""
 
+    @property
+    def table(self) -> RowTable:
+        """The table that the rows are taken from."""
+        return self._table
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Where they stand in it, ascending."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -53,6 +53,7 @@ class MemoryRows:
     chunk_rows: int = 7
     left_out: int = 0
     scans: int = field(default=0, init=False)
+    columns: dict[str, NDArray[np.object_]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,8 +94,8 @@ class MemoryRows:
 
     @property
     def metadata(self) -> Mapping[str, NDArray[np.object_]]:
-        """None."""
-        return {}
+        """The user's columns."""
+        return self.columns
 
     def chunk(self, start: int, stop: int) -> RowChunk:
         """The rows from ``start`` to ``stop``."""

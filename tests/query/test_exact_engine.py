@@ -8,7 +8,8 @@ from torch import Tensor
 
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.preconditioner import PRECONDITIONERS
-from logix_like.query.engine import KEPT_BYTES, REDUCTIONS, QueryEngine
+from logix_like.query.engine import KEPT_BYTES, QueryEngine
+from logix_like.query.question import REDUCTIONS
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.statistics import Statistics, StatisticsAccumulator, corrected_sums
