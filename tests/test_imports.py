@@ -24,6 +24,7 @@ LAYERS = (
     # name that fits a module decides; "logix_like" itself is only the package's face.
     ("logix_like.errors", "logix_like.configs"),
     (
+        "logix_like.damping",
         "logix_like.layout",
         "logix_like.ids",
         "logix_like.ranks",

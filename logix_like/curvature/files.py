@@ -72,8 +72,8 @@ def stored_curvature(store: Place, name: str) -> Path:
     """
     if not isinstance(store, Path):
         raise ConfigError(
-            f"{store} is an object store, and a curvature is kept in a file; use logix_like.curvature.fit_curvature and "
-            "save_curvature with a path of your own"
+            f"{store} is an object store, and a curvature is kept in a file; use "
+            "logix_like.curvature.fit_curvature and save_curvature with a path of your own"
         )
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
