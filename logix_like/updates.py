@@ -31,6 +31,9 @@ class UpdateRule(ABC):
     refused: ClassVar[tuple[str, ...]] = ("amsgrad", "centered", "maximize")
     """Settings that must be off."""
 
+    adaptive: ClassVar[bool] = False
+    """Whether each weight has a step size of its own, from its second moment."""
+
     @abstractmethod
     def step(
         self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
@@ -85,6 +88,7 @@ class AdamRule(UpdateRule):
     """``torch.optim.Adam`` and ``AdamW``."""
 
     moments = ("exp_avg", "exp_avg_sq")
+    adaptive = True
 
     def __init__(self, *, decoupled: bool) -> None:
         self._decoupled = decoupled
@@ -114,6 +118,7 @@ class RMSpropRule(UpdateRule):
     """``torch.optim.RMSprop``, with momentum, not centred."""
 
     moments = ("square_avg", "momentum_buffer")
+    adaptive = True
 
     def step(
         self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
