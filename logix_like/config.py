@@ -100,6 +100,8 @@ class StoreConfig(_Section):
 
     dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
+    codec: Literal["none", "blosc-lz4", "zstd"] = "none"
+    """Lossless compression of the rows; costs time to write and to read."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""
     durability: Literal["process", "commit"] = "process"
