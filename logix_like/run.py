@@ -1,4 +1,4 @@
-"""The object that a training loop talks to, and the two functions that make one.
+"""The object that a training loop talks to.
 
 Sign convention, here as everywhere: a positive score means that training on the sample lowered the query's loss
 (a proponent, helpful); negative, that it raised it (an opponent, harmful).
@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from os import PathLike
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +20,7 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
-from logix_like.config import Config, EverySteps, load_config
-from logix_like.config_errors import section_of
+from logix_like.config import Config, EverySteps
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
@@ -32,76 +30,17 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, Place, as_place, is_store, open_store
+from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
-
-
-def init(
-    project: str | None = None,
-    model: nn.Module | None = None,
-    config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
-    *,
-    optimizer: Optimizer | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verbose: bool = True,
-    **overrides: Any,
-) -> Run:
-    """Start a run that logs into the store ``<root>/<project>``, or ``<store.url>/<project>`` where that is set.
-
-    Args:
-        project: name of the run; may also stand in the config.
-        model: the model to track; may be given later to :meth:`Run.watch`.
-        config: a YAML file, a preset's name, a mapping or a :class:`Config`.
-        optimizer: lets rows carry optimizer steps and learning rates.
-        resume: go on behind the last commit of an earlier run in the same place.
-        overwrite: replace an earlier run in the same place.
-        verbose: print once, to stderr, what is tracked.
-        overrides: settings that win over the config.
-
-    Raises:
-        ConfigError: a setting is unknown or wrong, or no project is named.
-        StoreExistsError: the place holds another run, and neither ``resume`` nor ``overwrite`` is set.
-    """
-    settings = load_config(config, project=project, **overrides)
-    if settings.project is None:
-        raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other")
-    path = as_place(settings.store.url or settings.root) / settings.project
-    if resume and is_store(path):
-        settings = _with_stored(settings, _stored_config(open_store(path)))
-    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
-        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
-    if model is not None and not resume:
-        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
-    session = StoreSession(path, settings, resume=resume, overwrite=overwrite)
-    run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
-    if model is not None:
-        run.watch(model)
-    return run
-
-
-def load(path: str | PathLike[str] | Place, model: nn.Module | None = None) -> Run:
-    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
-
-    Raises:
-        StoreNotFoundError: there is no store at ``path``.
-        ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
-    """
-    path = as_place(path)
-    run = Run(_stored_config(open_store(path)), path, None, verbose=False)
-    if model is not None:
-        run.watch(model)
-    return run
 
 
 class Run:
     """Logs the gradients of training samples, and answers queries about them.
 
-    Made by :func:`init` (logging) or :func:`load` (queries only). A run composes a :class:`StoreSession` (writing), a
-    :class:`Logbook` (blocks) and an :class:`Asker` (queries), and owns their lifetimes.
+    Made by :func:`~logix_like.init` (logging) or :func:`~logix_like.load` (queries only). A run composes a
+    :class:`StoreSession` (writing), a :class:`Logbook` (blocks) and an :class:`Asker` (queries), and owns their
+    lifetimes.
     """
 
     def __init__(
@@ -112,6 +51,7 @@ class Run:
         *,
         optimizer: Optimizer | None = None,
         verbose: bool = True,
+        on_damage: OnDamage = "raise",
     ) -> None:
         self.config = config
         self.path = path
@@ -120,7 +60,8 @@ class Run:
         self._progress = Progress(optimizer, **_cursor(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
-        self._asker = Asker(path, config.query, self._logbook)
+        self._on_damage = on_damage
+        self._asker = Asker(path, config.query, self._logbook, on_damage)
 
     # What is tracked
 
@@ -328,7 +269,7 @@ class Run:
     @property
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
-        return open_store(self.path)
+        return open_store(self.path, on_damage=self._on_damage)
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
@@ -416,38 +357,6 @@ class Run:
         kept = self.config.checkpoints
         if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
             self.checkpoint()
-
-
-def _stored_config(store: GradientStore) -> Config:
-    """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
-    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
-    known: dict[str, Any] = {}
-    for key, value in store.manifest.config.items():
-        section = sections.get(key)
-        if section is not None and isinstance(value, Mapping):
-            known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}
-        elif key in sections:
-            known[key] = value
-    return load_config(known)
-
-
-def _with_stored(settings: Config, stored: Config) -> Config:
-    """``settings`` with everything that decides what a row is as the resumed store has it."""
-    kept = settings.model_copy(
-        update={
-            "modules": stored.modules,
-            "projection": stored.projection,
-            "store": settings.store.model_copy(update={"dtype": stored.store.dtype}),
-        }
-    )
-    if kept != settings:
-        warnings.warn(
-            "the resumed store's modules, projection and dtype are kept; they differ from this config's, and rows of "
-            "one store are all alike: start another project to change them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return kept
 
 
 def _cursor(session: StoreSession | None) -> dict[str, int]:

@@ -30,6 +30,7 @@ LAYERS = (
         "logix_like.steps",
         "logix_like.wrapping",
         "logix_like.weights",
+        "logix_like.objective",
     ),
     ("logix_like.config", "logix_like.config_source", "logix_like.config_errors"),
     ("logix_like.linalg",),
@@ -41,6 +42,7 @@ LAYERS = (
     ("logix_like.preconditioner",),
     ("logix_like.query",),
     ("logix_like.report",),
+    ("logix_like.estimators",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -52,6 +54,7 @@ LAYERS = (
     ("logix_like.logbook",),
     ("logix_like.asking",),
     ("logix_like.run",),
+    ("logix_like.starting",),
     ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
 

@@ -15,7 +15,7 @@ from logix_like.store.creation import add_fingerprints, create_store, describe, 
 from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
-from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
+from logix_like.store.reader import GradientStore, OnDamage, WriterInfo, build_view, open_store
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
@@ -29,6 +29,7 @@ __all__ = [
     "Encoding",
     "Flag",
     "GradientStore",
+    "OnDamage",
     "Place",
     "RowChunk",
     "Rows",

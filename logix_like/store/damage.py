@@ -33,13 +33,13 @@ class IntactRows:
     """Leaves damaged chunks out of records; each chunk is read once in this object's life."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Place, int], tuple[str, ...]] = {}
+        self._found: dict[tuple[Place, int, str], tuple[str, ...]] = {}
 
     def of(self, folder: Place, commits: Commits, first: int = 0) -> Commits:
         """The record without the chunks of which any file is damaged; ``first`` counts the store's rows."""
         kept = []
         for record in commits.rows:
-            key = (folder, record.sequence)
+            key = (folder, record.sequence, repr(sorted(record.crc.items())))
             if key not in self._found:
                 self._found[key] = tuple(str(error) for error in damaged_files(folder, record, first))
             if not self._found[key]:
@@ -50,4 +50,4 @@ class IntactRows:
     def findings(self, folders: Iterable[Place]) -> tuple[str, ...]:
         """What was found in these parts, a line for each file, which names the file and its rows."""
         wanted = set(folders)
-        return tuple(line for (folder, _), lines in self._found.items() if folder in wanted for line in lines)
+        return tuple(line for (folder, *_), lines in self._found.items() if folder in wanted for line in lines)

@@ -219,7 +219,9 @@ class StoreWriter:
         self.folder = claim_writer(store, rank, sync=sync)
         """The writer's part of the store."""
         rows = chunk_rows(layout, codec, chunk_mib)
-        self._pipeline = RowPipeline(self.folder, layout, codec, rows=rows, statistics=statistics, sync=sync)
+        self._pipeline = RowPipeline(
+            self.folder, layout, codec, rows=rows, statistics=statistics, sync=sync, guard=self._lock.require
+        )
         self._width = layout.width
         self._raises = on_error == "raise"
         self._inbox = _Inbox(int(queue_mib * 2**20))
