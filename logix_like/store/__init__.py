@@ -16,6 +16,7 @@ from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.reader import GradientStore, OnDamage, WriterInfo, build_view, open_store
+from logix_like.store.repair import RepairReport, repair
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
@@ -31,6 +32,7 @@ __all__ = [
     "GradientStore",
     "OnDamage",
     "Place",
+    "RepairReport",
     "RowChunk",
     "Rows",
     "StoreManifest",
@@ -48,6 +50,7 @@ __all__ = [
     "open_store",
     "projections_digest",
     "read_manifest",
+    "repair",
     "save_checkpoint",
     "verify",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from logix_like.errors import StoreDamagedError
 from logix_like.store.arrays import chunk_file, read_chunk
 from logix_like.store.commits import Commits, RowsRecord
-from logix_like.store.files import Place
-from logix_like.store.schema import COLUMNS, GRADIENTS, SCALE
+from logix_like.store.files import Place, exists, names_in
+from logix_like.store.schema import COLUMNS, GRADIENTS, SCALE, TAILS
+
+_CHUNK = re.compile(r"c\.[0-9]{1,12}\.0", re.ASCII)
 
 
 def array_file(folder: Place, record: RowsRecord, array: str) -> Place:
@@ -27,6 +30,24 @@ def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[Sto
             )
         except StoreDamagedError as error:
             yield error
+
+
+def unrecorded_files(folder: Place, commits: Commits) -> list[Place]:
+    """Chunks of gradients that the record does not name though its writer wrote others after them.
+
+    A writer that was killed leaves at most one chunk without its record; more say that lines of the record are gone.
+    """
+    full = [record.chunk for record in commits.rows if not record.part]
+    numbers = {int(name.split(".")[1]) for name in names_in(folder / GRADIENTS) if _CHUNK.fullmatch(name)}
+    files = [chunk_file(folder / GRADIENTS, number, 2) for number in sorted(numbers - set(full))]
+    tails = {record.part for record in commits.rows if record.part}
+    found = {f"{TAILS}/{name}" for name in names_in(folder / TAILS) if name.isdecimal()}
+    files += [
+        chunk_file(folder / part / GRADIENTS, 0, 2)
+        for part in sorted(found - tails)
+        if exists(chunk_file(folder / part / GRADIENTS, 0, 2))
+    ]
+    return files if len(files) > 1 else []
 
 
 class IntactRows:

@@ -9,9 +9,11 @@ This is the only place that spells a path or the format's version::
         gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
         tails/<n>/...                        the same arrays, one short chunk each
         statistics/<generation>/<field>      float64 sums of all modules, one after another
-        commits                              the record: rows that it does not name do not exist
+        commits                              the record: rows that it does not name do not exist (in object
+                                             stores commits/<number>, one line each)
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      quarantine/<n>/                        what repair and compact took out, by its old path
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ COMMITS = "commits"
 VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
+QUARANTINE = "quarantine"
 
 GRADIENTS = "gradients"
 SCALE = "scale"
