@@ -35,7 +35,7 @@ from logix_like.recording import PathRecorder
 from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, Place, open_store
+from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -56,6 +56,7 @@ class Run:
         *,
         optimizer: Optimizer | None = None,
         verbose: bool = True,
+        on_damage: OnDamage = "raise",
     ) -> None:
         self.config = config
         self.path = path
@@ -64,7 +65,8 @@ class Run:
         self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
-        self._asker = Asker(path, config.query, self._logbook)
+        self._on_damage = on_damage
+        self._asker = Asker(path, config.query, self._logbook, on_damage)
         self._recorder: PathRecorder | None = None
 
     # What is tracked
@@ -296,7 +298,7 @@ class Run:
     @property
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
-        return open_store(self.path)
+        return open_store(self.path, on_damage=self._on_damage)
 
     @property
     def training_path(self) -> TrainingPath:

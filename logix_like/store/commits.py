@@ -150,6 +150,23 @@ def read_commits(folder: Place) -> Commits:
     return _collect(records, torn=bool(unfinished), spoilt=_is_whole(unfinished, len(records)))
 
 
+def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
+    """Every record of a part that is as it was written, in order, and what is wrong with the other lines."""
+    records: dict[int, Record] = {}
+    findings = []
+    lines = files_of(folder).read_records(folder / COMMITS).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found = _parse(line, None)
+            if records.setdefault(found.sequence, found) is not found:
+                raise ValueError(f"it has number {found.sequence}, as a line before it")
+        except _UNREADABLE as error:
+            findings.append(f"line {number} is no record ({error})")
+    return [records[sequence] for sequence in sorted(records)], findings
+
+
 def _is_whole(unfinished: bytes, number: int) -> bool:
     """Whether a line without an end is a record whose end is another character now."""
     try:
@@ -171,10 +188,13 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
     )
 
 
-def _parse(line: bytes, number: int) -> Record:
+def _parse(line: bytes, number: int | None) -> Record:
+    """The record in a line, of this number or (None) of any."""
     if line[:9] != b"%08x " % checksum(line[9:]):
         raise ValueError("its checksum does not match")
     entry = json.loads(line[9:])
+    if number is None:
+        number = _count(entry, "sequence")
     if entry["sequence"] != number:
         raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
     if "closed" in entry:

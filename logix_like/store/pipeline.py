@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -57,7 +58,10 @@ def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
 
 
 class RowPipeline:
-    """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time."""
+    """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time.
+
+    ``guard`` is asked before each commit and raises where nothing more may be written.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,9 @@ class RowPipeline:
         statistics: StatisticsAccumulator | None = None,
         codec: Codec = UNCOMPRESSED,
         sync: bool = False,
+        guard: Callable[[], object] = bool,
     ) -> None:
+        self._guard = guard
         self._sync = sync
         self._accumulator = statistics
         self._staged = StagedChunk(layout, encoding, rows)
@@ -106,6 +112,7 @@ class RowPipeline:
         """Commit the rows that wait; fewer than a chunk become a short part of their own."""
         if not self.staged:
             return
+        self._guard()
         rows = self._staged.encoded()
         flags = torch.from_numpy(rows.numbers[:, 5].astype("int64"))
         valid = flags & int(INVALID) == 0
