@@ -98,7 +98,7 @@ class ProjectionConfig(_Section):
 class StoreConfig(_Section):
     """How rows are written."""
 
-    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""
@@ -131,6 +131,13 @@ class EverySteps(_Section):
     """Weights are kept after every ``every_steps`` optimizer steps."""
 
     every_steps: Positive
+
+
+class AtSteps(_Section):
+    """Weights are kept after these optimizer steps."""
+
+    at_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of steps taken."""
 
 
 Statistic = Literal["mean", "variance", "covariance", "kronecker", "corrected_eigval"]
@@ -171,10 +178,14 @@ class Config(_Section):
     """Whether a row is divided by its sample's number of counted tokens."""
     store: StoreConfig = StoreConfig()
     checkpoints: Annotated[
-        Literal["none", "every_epoch"] | EverySteps,
-        Field(description="none, every_epoch, or {every_steps: n} with a whole number n, 1 or more"),
+        Literal["none", "every_epoch"] | EverySteps | AtSteps,
+        Field(
+            description="none, every_epoch, {every_steps: n} or {at_steps: [n, ...]} with a whole number n, 1 or more"
+        ),
     ] = "none"
     """When the model's weights are kept in the store, for queries averaged over them."""
+    record: Annotated[Literal["none", "path"], Field(description="none or path")] = "none"
+    """``path``: keep what each optimizer step used, so that the training can be replayed."""
     every: Positive = 1
     """Log every n-th block."""
     query: QueryConfig = QueryConfig()

@@ -20,14 +20,17 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
-from logix_like.config import Config, EverySteps
+from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.recording import PathRecorder
+from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
 from logix_like.store import GradientStore, OnDamage, Place, open_store
@@ -57,11 +60,12 @@ class Run:
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._progress = Progress(optimizer, **_cursor(session))
+        self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
         self._on_damage = on_damage
         self._asker = Asker(path, config.query, self._logbook, on_damage)
+        self._recorder: PathRecorder | None = None
 
     # What is tracked
 
@@ -83,6 +87,10 @@ class Run:
         else:
             tracker = new_tracker(model, self.config)
         self._logbook.tracker = tracker
+        optimizer = self._progress.optimizer
+        if self.config.record == "path" and self._session is not None and optimizer is not None:
+            self._recorder = PathRecorder(self.path, model, optimizer, self._progress, self.checkpoint)
+            self._logbook.on_block = self._recorder.block
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -225,7 +233,26 @@ class Run:
         """Keep the model's weights in the store (safetensors)."""
         if self._session is None or self._logbook.closed:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
-        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
+        moments = None if self._recorder is None else self._recorder.moments()
+        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch, moments)
+
+    def forget(self, data_id: Any) -> int:
+        """Take back every row logged so far of the samples ``data_id``; returns how many there were.
+
+        They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
+        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
+        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
+        :meth:`commit` in all.
+
+        Raises:
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+        """
+        if self._session is None:
+            raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
+        if self._logbook.waiting:
+            raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
+        self.commit()
+        return self._session.forget(as_data_ids(data_id))
 
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
@@ -237,7 +264,7 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
-        if self._logbook.watching and self.config.checkpoints != "none":
+        if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
@@ -270,6 +297,23 @@ class Run:
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
         return open_store(self.path, on_damage=self._on_damage)
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """What each optimizer step used, for replaying the training; recorded with ``record: path``.
+
+        Raises:
+            StoreError: it was not recorded.
+        """
+        return self.store.training_path
+
+    def at(self, checkpoint: int) -> Checkpoint:
+        """The weights and, with ``record: path``, the optimizer's state at a checkpoint, by its number (from 1).
+
+        Raises:
+            StoreNotFoundError: there is no such checkpoint (lists those that there are).
+        """
+        return self.store.checkpoint(checkpoint)
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
@@ -354,13 +398,14 @@ class Run:
         return self._asker.engine().self_influence(gradients, **settings)
 
     def _stepped(self, step: int) -> None:
-        kept = self.config.checkpoints
-        if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
+        if self._recorder is not None:
+            self._recorder.stepped(step)
+        if self._logbook.watching and _is_due(self.config.checkpoints, step):
             self.checkpoint()
 
 
-def _cursor(session: StoreSession | None) -> dict[str, int]:
-    if session is None or session.cursor is None:
-        return {}
-    epoch, step = session.cursor
-    return {"epoch": epoch, "step": step + 1}
+def _is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
+    """Whether the weights are to be kept after ``step`` steps."""
+    if isinstance(kept, EverySteps):
+        return step % kept.every_steps == 0
+    return isinstance(kept, AtSteps) and step in kept.at_steps

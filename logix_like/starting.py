@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from logix_like.config import Config, EverySteps, load_config
-from logix_like.config_errors import section_of
+from logix_like.config import AtSteps, Config, EverySteps, load_config
 from logix_like.errors import ConfigError
+from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
 from logix_like.session import StoreSession
-from logix_like.store import GradientStore, OnDamage, Place, as_place, is_store, open_store
+from logix_like.store import OnDamage, Place, as_place, is_store, open_store
 from logix_like.tracking import new_tracker
 
 
@@ -26,6 +25,7 @@ def init(
     *,
     optimizer: Optimizer | None = None,
     resume: bool = False,
+    resume_step: int | None = None,
     overwrite: bool = False,
     verbose: bool = True,
     **overrides: Any,
@@ -38,6 +38,8 @@ def init(
         config: a YAML file, a preset's name, a mapping or a :class:`Config`.
         optimizer: lets rows carry optimizer steps and learning rates.
         resume: go on behind the last commit of an earlier run in the same place.
+        resume_step: how many steps the training's own checkpoint had taken that it goes on from. Rows of steps after
+            it, which the training is about to take again, are taken back: they stay on disk and count no more.
         overwrite: replace an earlier run in the same place.
         verbose: print once, to stderr, what is tracked.
         overrides: settings that win over the config.
@@ -51,15 +53,22 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
+    require_resume_step(resume_step, resume=resume)
     path = as_place(settings.store.url or settings.root) / settings.project
     if resume and is_store(path):
-        settings = _with_stored(settings, _stored_config(open_store(path)))
-    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
-        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
+        settings = with_stored(settings, stored_config(open_store(path)))
+    if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
+        asked = next(iter(settings.checkpoints.model_dump()))
+        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and settings.record == "path":
+        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
     if model is not None and not resume:
         new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
-    session = StoreSession(path, settings, resume=resume, overwrite=overwrite)
+    session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
+    warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
+    if resume_step is not None:
+        run.step(resume_step)
     if model is not None:
         run.watch(model)
     return run
@@ -80,39 +89,7 @@ def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, o
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
     path = as_place(path)
-    run = Run(_stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
     if model is not None:
         run.watch(model)
     return run
-
-
-def _stored_config(store: GradientStore) -> Config:
-    """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
-    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
-    known: dict[str, Any] = {}
-    for key, value in store.manifest.config.items():
-        section = sections.get(key)
-        if section is not None and isinstance(value, Mapping):
-            known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}
-        elif key in sections:
-            known[key] = value
-    return load_config(known)
-
-
-def _with_stored(settings: Config, stored: Config) -> Config:
-    """``settings`` with everything that decides what a row is as the resumed store has it."""
-    kept = settings.model_copy(
-        update={
-            "modules": stored.modules,
-            "projection": stored.projection,
-            "store": settings.store.model_copy(update={"dtype": stored.store.dtype}),
-        }
-    )
-    if kept != settings:
-        warnings.warn(
-            "the resumed store's modules, projection and dtype are kept; they differ from this config's, and rows of "
-            "one store are all alike: start another project to change them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return kept

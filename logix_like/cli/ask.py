@@ -28,6 +28,16 @@ The queries' gradients come from a Python process that has the model:
     query.gradients.save("queries.npz")
 """
 
+GradientsFile = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE.npz",
+        exists=True,
+        dir_okay=False,
+        help="Gradients to ask with, saved by query.gradients.save(...): data_id [Q] and gradients [Q, D].",
+    ),
+]
+
 SHOWN = 10
 """Samples on each side of a query, unless told otherwise."""
 
@@ -47,15 +57,7 @@ def _known_suffix(path: Path | None) -> Path | None:
 )
 def query(
     store: StorePath,
-    queries: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE.npz",
-            exists=True,
-            dir_okay=False,
-            help="Gradients to ask with, saved by query.gradients.save(...): data_id [Q] and gradients [Q, D].",
-        ),
-    ],
+    queries: GradientsFile,
     k: Annotated[
         int | None,
         typer.Option("-k", min=1, help="Samples on each side of a query.", show_default=f"{SHOWN}, or all of fewer"),

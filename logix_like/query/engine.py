@@ -145,6 +145,7 @@ class QueryEngine:
             reduce=reduce,
             engine=engine,
             note=self._note(question, candidates, fit, query),
+            source=str(getattr(self._store, "path", "")),
             **self._answer(question, task, fit),
         )
 

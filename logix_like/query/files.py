@@ -187,7 +187,7 @@ def _take_apart(result: InfluenceResult) -> Parts:
     for side, ranking in (("top.", result.top), ("bottom.", result.bottom)):
         if ranking is not None:
             arrays |= _ranking_arrays(side, ranking)
-    return FORMAT | {name: getattr(result, name) for name in PLAIN}, arrays
+    return FORMAT | {name: getattr(result, name) for name in (*PLAIN, "source")}, arrays
 
 
 def _ranking_arrays(prefix: str, ranking: Ranking) -> Arrays:
@@ -208,6 +208,7 @@ def _put_together(header: dict[str, Any], arrays: Arrays) -> InfluenceResult:
         step=None if every is None else every.step,
         top=top,
         bottom=bottom,
+        source=str(header.get("source", "")),
         **{name: header[name] for name in PLAIN},
     )
 

@@ -70,6 +70,8 @@ class Fitter:
         described = f"preconditioner {fitted.summary()}"
         if name != "identity":
             described += f", damping {damping:g}, empirical Fisher over {_covered(fitted, rows)} rows"
+        if statistics.superseded and "kfac" in fitted.summary():
+            described += f", Kronecker factors also of {statistics.superseded:,} rows that were taken back since"
         return Fit(fitted, described, rows, key)
 
 

@@ -39,15 +39,19 @@ class ArraySpec:
     """What does not change in an array while its rows grow."""
 
     data_type: str
-    """Zarr's name of the type: ``uint16``, ``float16``, ``float32``, ``float64`` or ``string``."""
+    """Zarr's name of the type: ``uint16``, ``float32``, ``string`` and so on."""
     fill_value: Any
     """What a reader sees where there is no chunk."""
     width: int | None = None
     """Numbers of one row; None for an array of one dimension."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    of_chunks: bool = False
+    """Whether it has one row for each chunk of the others, rather than for each of their rows."""
 
     def document(self, rows: int, chunk_rows: int) -> bytes:
-        """The array's ``zarr.json`` with ``rows`` rows in chunks of ``chunk_rows``."""
+        """The array's ``zarr.json`` for a part of ``rows`` rows in chunks of ``chunk_rows``."""
+        if self.of_chunks:
+            rows, chunk_rows = -(-rows // chunk_rows), 1
         tail = [] if self.width is None else [self.width]
         document = {
             "zarr_format": 3,

@@ -66,7 +66,17 @@ class CloseRecord:
     """Marks the line."""
 
 
-Record = RowsRecord | StatisticsRecord | CloseRecord
+@dataclass(frozen=True)
+class GoneRecord:
+    """Stands where a repair took a record out, so that those behind it keep their numbers."""
+
+    sequence: int
+    """Number of the line."""
+    gone: bool = True
+    """Marks the line."""
+
+
+Record = RowsRecord | StatisticsRecord | CloseRecord | GoneRecord
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class Commits:
     """Whether a torn last line was dropped."""
     spoilt: bool = False
     """Whether that line was written whole, which no kill leaves: bits of it changed afterwards."""
+    length: int = 0
+    """How many records there are, of all kinds."""
 
     @property
     def total(self) -> int:
@@ -147,7 +159,10 @@ def read_commits(folder: Place) -> Commits:
 
 
 def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
-    """Every record of a part that is as it was written, in order, and what is wrong with the other lines."""
+    """Every record of a part that is as it was written, by its number, and what is wrong with the other lines.
+
+    Between them :class:`GoneRecord` stands for those that are not to be read.
+    """
     records: dict[int, Record] = {}
     findings = []
     lines = files_of(folder).read_records(folder / COMMITS).split(b"\n")
@@ -156,11 +171,13 @@ def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
             continue
         try:
             found = _parse(line, None)
+            if found.sequence > len(lines):
+                raise ValueError(f"it has number {found.sequence}, of {len(lines)} lines")
             if records.setdefault(found.sequence, found) is not found:
                 raise ValueError(f"it has number {found.sequence}, as a line before it")
         except _UNREADABLE as error:
             findings.append(f"line {number} is no record ({error})")
-    return [records[sequence] for sequence in sorted(records)], findings
+    return [records.get(number, GoneRecord(number)) for number in range(1 + max(records, default=-1))], findings
 
 
 def _is_whole(unfinished: bytes, number: int) -> bool:
@@ -180,6 +197,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
         closed=bool(records) and isinstance(records[-1], CloseRecord),
         torn=torn,
         spoilt=spoilt,
+        length=len(records),
     )
 
 
@@ -194,6 +212,8 @@ def _parse(line: bytes, number: int | None) -> Record:
         raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
     if "closed" in entry:
         return CloseRecord(number)
+    if "gone" in entry:
+        return GoneRecord(number)
     if "generation" in entry:
         return StatisticsRecord(number, _count(entry, "generation"), _count(entry, "watermark"))
     return _rows_record(entry, number)

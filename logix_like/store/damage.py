@@ -10,15 +10,16 @@ from logix_like.errors import StoreDamagedError
 from logix_like.store.arrays import chunk_file, read_chunk
 from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.files import Place, exists, names_in
-from logix_like.store.schema import COLUMNS, GRADIENTS, SCALE, TAILS
+from logix_like.store.schema import COLUMNS, COORDINATE_SCALE, GRADIENTS, SCALE, TAILS
 
+_WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
 _CHUNK = re.compile(r"c\.[0-9]{1,12}\.0", re.ASCII)
 
 
 def array_file(folder: Place, record: RowsRecord, array: str) -> Place:
     """The file of a committed chunk of one of a part's arrays."""
     part = folder / record.part if record.part else folder
-    return chunk_file(part / array, record.chunk, 2 if array in (GRADIENTS, COLUMNS, SCALE) else 1)
+    return chunk_file(part / array, record.chunk, 2 if array in _WIDE else 1)
 
 
 def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:

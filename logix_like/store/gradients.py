@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
-from logix_like.store.encoding import Encoding
+from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.files import CHECKSUM_BYTES, Content, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
-from logix_like.store.schema import GRADIENTS, SCALE
+from logix_like.store.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.segments import Segment
 
 KEPT_BYTES = 32 * 2**20
@@ -34,13 +35,15 @@ class RowChunk:
     start: int
     """Number of the first row."""
     raw: Tensor
-    """``[n, width]`` of the stored type; a view of the file where possible: never write to it."""
+    """``[n, stored width]`` of the stored type; a view of the file where possible: never write to it."""
     scale: Tensor | None
-    """``[n, modules]``, where the encoding has scales."""
+    """``[n, modules]`` float32, where the encoding has scales."""
     encoding: Encoding
     """How the rows are stored."""
     layout: Layout
     """The rows' module table."""
+    coordinate_scale: Tensor | None = None
+    """``[width]`` float32, where the encoding has one for each coordinate; each chunk has its own."""
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -52,15 +55,26 @@ class RowChunk:
 
     def decode(self) -> Tensor:
         """The rows ``[n, width]``, float32 (float64 where they are stored so)."""
-        return self.encoding.decode(self.raw, self.scale, self.layout)
+        return self.encoding.decode(self._stored, self.layout)
+
+    def codes(self) -> Tensor:
+        """The numbers that the scales multiply, ``[n, width]``: int8, unpacked, for ``int8``, ``int4`` and ``sign``.
+
+        ``decode()`` is ``codes() * scale`` of the row and module ``* coordinate_scale`` of the coordinate.
+        """
+        return self.encoding.codes(self._stored, self.layout)
 
     def select(self, rows: np.ndarray, start: int) -> RowChunk:
         """Rows by their numbers within the chunk, as a chunk that begins at ``start``."""
         where: Any = torch.from_numpy(rows)
         if np.all(np.diff(rows) == 1):
             where = slice(int(rows[0]), int(rows[-1]) + 1)  # a run of rows needs no copy
-        scale = None if self.scale is None else self.scale[where]
-        return RowChunk(start, self.raw[where], scale, self.encoding, self.layout)
+        stored = self._stored.select(where)
+        return RowChunk(start, stored.values, stored.scale, self.encoding, self.layout, self.coordinate_scale)
+
+    @property
+    def _stored(self) -> StoredRows:
+        return StoredRows(self.raw, self.scale, self.coordinate_scale)
 
 
 class GradientReader:
@@ -132,16 +146,20 @@ class GradientReader:
 
     def _open(self, segment: Segment, *, check: bool) -> RowChunk:
         """Map a chunk; ``check`` compares it with the checksum that was committed, once for each reader."""
-        raw = _mapped(segment, GRADIENTS, self._encoding.dtype, self._layout.width, check=check)
-        scale = None
-        if self._encoding.scaled:
-            scale = _mapped(segment, SCALE, torch.float32, len(self._layout), check=check)
-        return RowChunk(segment.first, raw, scale, self._encoding, self._layout)
+        encoding, layout, rows = self._encoding, self._layout, segment.rows
+        shape = rows, encoding.stored_width(layout.width)
+        raw = _mapped(segment, GRADIENTS, encoding.dtype, shape, check=check)
+        scale = coordinate = None
+        if encoding.scaled:
+            scale = _mapped(segment, SCALE, torch.float32, (rows, len(layout)), check=check)
+        if encoding.coordinate_scaled:
+            coordinate = _mapped(segment, COORDINATE_SCALE, torch.float32, (1, layout.width), check=check)[0]
+        return RowChunk(segment.first, raw, scale, encoding, layout, coordinate)
 
 
-def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, check: bool) -> Tensor:
+def _mapped(segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, int], *, check: bool) -> Tensor:
     file = chunk_file(segment.folder / array, segment.chunk, 2)
-    size = segment.rows * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     try:
         found = file_size(file)
         if found != size + CHECKSUM_BYTES:
@@ -151,7 +169,7 @@ def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, che
         raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
     if check and not _intact(content, size, segment.crc.get(array)):
         raise damaged(file, str(segment), "does not match its checksum")
-    return torch.frombuffer(content, dtype=dtype, count=segment.rows * width).view(segment.rows, width)
+    return torch.frombuffer(content, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _intact(content: Content, size: int, crc: int | None) -> bool:

@@ -7,31 +7,38 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import ArraySpec, chunk_file, write_group
 from logix_like.store.columns import encode_texts
-from logix_like.store.encoding import Encoding
+from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.files import Bytes, Place, as_bytes, write_checked, write_files
-from logix_like.store.schema import COLUMNS, DATA_ID, DOCUMENT, GRADIENTS, METADATA, SCALE, WRITER_COLUMNS, Flag
+from logix_like.store.schema import (
+    COLUMNS,
+    COORDINATE_SCALE,
+    DATA_ID,
+    DOCUMENT,
+    GRADIENTS,
+    METADATA,
+    SCALE,
+    WRITER_COLUMNS,
+    Flag,
+)
 
 
 @dataclass(frozen=True)
 class EncodedRows:
     """Some rows as they will stand on disk."""
 
-    values: Tensor
-    """``[rows, width]`` of the encoding's type."""
-    scale: Tensor | None
-    """``[rows, modules]`` float32, where the encoding has scales."""
+    stored: StoredRows
+    """The gradients, with their scales."""
     numbers: np.ndarray
     """``[rows, columns]`` float64: step, epoch, loss, ..."""
     texts: Mapping[str, list[str]]
     """By array (``data_id``, ``metadata/<name>``): one text for each row."""
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.stored)
 
 
 SUSPICIOUS_NORM = 1e18
@@ -42,8 +49,7 @@ def flag_nonfinite(rows: EncodedRows, encoding: Encoding, layout: Layout) -> Non
     """Flag the rows that are not finite as stored; correct norms that overflowed though their row did not."""
     norm, flags = WRITER_COLUMNS.index("norm"), WRITER_COLUMNS.index("flags")
     for row in np.flatnonzero(~(rows.numbers[:, norm] < SUSPICIOUS_NORM)).tolist():
-        scale = None if rows.scale is None else rows.scale[row : row + 1]
-        stored = encoding.decode(rows.values[row : row + 1], scale, layout).double()
+        stored = encoding.decode(rows.stored.select(slice(row, row + 1)), layout).double()
         rows.numbers[row, norm] = torch.linalg.vector_norm(stored)
         if not stored.isfinite().all():
             rows.numbers[row, flags] = int(rows.numbers[row, flags]) | Flag.NONFINITE
@@ -119,20 +125,24 @@ _TEXTS = ArraySpec("string", "")
 
 def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...]) -> dict[str, ArraySpec]:
     """The arrays that each part has."""
-    about = {"dtype": encoding.name}
     arrays = {
-        GRADIENTS: ArraySpec(encoding.data_type, encoding.fill_value, layout.width, about),
+        GRADIENTS: ArraySpec(
+            encoding.data_type, encoding.fill_value, encoding.stored_width(layout.width), encoding.attributes()
+        ),
         COLUMNS: ArraySpec("float64", "NaN", len(column_names), {"columns": list(column_names)}),
         DATA_ID: _TEXTS,
     }
     if encoding.scaled:
         arrays[SCALE] = ArraySpec("float32", "NaN", len(layout), {"modules": list(layout.names)})
+    if encoding.coordinate_scaled:
+        arrays[COORDINATE_SCALE] = ArraySpec("float32", "NaN", layout.width, of_chunks=True)
     return arrays
 
 
 def _buffers(rows: EncodedRows) -> dict[str, Bytes]:
-    buffers: dict[str, Bytes] = {GRADIENTS: as_bytes(rows.values)}
-    if rows.scale is not None:
-        buffers[SCALE] = as_bytes(rows.scale)
+    stored = rows.stored
+    scales = {SCALE: stored.scale, COORDINATE_SCALE: stored.coordinate_scale}
+    buffers: dict[str, Bytes] = {GRADIENTS: as_bytes(stored.values)}
+    buffers |= {name: as_bytes(scale) for name, scale in scales.items() if scale is not None}
     buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
     return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}

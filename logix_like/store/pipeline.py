@@ -26,10 +26,15 @@ from logix_like.store.sums import save_statistics
 
 _WRITER_NAME = re.compile(r"([0-9]{1,9})-([0-9]{1,9})", re.ASCII)
 
+STAGED_SHARE = 4
+"""Rows that wait to be encoded take no more memory than this many chunks on disk."""
+
 
 def chunk_rows(layout: Layout, encoding: Encoding, chunk_mib: float) -> int:
-    """Rows of a chunk of about ``chunk_mib`` MiB (at least one)."""
-    return max(1, int(chunk_mib * 2**20) // max(1, layout.width * encoding.dtype.itemsize))
+    """Rows of a chunk of about ``chunk_mib`` MiB, or less where they take :data:`STAGED_SHARE` times that in memory."""
+    stored = encoding.stored_width(layout.width) * encoding.dtype.itemsize
+    staged = layout.width * encoding.staging.itemsize / STAGED_SHARE
+    return max(1, int(chunk_mib * 2**20 / max(1, stored, staged)))
 
 
 def parse_writer_name(name: str) -> tuple[int, int] | None:
@@ -71,7 +76,7 @@ class RowPipeline:
         self._guard = guard
         self._sync = sync
         self._accumulator = statistics
-        self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
+        self._staged = StagedChunk(layout, encoding, rows)
         self._rows = RowWriter(folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, sync=sync)
         self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
-from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
+from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
 from logix_like.store.files import Place, as_place, files_of, folder_size, names_in
 from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.journal import load_state, read_path
 from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,
     DOCUMENT,
@@ -31,6 +34,7 @@ from logix_like.store.schema import (
     VIEWS,
     WRITER_COLUMNS,
     WRITERS,
+    Flag,
     StoreManifest,
     read_manifest,
 )
@@ -87,6 +91,7 @@ class _Snapshot:
 
     manifest: StoreManifest
     writers: tuple[WriterInfo, ...]
+    retractions: tuple[Retraction, ...]
     table: RowTable
     views: SampleViews
     damages: tuple[str, ...]
@@ -140,7 +145,8 @@ class GradientStore:
     def refresh(self) -> Self:
         """See what was committed since; returns the store itself."""
         snapshot = _read(self.path, self._intact)
-        if snapshot.writers != self.writers or snapshot.manifest != self.manifest:
+        known_state = (self.writers, self.manifest, self.retractions)
+        if known_state != (snapshot.writers, snapshot.manifest, snapshot.retractions):
             known, self._snapshot = self.damages, snapshot
             if self.damages != known:
                 self._tell_damages()
@@ -187,6 +193,11 @@ class GradientStore:
     def writers(self) -> tuple[WriterInfo, ...]:
         """The writing processes and restarts, in row order."""
         return self._snapshot.writers
+
+    @property
+    def retractions(self) -> tuple[Retraction, ...]:
+        """What was taken back after its commit."""
+        return self._snapshot.retractions
 
     @property
     def key(self) -> str:
@@ -262,10 +273,20 @@ class GradientStore:
     def statistics_of_writers(self) -> Mapping[str, Statistics]:
         """The latest statistics of each writer that has written some, by the writer's name."""
         return {
-            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules)
+            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules).less(
+                self._superseded(writer)
+            )
             for writer in self.writers
             if writer.commits.statistics is not None
         }
+
+    def _superseded(self, writer: WriterInfo) -> int:
+        """How many of the rows that the writer's statistics cover were taken back since."""
+        if not any(writer.name in retraction.reach for retraction in self.retractions):
+            return 0
+        first = sum(other.rows for other in self.writers[: self.writers.index(writer)])
+        covered = self.flags[first : first + min(writer.rows, writer.statistics_rows)]
+        return int(np.count_nonzero(covered & int(Flag.SUPERSEDED)))
 
     @cached_property
     def projections(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
@@ -279,12 +300,27 @@ class GradientStore:
 
     @property
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
-        """The checkpoints in the store, in order."""
-        return list_checkpoints(self.path)
+        """The checkpoints in the store, in order, without those of steps that were taken back."""
+        return standing_checkpoints(self.path, self.retractions)
 
     def load_checkpoint(self, number: int) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by its number."""
         return load_checkpoint(self.path, number)
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A checkpoint with its step and, with ``record: path``, the optimizer's state, by its number."""
+        known = {record.number: record for record in self.checkpoints}
+        if number not in known:
+            load_checkpoint(self.path, number)  # says which there are
+        return load_state(self.path, known[number])
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """The steps that were recorded with ``record: path``.
+
+        Raises :class:`StoreError` if none were.
+        """
+        return read_path(self.path)
 
     def view(self, reduce: str = "mean") -> Rows:
         """One row for each sample: ``mean`` or ``sum`` of its valid visits, the ``last``, or all (``none``).
@@ -335,12 +371,14 @@ def _read(path: Place, intact: IntactRows | None = None) -> _Snapshot:
     writers = committed if intact is None else _without_damage(committed, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
-    parts = [PartSource(writer.folder, writer.name, writer.commits) for writer in writers]
+    retractions = read_retractions(path)
+    parts = [PartSource(writer.folder, writer.name, writer.commits, retractions) for writer in writers]
     # A store without a module table has no rows, so any encoding reads them all.
     encoding = ENCODINGS[manifest.encoding or "float32"]
     layout = manifest.layout or Layout(())
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
-    return _Snapshot(manifest, writers, table, SampleViews(path, manifest.created, table), damages, damaged_rows)
+    views = SampleViews(path, manifest.created, table)
+    return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
 
 
 def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tuple[WriterInfo, ...]:

@@ -7,12 +7,15 @@ This is the only place that spells a path or the format's version::
       writers/<rank>.lock                    empty; locked by the process that writes as this rank
       writers/<rank>-<attempt>/              one part for each writing process and restart
         gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
+        coordinate_scale                     one row for each chunk of the others
         tails/<n>/...                        the same arrays, one short chunk each
         statistics/<generation>/<field>      float64 sums of all modules, one after another
         commits                              the record: rows that it does not name do not exist (in object
                                              stores commits/<number>, one line each)
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      retractions/<digest>.json              rows taken back after their commit
+      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
       quarantine/<n>/                        what repair and compact took out, by its old path
 """
 
@@ -43,10 +46,13 @@ COMMITS = "commits"
 VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
+RETRACTIONS = "retractions"
+JOURNAL = "path"
 QUARANTINE = "quarantine"
 
 GRADIENTS = "gradients"
 SCALE = "scale"
+COORDINATE_SCALE = "coordinate_scale"
 COLUMNS = "columns"
 DATA_ID = "data_id"
 METADATA = "metadata"
@@ -66,7 +72,7 @@ class Flag(enum.IntFlag):
     NONFINITE = 1
     """The row holds a number that is not finite in the stored precision."""
     SUPERSEDED = 2
-    """The row was taken back: it stays on disk and is not read."""
+    """The row was taken back: it stays on disk and is not read. Not stored: told by the store's retractions."""
     INTEGER_ID = 4
     """The sample's id is an int, written in decimal."""
     OVERFLOW = 8

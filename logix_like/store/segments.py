@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from logix_like.store.retractions import Retraction
 from logix_like.store.storage import Place
 
 
@@ -22,6 +23,8 @@ class Segment:
     """How many rows."""
     crc: Mapping[str, int]
     """CRC-32C of the chunk's file by array."""
+    retractions: tuple[Retraction, ...] = ()
+    """Those that reach the chunk; they may take back some of its rows."""
 
     @property
     def stop(self) -> int:

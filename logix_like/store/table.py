@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ from logix_like.store.encoding import Encoding
 from logix_like.store.files import CHECKSUM_BYTES, Place, file_size
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.hold import FolderHold
+from logix_like.store.retractions import Retraction
 from logix_like.store.schema import COLUMNS, DATA_ID, INVALID, METADATA, ROOT_MODULE, Flag
 from logix_like.store.segments import Segment
 
@@ -107,8 +108,14 @@ class RowTable:
 
     @cached_property
     def flags(self) -> np.ndarray:
-        """Bits of :class:`~logix_like.store.schema.Flag`."""
-        return self.number("flags").astype(np.int64)
+        """Bits of :class:`~logix_like.store.schema.Flag`, those of rows taken back since included."""
+        flags = self._stored_flags.copy()
+        for segment in self.segments:
+            rows = slice(segment.first, segment.stop)
+            for retraction in segment.retractions:
+                taken = retraction.takes(self.step[rows], lambda rows=rows: self.data_id[rows])  # type: ignore[misc]
+                flags[rows][taken] |= int(Flag.SUPERSEDED)
+        return flags
 
     @cached_property
     def valid(self) -> np.ndarray:
@@ -126,7 +133,7 @@ class RowTable:
     @cached_property
     def data_id(self) -> np.ndarray:
         """The sample's id of each row, str or int."""
-        return decode_ids(self._texts(DATA_ID), (self.flags & int(Flag.INTEGER_ID)) != 0)
+        return decode_ids(self._texts(DATA_ID), (self._stored_flags & int(Flag.INTEGER_ID)) != 0)
 
     @cached_property
     def metadata(self) -> Mapping[str, np.ndarray]:
@@ -141,6 +148,10 @@ class RowTable:
     def metadata_column(self, name: str) -> np.ndarray:
         """Values of one of the user's columns, object ``[n]``."""
         return decode_values(self._texts(self.metadata_arrays()[name], missing="null"), name)
+
+    @cached_property
+    def _stored_flags(self) -> np.ndarray:
+        return self.number("flags").astype(np.int64)
 
     @cached_property
     def _numbers(self) -> np.ndarray:
@@ -200,6 +211,8 @@ class PartSource:
     """What it is called in the table's key."""
     commits: Commits
     """Its record."""
+    retractions: tuple[Retraction, ...] = field(default=())
+    """Those of its store."""
 
 
 def make_table(
@@ -218,9 +231,11 @@ def make_table(
             folder = part.folder / record.part if record.part else part.folder
             if record.rows > MANY_ROWS:
                 _require_rows(folder, record, len(column_names))
-            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc))
+            reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
+            entry += [retraction.digest for retraction in reached]
             identity.update(json.dumps(entry).encode())
     return RowTable(segments, layout, encoding, column_names, f"{kind}:{identity.hexdigest()}")
 

@@ -1,7 +1,7 @@
 """Reading every byte of a store that counts, and naming what is not as it was committed.
 
 Checked are the manifest, every Zarr document, the commit records, each committed chunk of every array (against
-its own checksum and the record's), the latest statistics, projections, checkpoints and sample views. Files
+its own checksum and the record's), the latest statistics, projections, checkpoints, retractions and sample views. Files
 that no record names (what a kill left, temporary names) hold no committed rows and are not read.
 """
 
@@ -23,7 +23,9 @@ from logix_like.store.creation import read_projections
 from logix_like.store.damage import array_file, unrecorded_files
 from logix_like.store.documents import unsealed
 from logix_like.store.files import Place, as_place, names_in, read_bytes, walk
+from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
     CHECKPOINTS,
     COLUMNS,
@@ -154,6 +156,8 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
+        *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
+        *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
