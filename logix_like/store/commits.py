@@ -67,6 +67,16 @@ class CloseRecord:
 
 
 @dataclass(frozen=True)
+class ReplacesRecord:
+    """The part holds the rows of others, which are not read any more once it is closed."""
+
+    sequence: int
+    """Number of the line."""
+    replaces: tuple[str, ...]
+    """Names of the others."""
+
+
+@dataclass(frozen=True)
 class GoneRecord:
     """Stands where a repair took a record out, so that those behind it keep their numbers."""
 
@@ -76,7 +86,7 @@ class GoneRecord:
     """Marks the line."""
 
 
-Record = RowsRecord | StatisticsRecord | CloseRecord | GoneRecord
+Record = RowsRecord | StatisticsRecord | CloseRecord | ReplacesRecord | GoneRecord
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ class Commits:
     """The latest statistics, if any were written."""
     closed: bool = False
     """Whether the writer was closed."""
+    replaces: tuple[str, ...] = ()
+    """Names of the parts in whose place this one stands."""
     torn: bool = False
     """Whether a torn last line was dropped."""
     spoilt: bool = False
@@ -191,10 +203,12 @@ def _is_whole(unfinished: bytes, number: int) -> bool:
 
 def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Commits:
     statistics = [record for record in records if isinstance(record, StatisticsRecord)]
+    closed = bool(records) and isinstance(records[-1], CloseRecord)
     return Commits(
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
-        closed=bool(records) and isinstance(records[-1], CloseRecord),
+        closed=closed,
+        replaces=tuple(name for one in records if closed and isinstance(one, ReplacesRecord) for name in one.replaces),
         torn=torn,
         spoilt=spoilt,
         length=len(records),
@@ -212,6 +226,8 @@ def _parse(line: bytes, number: int | None) -> Record:
         raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
     if "closed" in entry:
         return CloseRecord(number)
+    if "replaces" in entry:
+        return ReplacesRecord(number, tuple(map(str, entry["replaces"])))
     if "gone" in entry:
         return GoneRecord(number)
     if "generation" in entry:
