@@ -25,7 +25,11 @@ from logix_like.store.schema import (
 from logix_like.store.staging import StagedChunk
 from logix_like.store.sums import save_statistics
 
-_WRITER_NAME = re.compile(r"([0-9]{1,9})-([0-9]{1,9})", re.ASCII)
+MERGED = "merged"
+"""Part of a writer's name that stands for the rank where parts were merged into one."""
+MERGED_RANK = -1
+"""Its number."""
+_WRITER_NAME = re.compile(rf"([0-9]{{1,9}}|{MERGED})-([0-9]{{1,9}})", re.ASCII)
 
 STAGED_SHARE = 4
 """Rows that wait to be encoded take no more memory than this many chunks on disk."""
@@ -41,14 +45,15 @@ def chunk_rows(layout: Layout, encoding: Encoding, chunk_mib: float) -> int:
 def parse_writer_name(name: str) -> tuple[int, int] | None:
     """``(attempt, rank)`` of a writer's folder name, None for any other name."""
     match = _WRITER_NAME.fullmatch(name)
-    return None if match is None else (int(match[2]), int(match[1]))
+    return None if match is None else (int(match[2]), MERGED_RANK if match[1] == MERGED else int(match[1]))
 
 
 def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
     """Create the folder of the next attempt of ``rank``; no two processes get the same one."""
     writers = store / WRITERS
     taken = [name for name in map(parse_writer_name, names_in(writers)) if name is not None]
-    attempt = 1 + max((attempt for attempt, owner in taken if owner == rank), default=0)
+    # Never a name again that a merged part has taken the place of: retractions name parts.
+    attempt = 1 + max((attempt for attempt, owner in taken if owner in (rank, MERGED_RANK)), default=0)
     while True:
         folder = writers / f"{rank}-{attempt}"
         if files_of(folder).claim_folder(folder, sync=sync):
