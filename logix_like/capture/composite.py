@@ -121,8 +121,8 @@ class Experts(Composite):
     """The fused experts of transformers 5: ``gate_up_proj [experts, 2 i, h]``, ``down_proj [experts, h, i]``.
 
     Without a gate the first is ``up_proj [experts, i, h]``; matrices may be transposed, and there may be biases, as the
-    module's own attributes say. Each expert's two weights are blocks of their own. Tokens arrive flattened, with the experts that the router chose
-    for them; a token that an expert does not see has a zero gradient there.
+    module's own attributes say. Each expert's two weights are blocks of their own. Tokens arrive flattened, with the
+    experts that the router chose for them; a token that an expert does not see has a zero gradient there.
     """
 
     def parts(self, module: Any) -> dict[str, nn.Module]:
