@@ -126,10 +126,7 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
         gradient = parameter.grad.detach()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if part == "bias" or gradient.ndim == 1:
-            columns.append(gradient.reshape(-1, 1))
-        else:
-            columns.append((gradient.T if tracked.rule.transposed else gradient).flatten(1))
+        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
     return torch.cat(columns, 1) if columns else None
 
 
