@@ -17,6 +17,10 @@ from logix_like.errors import CaptureError
 from logix_like.layout import Layout
 
 
+OnFactors = Callable[[str, str, Tensor, Tensor], None]
+"""Told of each call's projected factors: block, kind of layer, ``d [batch, positions, rank_out]``, ``a [..., rank_in]``."""
+
+
 @dataclass(slots=True)
 class _SharedInput:
     """The last tensor that a group of modules read, with its projection."""
@@ -131,7 +135,9 @@ class BlockRecorder:
         moments: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        on_factors: OnFactors | None = None,
     ) -> None:
+        self._on_factors = on_factors
         self._projector = projector
         self._mask = mask
         self._shared: dict[tuple[str, bool], _SharedInput] = {}
@@ -159,6 +165,8 @@ class BlockRecorder:
             if inward.dtype != self._dtype or outward.dtype != self._dtype:
                 inward, outward = inward.to(self._dtype), outward.to(self._dtype)
             _add(self._blocks, use.block, outward.transpose(1, 2) @ inward)
+            if self._on_factors is not None:
+                self._on_factors(use.block, tracked.rule.kind, outward, inward)
             if self._moments is not None:
                 _add(self._moments.outputs, use.block, _outer_sum(self._counted(outward)))
                 # A shared input was counted when it was read, once for all who read it.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from logix_like.capture.batch import FactorMoments
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
-from logix_like.capture.recorder import BlockRecorder, CallReader
+from logix_like.capture.recorder import BlockRecorder, CallReader, OnFactors
 from logix_like.capture.selection import Selection, TrackedModule, Use
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
@@ -73,14 +73,21 @@ class Tracker:
         return self._layout
 
     def recording(
-        self, batch: int, *, mask: Tensor | None = None, moments: bool = False, detached: bool = False
+        self,
+        batch: int,
+        *,
+        mask: Tensor | None = None,
+        moments: bool = False,
+        detached: bool = False,
+        on_factors: OnFactors | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
-        graph at the first tracked module (for models whose weights are frozen).
+        graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
+        what each call adds, position by position.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -141,8 +148,18 @@ def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 class Recording:
     """What one block of training code called, and the rows that come of it."""
 
-    def __init__(self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        batch: int,
+        *,
+        mask: Tensor | None,
+        moments: bool,
+        detached: bool,
+        on_factors: OnFactors | None = None,
+    ) -> None:
         self._tracker = tracker
+        self._on_factors = on_factors
         self._batch = batch
         self._mask = mask
         self._with_moments = moments
@@ -236,6 +253,7 @@ class Recording:
             moments=self._with_moments,
             dtype=self._tracker.dtype,
             device=self._tracker.device,
+            on_factors=self._on_factors,
         )
 
     def _keep_value(self, tracked: TrackedModule, value: Tensor) -> Tensor:
