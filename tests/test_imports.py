@@ -47,6 +47,7 @@ LAYERS = (
     ("logix_like.report",),
     ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.sensitivity",),
     ("logix_like.evaluation",),
     ("logix_like.workflows",),
     (
