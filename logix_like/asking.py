@@ -22,6 +22,9 @@ from logix_like.store import Place, open_store, projections_digest
 from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
+OPTIONS = ("where", "per", "normalize", "client", "progress")
+"""Options of a question that no config holds."""
+
 
 class Query:
     """What ``with run.query(...) as query`` yields; :attr:`gradients` is there once the block has ended."""
@@ -150,13 +153,13 @@ class Asker:
         Raises:
             ConfigError: an option is unknown (lists the known).
         """
-        known = {**self._settings.model_dump(), "progress": None}
+        known: dict[str, Any] = {**self._settings.model_dump(), **dict.fromkeys(OPTIONS)}
         if only:
             known = {name: known[name] for name in only}
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             raise ConfigError(f"unknown query option {unknown!r}; known are {', '.join(known)}")
-        return {**known, **given}
+        return {name: value for name, value in {**known, **given}.items() if name not in OPTIONS or name in given}
 
     def _ask(
         self,

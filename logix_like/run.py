@@ -21,11 +21,13 @@ from tqdm import tqdm
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
 from logix_like.config import AtSteps, Config, EverySteps
+from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
+from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, SelfInfluence
@@ -357,6 +359,28 @@ class Run:
         """
         options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
         return self._asker.query_fn(batch, loss_fn, options, checkpoints)
+
+    def fit_curvature(
+        self, loader: Iterable[Any], objective: Objective | None = None, *, name: str = "default", **options: Any
+    ) -> Curvature:
+        """Curvature of the tracked modules at full size, at the model's present weights, kept in the store as ``name``.
+
+        A fit that was interrupted goes on when it is called again. ``options`` are those of
+        :func:`logix_like.curvature.fit_curvature`; ``at=lambda: run.at_checkpoints("all")`` averages over checkpoints.
+        """
+        file, tracker = stored_curvature(self.path, name), self._logbook.tracker
+        options = {"selection": tracker.selection, "resume_from": file.with_suffix(".partial"), **options}
+        curvature = fit_curvature(tracker.model, loader, objective, **options)
+        save_curvature(curvature, file)
+        return curvature
+
+    def curvature(self, name: str = "default") -> Curvature:
+        """What :meth:`fit_curvature` kept.
+
+        Raises:
+            StoreNotFoundError: there is no curvature of that name.
+        """
+        return load_curvature(stored_curvature(self.path, name))
 
     def compute_influence_all(
         self, query: Query | QueryGradients, k: int | None = None, **options: Any

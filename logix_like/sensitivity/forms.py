@@ -51,9 +51,10 @@ def deviations(flat: FlatModel, posterior: Posterior, theta: Tensor, batch: Batc
 
 def shift_by_loo(covariance: Tensor, residual: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:
     """``V (I - Lambda V)^-1 e``, ``[batch, outputs]``."""
-    products = torch.func.vmap(hessian, in_dims=2, out_dims=2)(covariance)
+    products: Tensor = torch.func.vmap(hessian, in_dims=2, out_dims=2)(covariance)
     system = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device) - products
-    return (covariance @ torch.linalg.solve(system, residual.unsqueeze(2))).squeeze(2)
+    shift: Tensor = (covariance @ torch.linalg.solve(system, residual.unsqueeze(2))).squeeze(2)
+    return shift
 
 
 def shift_in_full(covariance: Tensor, residual: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:

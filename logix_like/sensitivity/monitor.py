@@ -238,8 +238,8 @@ class _Look:
         """Variance of the outputs and their shift, each ``[batch, outputs]``."""
         if not whole and self._form != "full":
             raise ConfigError(
-                f"the Jacobian of one sample's {residual[0].numel():,} outputs by {self._flat.width:,} parameters exceeds "
-                "memory_mib; use form='full', which needs none, name fewer parameters=, or raise memory_mib"
+                f"the Jacobian of one sample's {residual[0].numel():,} outputs by {self._flat.width:,} parameters "
+                "exceeds memory_mib; use form='full', which needs none, name fewer parameters=, or raise memory_mib"
             )
         if not whole:
             shift = directional_shift(self._flat, self._posterior, self._theta, batch).flatten(1)

@@ -1,7 +1,7 @@
 """Covariances of a model's parameters: from the optimizer's running state, or by Laplace's approximation.
 
-All are those of a posterior of ``n`` samples with the prior ``strength / 2 ||theta||^2``: ``S = (n H + strength)^-1`` with
-H the curvature of the mean loss, or what stands for it.
+All are those of a posterior of ``n`` samples with the prior ``strength / 2 ||theta||^2``:
+``S = (n H + strength)^-1`` with H the curvature of the mean loss, or what stands for it.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class DensePosterior(Posterior):
         self._root, failed = torch.linalg.cholesky_ex(precision)
         if failed.item():
             raise ConfigError(
-                "the posterior's precision is not positive definite: the data leaves some directions undetermined; give "
-                "a strength (L2 penalty) above 0"
+                "the posterior's precision is not positive definite: the data leaves some directions undetermined; "
+                "give a strength (L2 penalty) above 0"
             )
 
     def times(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        return torch.cholesky_solve(flat.T, self._root).T.reshape(rows.shape)
+        solved: Tensor = torch.cholesky_solve(flat.T, self._root).T.reshape(rows.shape)
+        return solved
 
     def draw(self, noise: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._root.T, noise.T, upper=True).T

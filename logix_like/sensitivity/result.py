@@ -44,7 +44,8 @@ class Sensitivities:
         """Ids of the ``k`` samples whose removal would move their own prediction most, the first first."""
         if not is_count(k) or not 1 <= k <= len(self.data_id):
             raise QueryError(f"k is {k!r}; it must be between 1 and {len(self.data_id)}, the number of samples")
-        return self.data_id[stable_top(self.sensitivity[None], k)[1][0].numpy()]
+        chosen: Ids = self.data_id[stable_top(self.sensitivity[None], k)[1][0].numpy()]
+        return chosen
 
     def map(self) -> tuple[Tensor, Tensor]:
         """The sensitivity map (figure 1 of the paper): error and variance of each sample, both ``[samples]``.
@@ -58,6 +59,6 @@ class Sensitivities:
         k = min(5, len(self.data_id))
         listed = ", ".join(repr(one) for one in self.most_sensitive(k))
         return (
-            f"{len(self.data_id)} samples: loss {self.train_loss:.4f}, leave-one-out estimate {self.loo_loss:.4f}; most "
-            f"sensitive: {listed}"
+            f"{len(self.data_id)} samples: loss {self.train_loss:.4f}, leave-one-out estimate {self.loo_loss:.4f}; "
+            f"most sensitive: {listed}"
         )

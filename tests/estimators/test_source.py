@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from logix_like.estimators.segments import DenseSpectrum
 from logix_like.estimators.source import Source, gathered, kept
 from logix_like.estimators.tracin import TracIn
 from logix_like.estimators.unrolling import ExactUnrolling
+from logix_like.layout import DataId
 from logix_like.objective import Gaussian, Objective
 from logix_like.path import TrainingPath
 from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
@@ -107,15 +109,15 @@ def test_on_least_squares_more_segments_come_nearer_to_the_exact_unrolling(tmp_p
     x, y = _regression()
     objective = Objective(Gaussian())
 
-    def data(ids: object) -> tuple[Tensor, Tensor]:
+    def data(ids: Sequence[DataId]) -> tuple[Tensor, Tensor]:
         index = list(ids)
         return x[index], y[index]
 
     asked = (x[:4] + 0.3, y[:4])
     exact = ExactUnrolling(path, _line(), objective, data).scores(asked)
     errors = [
-        _relative(Source(path, _line(), objective, data, segments=l, curvature="dense").scores(asked), exact)
-        for l in (1, 3, 15)
+        _relative(Source(path, _line(), objective, data, segments=count, curvature="dense").scores(asked), exact)
+        for count in (1, 3, 15)
     ]
     residual = (model(x) - y).detach()
     hessian = x.T @ x / N
@@ -130,7 +132,7 @@ def test_the_kronecker_curvature_is_exact_on_a_linear_layer(tmp_path: Path) -> N
     path, _ = _trained_line(tmp_path, steps=12, weight_decay=0.1)
     x, y = _regression()
 
-    def data(ids: object) -> tuple[Tensor, Tensor]:
+    def data(ids: Sequence[DataId]) -> tuple[Tensor, Tensor]:
         return x[list(ids)], y[list(ids)]
 
     found = [

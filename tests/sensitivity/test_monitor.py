@@ -75,7 +75,7 @@ def test_on_softmax_regression_the_estimate_is_that_of_retraining() -> None:
         found.most_sensitive(5)
     )
     (line,) = monitor.history
-    assert (line.epoch, line.train_loss) == (0, pytest.approx(train)) and line.validation_loss == pytest.approx(train)
+    assert line.epoch == 0 and line.train_loss == line.validation_loss == pytest.approx(train)
     error, variance = found.map()
     assert error.shape == variance.shape == (120,) and (variance > 0).all()
     assert "120 samples: loss" in str(found)
@@ -180,7 +180,7 @@ def test_leaving_a_class_out_orders_the_classes() -> None:
 
 
 def test_the_strength_is_chosen_as_retraining_would() -> None:
-    """B7: estimates near the true leave-one-out loss for every strength, from one trained model (full form: 2 x off)."""
+    """B7: near the true leave-one-out loss for every strength, from one trained model (full form: 2 x off)."""
     x, y = classes_of_noise(60)
     strengths = (0.1, 1.0, 10.0, 100.0)
     sweep = choose_strength(linear(softmax_optimum(x, y, 3, 1.0)), [(x[:25], y[:25]), (x[25:], y[25:])], strengths)

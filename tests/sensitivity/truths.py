@@ -38,7 +38,7 @@ def without_each(x: Tensor, y: Tensor, classes: int, strength: float, optimum: T
 
 def linear(weight: Tensor) -> nn.Linear:
     """A layer without bias that computes ``x @ weight``."""
-    layer = nn.Linear(*weight.shape, bias=False).to(weight.dtype)
+    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=False).to(weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight.T)
     return layer
