@@ -121,6 +121,25 @@ class Tracker:
             yield use.block, moments[::-1] if use.transposed else moments
 
 
+def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
+    """By block: the gradient ``[d_out, d_in]`` that the last backward pass left in the parameters.
+
+    Raises:
+        CaptureError: a block's gradient is missing or spread over processes.
+    """
+    found = {}
+    for tracked in selection.modules:
+        use = tracked.uses[-1]
+        if use.block == tracked.name and not use.transposed:
+            matrix = _gradient_matrix(tracked, use)
+            if matrix is not None:
+                found[use.block] = matrix
+    missing = [block.name for block in selection.blocks if block.name not in found]
+    if missing:
+        raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
+    return found
+
+
 def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
     """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
     columns = []
