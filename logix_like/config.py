@@ -68,7 +68,9 @@ class ModulesConfig(_Section):
     """A module is tracked if a glob here fits its name; one named without wildcards is, whatever its type."""
     exclude: Names = ()
     """Globs of modules to leave out; they win over ``include``."""
-    types: Names = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
+    types: Names = (
+        "Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+    )  # fmt: skip
     """Class names of the modules that globs choose among."""
     batch_dim: Annotated[dict[str, Natural], Field(description="a mapping from globs to whole numbers, 0 or more")] = {}
     """Which dimension counts the samples, by glob: 1 for sequence-first modules. 0 where none fits."""

@@ -14,7 +14,7 @@ from logix_like.errors import ConfigError
 from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
 from logix_like.session import StoreSession
-from logix_like.store import Place, as_place, is_store, open_store
+from logix_like.store import OnDamage, Place, as_place, is_store, open_store
 from logix_like.tracking import new_tracker
 
 
@@ -74,15 +74,22 @@ def init(
     return run
 
 
-def load(path: str | PathLike[str] | Place, model: nn.Module | None = None) -> Run:
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:
     """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
+
+    Args:
+        path: the store's folder or URL (``s3://bucket/key``).
+        model: the model to ask with.
+        on_damage: ``raise``: a query that meets a damaged file fails; ``skip``: damaged chunks are left out, and
+            every answer's note says how many rows.
 
     Raises:
         StoreNotFoundError: there is no store at ``path``.
+        StoreDamagedError: what a store cannot be opened without is damaged.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
     path = as_place(path)
-    run = Run(stored_config(open_store(path)), path, None, verbose=False)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
     if model is not None:
         run.watch(model)
     return run

@@ -91,7 +91,7 @@ def query(
         typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: Path, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
+def _answer(path: str, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
     """The first of both sides; the engine shows its progress on stderr."""
     run = load(path)
     store = run.store

@@ -20,7 +20,7 @@ from logix_like.errors import (
     StoreExistsError,
 )
 from logix_like.layout import Layout
-from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_document, write_group
 from logix_like.store.encoding import encoding_named
 from logix_like.store.files import Place, as_bytes, as_place, files_of, remove_tree
 from logix_like.store.schema import (
@@ -149,6 +149,15 @@ def read_projections(store: Place, manifest: StoreManifest) -> dict[str, tuple[T
         }
     except KeyError as error:
         raise StoreDamagedError(f"{store} names no projection for module {error}") from error
+
+
+def write_projection_documents(store: Place, manifest: StoreManifest) -> None:
+    """Write the Zarr documents of the stored matrices anew; the manifest says what they are."""
+    for side, shapes in manifest.projection_shapes.items():
+        for name, shape in shapes.items():
+            if shape is not None:
+                folder = store / PROJECTIONS / segment(name) / side
+                write_document(folder, ArraySpec("float32", "NaN", shape[1]), shape[0], shape[0])
 
 
 def projections_digest(layout: Layout, projections: Projections) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,13 @@ class PartWriter:
     def finish(self) -> None:
         """Cut the arrays' shapes to the rows that were written."""
         self._write_documents(self._rows)
+
+    def restore_documents(self, rows: int, texts: Iterable[str]) -> None:
+        """Write the documents of a part that has ``rows`` rows and these arrays of text."""
+        self._specs |= {name: _TEXTS for name in texts if name not in self._specs}
+        if any(name.startswith(METADATA) for name in self._specs):
+            write_group(self._folder / METADATA, sync=self._sync)
+        self._write_documents(rows)
 
     def _chunk_file(self, name: str, chunk: int) -> Place:
         return chunk_file(self._folder / name, chunk, 1 if self._specs[name].width is None else 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,7 +28,11 @@ from logix_like.store.schema import (
 from logix_like.store.staging import StagedChunk
 from logix_like.store.sums import save_statistics
 
-_WRITER_NAME = re.compile(r"([0-9]{1,9})-([0-9]{1,9})", re.ASCII)
+MERGED = "merged"
+"""Part of a writer's name that stands for the rank where parts were merged into one."""
+MERGED_RANK = -1
+"""Its number."""
+_WRITER_NAME = re.compile(rf"([0-9]{{1,9}}|{MERGED})-([0-9]{{1,9}})", re.ASCII)
 
 STAGED_SHARE = 4
 """Rows that wait to be encoded take no more memory than this many chunks on disk."""
@@ -43,14 +48,15 @@ def chunk_rows(layout: Layout, encoding: Encoding, chunk_mib: float) -> int:
 def parse_writer_name(name: str) -> tuple[int, int] | None:
     """``(attempt, rank)`` of a writer's folder name, None for any other name."""
     match = _WRITER_NAME.fullmatch(name)
-    return None if match is None else (int(match[2]), int(match[1]))
+    return None if match is None else (int(match[2]), MERGED_RANK if match[1] == MERGED else int(match[1]))
 
 
 def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
     """Create the folder of the next attempt of ``rank``; no two processes get the same one."""
     writers = store / WRITERS
     taken = [name for name in map(parse_writer_name, names_in(writers)) if name is not None]
-    attempt = 1 + max((attempt for attempt, owner in taken if owner == rank), default=0)
+    # Never a name again that a merged part has taken the place of: retractions name parts.
+    attempt = 1 + max((attempt for attempt, owner in taken if owner in (rank, MERGED_RANK)), default=0)
     while True:
         folder = writers / f"{rank}-{attempt}"
         if files_of(folder).claim_folder(folder, sync=sync):
@@ -62,7 +68,8 @@ def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
 class RowPipeline:
     """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time.
 
-    While one chunk is written the next is staged and encoded.
+    While one chunk is written the next is staged and encoded. ``guard`` is asked before each commit, and raises where
+    nothing more may be written.
     """
 
     def __init__(
@@ -75,7 +82,9 @@ class RowPipeline:
         statistics: StatisticsAccumulator | None = None,
         codec: Codec = UNCOMPRESSED,
         sync: bool = False,
+        guard: Callable[[], object] = bool,
     ) -> None:
+        self._guard = guard
         self._sync = sync
         self._accumulator = statistics
         self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
@@ -131,6 +140,7 @@ class RowPipeline:
         self._behind.wait()
 
     def _write(self, rows: EncodedRows, epoch: int, step: int, nonfinite: int) -> None:
+        self._guard()
         self._rows.write(rows, epoch=epoch, step=step)
         self.committed += len(rows)
         self.nonfinite += nonfinite

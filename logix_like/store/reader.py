@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -391,13 +391,24 @@ def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tupl
 
 def _read_writers(path: Place) -> tuple[WriterInfo, ...]:
     folder = path / WRITERS
-    names = {name: parse_writer_name(name) for name in names_in(folder)}
+    listed = names_in(folder)
+    while True:
+        parts = _read_parts(folder, listed)
+        known, listed = listed, names_in(folder)
+        if listed == known:  # else a merge may just have put one part in the place of others
+            return parts
+
+
+def _read_parts(folder: Place, listed: Sequence[str]) -> tuple[WriterInfo, ...]:
+    names = {name: parse_writer_name(name) for name in listed}
     if not names:  # there is at least the group's document
         raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
     started = sorted((order, name) for name, order in names.items() if order is not None)
-    return tuple(
+    parts = [
         WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name)) for (attempt, rank), name in started
-    )
+    ]
+    replaced = {name for part in parts for name in part.commits.replaces}
+    return tuple(part for part in parts if part.name not in replaced)
 
 
 def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:

@@ -223,7 +223,14 @@ class StoreWriter:
         """The writer's part of the store."""
         rows = chunk_rows(layout, stored_as, chunk_mib)
         self._pipeline = RowPipeline(
-            self.folder, layout, stored_as, rows=rows, statistics=statistics, codec=compression, sync=sync
+            self.folder,
+            layout,
+            stored_as,
+            rows=rows,
+            statistics=statistics,
+            codec=compression,
+            sync=sync,
+            guard=self._lock.require,
         )
         self._width = layout.width
         self._raises = on_error == "raise"

@@ -243,8 +243,9 @@ def test_second_order_of_repeated_visits_takes_all_of_them_out(rows: Tensor, que
 
 
 def test_sets_that_make_no_sense(engine: QueryEngine, query: QueryGradients) -> None:
-    for groups in ([], {}, "s1", 3):
-        with pytest.raises(QueryError, match="groups is .*; it must be a list of ids, or a mapping"):
+    senseless: tuple[Any, ...] = ([], {}, "s1", 3)
+    for groups in senseless:
+        with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or a mapping"):
             engine.group_influence(query, groups, **OPTIONS)
     with pytest.raises(QueryError, match="no sample with the id 'x'"):
         engine.group_influence(query, ["x"], **OPTIONS)
