@@ -201,7 +201,8 @@ class ConvTransposeRule(ConvRule):
 
     def matrix(self, module: Any, gradient: Tensor) -> Tensor:
         groups = gradient.unflatten(0, (module.groups, -1))
-        return groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        joined: Tensor = groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        return joined
 
 
 class EmbeddingRule(Rule):
