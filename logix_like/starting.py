@@ -75,7 +75,7 @@ def init(
 
 
 def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:
-    """Open a finished (or still growing) store for queries; it needs no config and never writes.
+    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
 
     Args:
         path: the store's folder or URL (``s3://bucket/key``).

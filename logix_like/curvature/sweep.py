@@ -35,10 +35,10 @@ class Sink(ABC):
     A sample's gradient of a block is ``sum over calls of outputs^T inputs``.
     """
 
-    def begin(self, samples: int, mask: Tensor | None) -> None:
+    def begin(self, samples: int, mask: Tensor | None) -> None:  # noqa: B027
         """A batch of ``samples`` begins; ``mask [samples, positions]`` says which positions count, None all."""
 
-    def add_input(self, group: str, inputs: Tensor) -> None:
+    def add_input(self, group: str, inputs: Tensor) -> None:  # noqa: B027 (most have no need of it)
         """``inputs [samples, positions, d_in]`` that all modules of a group read; told once."""
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Sink(ABC):
         ``shared`` inputs were told to :meth:`add_input` before.
         """
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """The batch has ended."""
 
 

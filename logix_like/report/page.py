@@ -268,7 +268,7 @@ def _about(result: InfluenceResult, store: GradientStore | None) -> dict[str, st
         f"({summary.dtype}), from {len(summary.modules)} modules",
         "statistics": f"{gathered}, over {covered}",
         "checkpoints": str(len(summary.checkpoints)),
-        "created": f"{summary.created} by logix_like {summary.library}",
+        "created": f"{summary.created[:19].replace('T', ' ')} UTC by logix_like {summary.library}",
     }
 
 

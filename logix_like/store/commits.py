@@ -42,6 +42,8 @@ class RowsRecord:
     """Epoch of the last row, which tells a resumed run where it is (-1 unknown)."""
     step: int
     """Step of the last row (-1 unknown)."""
+    codec: str = "none"
+    """How the gradients are compressed."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,8 @@ def _rows_record(entry: Mapping[str, Any], number: int) -> RowsRecord:
     if counts["rows"] < 1:
         raise ValueError("it has no rows")
     crc = {name: int(value) for name, value in arrays.items()}
-    return RowsRecord(number, part, crc=crc, epoch=int(entry["epoch"]), step=int(entry["step"]), **counts)
+    epoch, step, codec = int(entry["epoch"]), int(entry["step"]), str(entry["codec"])
+    return RowsRecord(number, part, crc=crc, epoch=epoch, step=step, codec=codec, **counts)
 
 
 def _count(entry: Mapping[str, Any], key: str) -> int:

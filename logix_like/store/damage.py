@@ -12,8 +12,8 @@ from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.files import Place, exists, names_in
 from logix_like.store.schema import COLUMNS, COORDINATE_SCALE, GRADIENTS, SCALE, TAILS
 
-_WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
 _CHUNK = re.compile(r"c\.[0-9]{1,12}\.0", re.ASCII)
+_WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
 
 
 def array_file(folder: Place, record: RowsRecord, array: str) -> Place:

@@ -10,6 +10,7 @@ import torch
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import ArraySpec, chunk_file, write_group
+from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.files import Bytes, Place, as_bytes, write_checked, write_files
@@ -66,19 +67,21 @@ class PartWriter:
         *,
         chunk_rows: int,
         column_names: tuple[str, ...],
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
     ) -> None:
         self._folder = folder
         self._chunk_rows = chunk_rows
         self._sync = sync
-        self._specs = part_arrays(layout, encoding, column_names)
+        self._specs = part_arrays(layout, encoding, column_names, codec)
+        self._codec = codec
         self._capacity = 0
         self._rows = 0
 
     def write(self, chunk: int, rows: EncodedRows) -> dict[str, int]:
         """Write chunk number ``chunk`` of every array; returns the files' checksums by array."""
         self._make_room(chunk + 1, rows.texts)
-        buffers = _buffers(rows)
+        buffers = self._buffers(rows)
         files = {name: self._chunk_file(name, chunk) for name in buffers}
         crc = write_checked({files[name]: [data] for name, data in buffers.items()}, sync=self._sync)
         self._rows = chunk * self._chunk_rows + len(rows)
@@ -97,6 +100,15 @@ class PartWriter:
 
     def _chunk_file(self, name: str, chunk: int) -> Place:
         return chunk_file(self._folder / name, chunk, 1 if self._specs[name].width is None else 2)
+
+    def _buffers(self, rows: EncodedRows) -> dict[str, Bytes]:
+        stored = rows.stored
+        scales = {SCALE: stored.scale, COORDINATE_SCALE: stored.coordinate_scale}
+        values = self._codec.encode(as_bytes(stored.values), stored.values.dtype.itemsize)
+        buffers: dict[str, Bytes] = {GRADIENTS: values}
+        buffers |= {name: as_bytes(scale) for name, scale in scales.items() if scale is not None}
+        buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
+        return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}
 
     def _make_room(self, chunks: int, texts: Mapping[str, list[str]]) -> None:
         """Grow the shapes well ahead of the rows: rows beyond the record do not exist anyway."""
@@ -123,11 +135,17 @@ class PartWriter:
 _TEXTS = ArraySpec("string", "")
 
 
-def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...]) -> dict[str, ArraySpec]:
+def part_arrays(
+    layout: Layout, encoding: Encoding, column_names: tuple[str, ...], codec: Codec
+) -> dict[str, ArraySpec]:
     """The arrays that each part has."""
     arrays = {
         GRADIENTS: ArraySpec(
-            encoding.data_type, encoding.fill_value, encoding.stored_width(layout.width), encoding.attributes()
+            encoding.data_type,
+            encoding.fill_value,
+            encoding.stored_width(layout.width),
+            encoding.attributes(),
+            codec.metadata(encoding.dtype.itemsize),
         ),
         COLUMNS: ArraySpec("float64", "NaN", len(column_names), {"columns": list(column_names)}),
         DATA_ID: _TEXTS,
@@ -137,12 +155,3 @@ def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...
     if encoding.coordinate_scaled:
         arrays[COORDINATE_SCALE] = ArraySpec("float32", "NaN", layout.width, of_chunks=True)
     return arrays
-
-
-def _buffers(rows: EncodedRows) -> dict[str, Bytes]:
-    stored = rows.stored
-    scales = {SCALE: stored.scale, COORDINATE_SCALE: stored.coordinate_scale}
-    buffers: dict[str, Bytes] = {GRADIENTS: as_bytes(stored.values)}
-    buffers |= {name: as_bytes(scale) for name, scale in scales.items() if scale is not None}
-    buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
-    return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}

@@ -11,6 +11,7 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
+from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of, names_in, remove_tree
 from logix_like.store.rowwriter import RowWriter
@@ -75,6 +76,7 @@ class RowPipeline:
         *,
         rows: int,
         statistics: StatisticsAccumulator | None = None,
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
         guard: Callable[[], object] = bool,
     ) -> None:
@@ -82,7 +84,9 @@ class RowPipeline:
         self._sync = sync
         self._accumulator = statistics
         self._staged = StagedChunk(layout, encoding, rows)
-        self._rows = RowWriter(folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, sync=sync)
+        self._rows = RowWriter(
+            folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=sync
+        )
         self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0
         self._cursor = (-1, -1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
+from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of
@@ -25,6 +26,7 @@ class RowWriter:
         *,
         chunk_rows: int,
         column_names: tuple[str, ...],
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
     ) -> None:
         self._named = folder
@@ -37,6 +39,7 @@ class RowWriter:
         self._encoding = encoding
         self._chunk_rows = chunk_rows
         self._column_names = column_names
+        self._codec = codec
         self._sync = sync
         self._main = self._part(self.folder, chunk_rows)
         self._log = CommitLog(self.folder, sync=sync)
@@ -56,7 +59,8 @@ class RowWriter:
             self._tails += 1
         crc = part.write(chunk, rows)
         start = chunk * self._chunk_rows
-        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step))
+        codec = self._codec.name
+        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec))
 
     def record_replaced(self, parts: Sequence[str]) -> None:
         """Say that this part, once it is sealed, stands in the place of others."""
@@ -104,5 +108,6 @@ class RowWriter:
             self._encoding,
             chunk_rows=rows,
             column_names=self._column_names,
+            codec=self._codec,
             sync=self._sync,
         )

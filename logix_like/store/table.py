@@ -237,7 +237,7 @@ def make_table(
             if record.rows > MANY_ROWS:
                 _require_rows(folder, record, len(column_names))
             reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
-            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached))
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached, record.codec))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
             entry += [retraction.digest for retraction in reached]

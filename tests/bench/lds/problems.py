@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from logix_like.examples.images import load_digits
 from logix_like.examples.language_model import LanguageModel, Settings
-from logix_like.examples.text import PADDING, Batch, Words, batch_of, gospels
+from logix_like.examples.text import PADDING, Words, batch_of, gospels
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,6 +48,11 @@ class Problem(ABC):
     @abstractmethod
     def preset(self) -> str:
         """Preset of the run's config."""
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Modules that are not tracked."""
+        return ()
 
     @property
     @abstractmethod
@@ -82,14 +87,12 @@ class Problem(ABC):
         """Positions that count."""
         return None
 
-    def train(self, samples: Samples, seed: int, run: logix.Run | None = None) -> nn.Module:
-        """Train on ``samples``; the order of batches is the seed's."""
+    def train(self, samples: Samples, seed: int, start: Callable[[nn.Module], logix.Run] | None = None) -> nn.Module:
+        """Train a new model on ``samples``, logged by the run that ``start`` makes; the order is the seed's."""
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        return self.trained(self.model(), samples, seed, run)
-
-    def trained(self, model: nn.Module, samples: Samples, seed: int, run: logix.Run | None = None) -> nn.Module:
-        """Train ``model`` in place, logged if there is a run."""
+        model = self.model()
+        run = None if start is None else start(model)
         optimizer = self.optimizer(model)
         order = torch.Generator().manual_seed(seed)
         for epoch in range(self.epochs):
@@ -193,13 +196,22 @@ def _verses(samples: int, queries: int, length: int) -> tuple[list[Tensor], list
     return encoded[:samples], encoded[samples:], words.size
 
 
-def _logits(model: Any, batch: Batch) -> Tensor:
-    logits: Tensor = model(batch.inputs)
+Passages = Mapping[str, Tensor]
+"""``inputs`` and ``targets``, both ``[batch, positions]``."""
+
+
+def _logits(model: Any, batch: Passages) -> Tensor:
+    logits: Tensor = model(batch["inputs"])
     return logits
 
 
-def _targets(batch: Batch) -> Tensor:
-    return batch.targets.masked_fill(batch.targets == PADDING, -100)
+def _targets(batch: Passages) -> Tensor:
+    return batch["targets"].masked_fill(batch["targets"] == PADDING, -100)
+
+
+def _padded(passages: Mapping[int, Tensor]) -> Passages:
+    batch = batch_of([str(i) for i in passages], {str(i): passage for i, passage in passages.items()})
+    return {"inputs": batch.inputs, "targets": batch.targets}
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,7 @@ class Verses(Problem):
     length: int = 32
 
     preset = "language_model"
+    exclude = ("*lm_head",)
     objective = Objective(Categorical(), outputs=_logits, targets=_targets)
 
     def model(self) -> nn.Module:
@@ -224,19 +237,20 @@ class Verses(Problem):
     def optimizer(self, model: nn.Module) -> Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
-    def training(self, samples: Samples) -> Batch:
+    def training(self, samples: Samples) -> Passages:
         passages, *_ = _verses(self.samples, self.queries, self.length)
-        return batch_of([str(i) for i in samples], {str(i): passages[i] for i in samples})
+        return _padded({i: passages[i] for i in samples})
 
-    def asked(self) -> Batch:
+    def asked(self) -> Passages:
         _, passages, _ = _verses(self.samples, self.queries, self.length)
-        return batch_of([str(i) for i in range(len(passages))], {str(i): p for i, p in enumerate(passages)})
+        return _padded(dict(enumerate(passages)))
 
-    def mask(self, batch: Batch) -> Tensor:
-        return batch.mask
+    def mask(self, batch: Passages) -> Tensor:
+        return batch["targets"] != PADDING
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(model(batch.inputs).transpose(1, 2), batch.targets, ignore_index=PADDING)
+    def loss(self, model: nn.Module, batch: Passages) -> Tensor:
+        logits = model(batch["inputs"]).transpose(1, 2)
+        return F.cross_entropy(logits, batch["targets"], ignore_index=PADDING)
 
 
 PROBLEMS: Mapping[str, Problem] = {"images": Images(), "convolutions": Convolutions(), "verses": Verses()}
