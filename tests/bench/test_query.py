@@ -25,7 +25,7 @@ from tests.bench.memory import resident
 from tests.bench.synthetic import make_store, queries
 
 WIDTH = 4096
-ROWS = 100_000
+ROWS = int(os.environ.get("LOGIX_BENCH_B8_ROWS", 100_000))
 LARGE = int(os.environ.get("LOGIX_BENCH_ROWS", 200_000))
 OPTIONS = {"preconditioner": "identity", "k": 10, "progress": False}
 
