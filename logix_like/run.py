@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,21 +20,25 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
-from logix_like.config import Config, EverySteps
+from logix_like.config import AtSteps, Config, EverySteps
+from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
+from logix_like.objective import Objective
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.query.tokens import TokenScores
+from logix_like.recording import PathRecorder
 from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, open_store
+from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -51,11 +54,12 @@ class Run:
     def __init__(
         self,
         config: Config,
-        path: Path,
+        path: Place,
         session: StoreSession | None,
         *,
         optimizer: Optimizer | None = None,
         verbose: bool = True,
+        on_damage: OnDamage = "raise",
     ) -> None:
         self.config = config
         self.path = path
@@ -64,7 +68,9 @@ class Run:
         self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
-        self._asker = Asker(path, config.query, self._logbook)
+        self._on_damage = on_damage
+        self._asker = Asker(path, config.query, self._logbook, on_damage)
+        self._recorder: PathRecorder | None = None
 
     # What is tracked
 
@@ -86,6 +92,10 @@ class Run:
         else:
             tracker = new_tracker(model, self.config)
         self._logbook.tracker = tracker
+        optimizer = self._progress.optimizer
+        if self.config.record == "path" and self._session is not None and optimizer is not None:
+            self._recorder = PathRecorder(self.path, model, optimizer, self._progress, self.checkpoint)
+            self._logbook.on_block = self._recorder.block
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -228,7 +238,8 @@ class Run:
         """Keep the model's weights in the store (safetensors)."""
         if self._session is None or self._logbook.closed:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
-        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
+        moments = None if self._recorder is None else self._recorder.moments()
+        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch, moments)
 
     def forget(self, data_id: Any) -> int:
         """Take back every row logged so far of the samples ``data_id``; returns how many there were.
@@ -258,7 +269,7 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
-        if self._logbook.watching and self.config.checkpoints != "none":
+        if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
@@ -290,7 +301,24 @@ class Run:
     @property
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
-        return open_store(self.path)
+        return open_store(self.path, on_damage=self._on_damage)
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """What each optimizer step used, for replaying the training; recorded with ``record: path``.
+
+        Raises:
+            StoreError: it was not recorded.
+        """
+        return self.store.training_path
+
+    def at(self, checkpoint: int) -> Checkpoint:
+        """The weights and, with ``record: path``, the optimizer's state at a checkpoint, by its number (from 1).
+
+        Raises:
+            StoreNotFoundError: there is no such checkpoint (lists those that there are).
+        """
+        return self.store.checkpoint(checkpoint)
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
@@ -336,6 +364,28 @@ class Run:
         """
         options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
         return self._asker.query_fn(batch, loss_fn, options, checkpoints)
+
+    def fit_curvature(
+        self, loader: Iterable[Any], objective: Objective | None = None, *, name: str = "default", **options: Any
+    ) -> Curvature:
+        """Curvature of the tracked modules at full size, at the model's present weights, kept in the store as ``name``.
+
+        A fit that was interrupted goes on when it is called again. ``options`` are those of
+        :func:`logix_like.curvature.fit_curvature`; ``at=lambda: run.at_checkpoints("all")`` averages over checkpoints.
+        """
+        file, tracker = stored_curvature(self.path, name), self._logbook.tracker
+        options = {"selection": tracker.selection, "resume_from": file.with_suffix(".partial"), **options}
+        curvature = fit_curvature(tracker.model, loader, objective, **options)
+        save_curvature(curvature, file)
+        return curvature
+
+    def curvature(self, name: str = "default") -> Curvature:
+        """What :meth:`fit_curvature` kept.
+
+        Raises:
+            StoreNotFoundError: there is no curvature of that name.
+        """
+        return load_curvature(stored_curvature(self.path, name))
 
     def compute_influence_all(
         self, query: Query | QueryGradients, k: int | None = None, **options: Any
@@ -423,6 +473,14 @@ class Run:
         return self._asker.token_scores(as_gradients(query), batch, loss_fn, asked, settings)
 
     def _stepped(self, step: int) -> None:
-        kept = self.config.checkpoints
-        if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
+        if self._recorder is not None:
+            self._recorder.stepped(step)
+        if self._logbook.watching and _is_due(self.config.checkpoints, step):
             self.checkpoint()
+
+
+def _is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
+    """Whether the weights are to be kept after ``step`` steps."""
+    if isinstance(kept, EverySteps):
+        return step % kept.every_steps == 0
+    return isinstance(kept, AtSteps) and step in kept.at_steps

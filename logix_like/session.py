@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Flag,
     GradientStore,
+    Place,
     StoreWriter,
     add_fingerprints,
     build_view,
@@ -49,7 +49,7 @@ class StoreSession:
     """
 
     def __init__(
-        self, path: Path, config: Config, *, resume: bool, overwrite: bool, resume_step: int | None = None
+        self, path: Place, config: Config, *, resume: bool, overwrite: bool, resume_step: int | None = None
     ) -> None:
         self.path = path
         self._config = config
@@ -98,6 +98,7 @@ class StoreSession:
             layout,
             settings.dtype,
             rank=self._ranks.rank,
+            codec=settings.codec,
             chunk_mib=settings.chunk_mib,
             commit_seconds=settings.commit_seconds,
             durability=settings.durability,
@@ -135,8 +136,8 @@ class StoreSession:
         build_view(self.path)
         return rows
 
-    def checkpoint(self, model: nn.Module, step: int, epoch: int) -> None:
-        """Keep the model's weights, unless the last checkpoint holds the same.
+    def checkpoint(self, model: nn.Module, step: int, epoch: int, moments: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the model's weights and the optimizer's moments, unless the last checkpoint holds the same.
 
         Where weights are spread over processes (FSDP), all must call this together; the first one writes.
         """
@@ -144,7 +145,7 @@ class StoreSession:
         if seen != self._last_checkpoint:
             if self._writer is not None:
                 self._writer.require_present()  # never into a store that has taken this one's place
-            state = whole_tensors(model)
+            state = {**whole_tensors(model), **(moments or {})}
             if self._ranks.first:
                 save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
             self._last_checkpoint = seen
@@ -178,7 +179,7 @@ class StoreSession:
             ) from error
 
 
-def _complete(path: Path, weights: str | None) -> None:
+def _complete(path: Place, weights: str | None) -> None:
     """What is done once, when all rows are there."""
     if read_manifest(path).layout is None:
         return
@@ -187,7 +188,7 @@ def _complete(path: Path, weights: str | None) -> None:
     build_view(path)
 
 
-def _open_place(path: Path, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:
+def _open_place(path: Place, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:
     create_store(path, config, resume=resume, overwrite=overwrite)
     if step is not None:
         supersede_steps(path, step)
@@ -201,7 +202,7 @@ def _require_projections_for(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _wait_for_description(path: Path, ranks: Ranks) -> None:
+def _wait_for_description(path: Place, ranks: Ranks) -> None:
     """Return once the first process has described the store, which it does at the end of its first block."""
     deadline = time.monotonic() + DESCRIPTION_SECONDS
     while read_manifest(path).layout is None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from logix_like.config import Config, EverySteps, load_config
+from logix_like.config import AtSteps, Config, EverySteps, load_config
 from logix_like.errors import ConfigError
 from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
 from logix_like.session import StoreSession
-from logix_like.store import is_store, open_store
+from logix_like.store import OnDamage, Place, as_place, is_store, open_store
 from logix_like.tracking import new_tracker
 
 
@@ -31,7 +30,7 @@ def init(
     verbose: bool = True,
     **overrides: Any,
 ) -> Run:
-    """Start a run that logs into the store ``<root>/<project>``.
+    """Start a run that logs into the store ``<root>/<project>``, or ``<store.url>/<project>`` where that is set.
 
     Args:
         project: name of the run; may also stand in the config.
@@ -55,12 +54,14 @@ def init(
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     require_resume_step(resume_step, resume=resume)
-    # Absolute, so that a change of the working directory moves nothing.
-    path = (Path(settings.root) / settings.project).absolute()
+    path = as_place(settings.store.url or settings.root) / settings.project
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
-    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
-        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
+        asked = next(iter(settings.checkpoints.model_dump()))
+        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and settings.record == "path":
+        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
     if model is not None and not resume:
         new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
@@ -73,15 +74,22 @@ def init(
     return run
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
-    """Open a finished (or still growing) store for queries; it needs no config and never writes.
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:
+    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
+
+    Args:
+        path: the store's folder or URL (``s3://bucket/key``).
+        model: the model to ask with.
+        on_damage: ``raise``: a query that meets a damaged file fails; ``skip``: damaged chunks are left out, and
+            every answer's note says how many rows.
 
     Raises:
         StoreNotFoundError: there is no store at ``path``.
+        StoreDamagedError: what a store cannot be opened without is damaged.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
-    path = Path(path).absolute()
-    run = Run(stored_config(open_store(path)), path, None, verbose=False)
+    path = as_place(path)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
     if model is not None:
         run.watch(model)
     return run

@@ -6,7 +6,6 @@ import statistics
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
@@ -14,7 +13,7 @@ from logix_like.capture.selection import select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.projection import INITS
-from logix_like.store import GradientStore
+from logix_like.store import ENCODINGS, GradientStore
 from logix_like.wrapping import named_modules
 
 DISAGREEMENT = 0.05
@@ -67,7 +66,7 @@ def stored_projections(tracker: Tracker) -> Mapping[str, tuple[Tensor | None, Te
 def describe(tracker: Tracker, config: Config) -> str:
     """What is tracked, in a few lines for the user."""
     selection, layout = tracker.selection, tracker.layout
-    size = layout.width * torch.empty(0, dtype=getattr(torch, config.store.dtype)).itemsize
+    size = ENCODINGS[config.store.dtype].row_bytes(layout)
     share = selection.covered / selection.parameters
     lines = [
         f"logix_like: {len(selection.modules)} modules, {layout.width:,} numbers ({size:,} bytes as "

@@ -32,6 +32,8 @@ LAYERS = (
         "logix_like.wrapping",
         "logix_like.weights",
         "logix_like.objective",
+        "logix_like.path",
+        "logix_like.updates",
     ),
     ("logix_like.config", "logix_like.config_source", "logix_like.config_errors"),
     ("logix_like.linalg",),
@@ -41,9 +43,13 @@ LAYERS = (
     ("logix_like.capture",),
     ("logix_like.store",),
     ("logix_like.preconditioner",),
+    ("logix_like.curvature",),
     ("logix_like.query",),
     ("logix_like.report",),
+    ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.evaluation",),
+    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -52,11 +58,12 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
-    ("logix_like.logbook", "logix_like.resuming"),
+    ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking",),
     ("logix_like.run",),
     ("logix_like.starting",),
-    ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
+    ("logix_like", "logix_like.explorer"),
+    ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
 
 ALLOWED_UPWARDS = {("logix_like.query.result", "logix_like.report")}
@@ -70,9 +77,11 @@ ONLY_IN = {
     "distributed": ("logix_like.query.distributed", "logix_like.retraining"),
     "transformers": ("logix_like.integrations", "logix_like.examples"),
     "lightning": ("logix_like.integrations", "logix_like.examples"),
+    "starlette": ("logix_like.explorer",),
+    "uvicorn": ("logix_like.explorer",),
 }
 
-NOT_AT_START = "transformers lightning faiss dask pandas matplotlib sklearn jinja2"
+NOT_AT_START = "starlette uvicorn transformers lightning faiss dask pandas matplotlib sklearn jinja2"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.batch import FactorMoments
+from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
-from logix_like.capture.recorder import BlockRecorder, CallReader, OnFactors
+from logix_like.capture.recorder import BlockRecorder, CallReader
 from logix_like.capture.selection import Selection, TrackedModule, Use
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
@@ -85,7 +86,7 @@ class Tracker:
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        what each call adds, position by position.
+        each call's part as well.
         """
         return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
@@ -132,10 +133,7 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
         gradient = parameter.grad.detach()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if part == "bias" or gradient.ndim == 1:
-            columns.append(gradient.reshape(-1, 1))
-        else:
-            columns.append((gradient.T if tracked.rule.transposed else gradient).flatten(1))
+        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
     return torch.cat(columns, 1) if columns else None
 
 
@@ -158,8 +156,8 @@ class Recording:
         detached: bool,
         on_factors: OnFactors | None = None,
     ) -> None:
-        self._tracker = tracker
         self._on_factors = on_factors
+        self._tracker = tracker
         self._batch = batch
         self._mask = mask
         self._with_moments = moments
@@ -228,9 +226,9 @@ class Recording:
         recorder = self._recorder
         if recorder is None:
             recorder = self._new_recorder()
+            factors = self._factors(recorder)
             for call in self.calls:
-                kept = recorder.read_input(call.tracked, call.value)
-                recorder.read_gradient(call.tracked, kept, call.gradient)
+                factors.read_gradient(call.tracked, factors.read_input(call.tracked, call.value), call.gradient)
             self.calls = []
         rows = recorder.rows()
         return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
@@ -241,19 +239,25 @@ class Recording:
             return CallReader(
                 self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
             )
-        on_input, on_gradient = self._recorder.read_input, self._recorder.read_gradient
-        return CallReader(self._batch, on_input, on_gradient, detached=detached, device_type=device_type)
+        factors = self._factors(self._recorder)
+        return CallReader(
+            self._batch, factors.read_input, factors.read_gradient, detached=detached, device_type=device_type
+        )
+
+    def _factors(self, recorder: BlockRecorder) -> FactorReader:
+        # Not owned by the recorder: a cycle would keep its rows until Python's collector comes by.
+        others = self._on_factors
+        on_factors = recorder.add_factors if others is None else _both(recorder.add_factors, others)
+        return FactorReader(self._tracker.projector, on_factors, recorder.add_shared_input)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
-            self._tracker.projector,
             self._tracker.layout,
             self._batch,
             mask=self._mask,
             moments=self._with_moments,
             dtype=self._tracker.dtype,
             device=self._tracker.device,
-            on_factors=self._on_factors,
         )
 
     def _keep_value(self, tracked: TrackedModule, value: Tensor) -> Tensor:
@@ -268,3 +272,11 @@ class Recording:
     def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         assert isinstance(kept, Tensor)
         self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))
+
+
+def _both(first: OnFactors, second: OnFactors) -> OnFactors:
+    def hand_on(block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        first(block, inward, outward, shared)
+        second(block, inward, outward, shared)
+
+    return hand_on

@@ -12,9 +12,9 @@ from logix_like import load
 from logix_like.cli.app import app
 from logix_like.cli.options import AsJson, StorePath, as_json, choice
 from logix_like.preconditioner import PRECONDITIONERS
-from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
+from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.query.result import InfluenceResult, Ranking
 from logix_like.query.table import influence_table
 
@@ -27,6 +27,16 @@ The queries' gradients come from a Python process that has the model:
         loss_fn(model(x), y).backward()
     query.gradients.save("queries.npz")
 """
+
+GradientsFile = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE.npz",
+        exists=True,
+        dir_okay=False,
+        help="Gradients to ask with, saved by query.gradients.save(...): data_id [Q] and gradients [Q, D].",
+    ),
+]
 
 SHOWN = 10
 """Samples on each side of a query, unless told otherwise."""
@@ -47,15 +57,7 @@ def _known_suffix(path: Path | None) -> Path | None:
 )
 def query(
     store: StorePath,
-    queries: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE.npz",
-            exists=True,
-            dir_okay=False,
-            help="Gradients to ask with, saved by query.gradients.save(...): data_id [Q] and gradients [Q, D].",
-        ),
-    ],
+    queries: GradientsFile,
     k: Annotated[
         int | None,
         typer.Option("-k", min=1, help="Samples on each side of a query.", show_default=f"{SHOWN}, or all of fewer"),
@@ -89,7 +91,7 @@ def query(
         typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: Path, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
+def _answer(path: str, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
     """The first of both sides; the engine shows its progress on stderr."""
     run = load(path)
     store = run.store

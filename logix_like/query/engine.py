@@ -129,6 +129,7 @@ class QueryEngine:
             reduce=reduce,
             engine=engine,
             note=self._note(question, candidates, fit, query, remark),
+            source=str(getattr(self._store, "path", "")),
             part_names=() if parts is None else parts.names,
             **answer,
         )

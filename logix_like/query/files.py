@@ -187,7 +187,7 @@ def _take_apart(result: InfluenceResult) -> Parts:
     for side, ranking in (("top.", result.top), ("bottom.", result.bottom)):
         if ranking is not None:
             arrays |= _ranking_arrays(side, ranking)
-    header = FORMAT | {name: getattr(result, name) for name in PLAIN}
+    header = FORMAT | {name: getattr(result, name) for name in (*PLAIN, "source")}
     return header | ({"part_names": list(result.part_names)} if result.part_names else {}), arrays
 
 
@@ -213,6 +213,7 @@ def _put_together(header: dict[str, Any], arrays: Arrays) -> InfluenceResult:
         part_names=tuple(header.get("part_names", ())),
         top=top,
         bottom=bottom,
+        source=str(header.get("source", "")),
         **{name: header[name] for name in PLAIN},
     )
 

@@ -59,7 +59,9 @@ class Question:
         if self.k is None and self.engine != "exact":
             raise QueryError(f"engine={self.engine!r} finds the first k only: give k=, or ask with engine='exact'")
         if self.per is not None and not MODES[self.mode].proportional:
-            raise QueryError(f"a score of mode {self.mode!r} is no sum over modules: ask per={self.per!r} in another mode")
+            raise QueryError(
+                f"a score of mode {self.mode!r} is no sum over modules: ask per={self.per!r} in another mode"
+            )
 
     @property
     def described(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ from logix_like.query.table import influence_table, self_influence_table
 
 if TYPE_CHECKING:
     import pandas
+
+    from logix_like.store import GradientStore
+
+Provider = Mapping[Any, Any] | Sequence[Any] | Callable[[DataId], Any]
+"""Gives for an id what a person would look at: a text, a picture, facts."""
 
 Ids = NDArray[np.object_]
 """Data ids, ``str`` or ``int``, in an object array."""
@@ -99,6 +105,8 @@ class InfluenceResult:
     """The proponents that were asked for with ``k=``."""
     bottom: Ranking | None = None
     """The opponents that were asked for with ``k=``, the lowest score first."""
+    source: str = ""
+    """Folder of the store that was asked; empty: not known."""
     part_names: tuple[str, ...] = ()
     """The parts of the model that scores were split into, with ``per=``; else empty."""
     parts: Tensor | None = None
@@ -177,11 +185,37 @@ class InfluenceResult:
 
         return read_result(Path(path))
 
-    def report(self, path: str | Path, *, k: int = 10) -> Path:
-        """Write one self-contained HTML page with up to ``k`` proponents and opponents of each query."""
+    def report(
+        self,
+        path: str | Path,
+        *,
+        k: int = 10,
+        data: Provider | None = None,
+        queries: Provider | None = None,
+        store: GradientStore | str | PathLike[str] | None = None,
+        modules: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page with up to ``k`` proponents and opponents of each query.
+
+        Args:
+            path: The page's file.
+            k: Samples on each side of a query.
+            data: Mapping, list or function from a sample's id to its text, picture (PIL image, array, tensor,
+                ``pathlib.Path``), list of ``(token, score)`` pairs, or a mapping with any of ``text``, ``image``,
+                ``tokens`` and further facts such as ``label``. It may lack some ids.
+            queries: The same for the ids of the queries.
+            store: The store that was asked, or its path; by default the one that the result names, if it is there.
+            modules: By module its share of the scores, to be drawn.
+        """
         from logix_like.report.page import write_report
 
-        return write_report(self, Path(path), k=k)
+        return write_report(self, Path(path), k=k, data=data, queries=queries, store=store, modules=modules)
+
+    def _repr_html_(self) -> str:
+        """The first proponents and opponents, for notebooks."""
+        from logix_like.report.notebook import influence_html
+
+        return influence_html(self)
 
 
 @dataclass(frozen=True, eq=False)

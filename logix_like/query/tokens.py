@@ -51,12 +51,12 @@ class TokenCollector:
         self._sums: dict[int, Tensor] = {}
         self._rest: Tensor | float = 0.0
 
-    def __call__(self, name: str, kind: str, outward: Tensor, inward: Tensor) -> None:
+    def __call__(self, name: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
         """Take in factors ``[samples, positions, rank]`` of one call of the module ``name``."""
         block = self._layout[name]
         asked = self._queries[:, block.columns].reshape(-1, *block.rank).to(outward)
         scores = torch.einsum("bto,qoi,bti->qbt", outward, asked, inward).cpu()
-        if "expert" in kind:  # its positions are those that were routed to it
+        if "expert" in block.kind:  # its positions are those that were routed to it
             self._rest = self._rest + scores.sum(2)
             return
         count = scores.shape[2]

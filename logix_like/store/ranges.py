@@ -74,7 +74,9 @@ def row_range(rows: Rows, start: int, stop: int) -> RowRange:
     if isinstance(rows, SelectedRows):
         table, numbers = rows.table, rows.numbers[start:stop]
     if not isinstance(table, RowTable):
-        raise QueryError(f"{type(rows).__name__} lies in this process alone: only rows of a store can be read elsewhere")
+        raise QueryError(
+            f"{type(rows).__name__} lies in this process alone: only rows of a store can be read elsewhere"
+        )
     first, last = (start, stop - 1) if numbers is None else (int(numbers[0]), int(numbers[-1]))
     segments = tuple(s for s in table.segments if s.first <= last and first < s.stop)
     return RowRange(rows.key, start, stop, segments, table.layout, table.encoding.name, numbers)

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from logix_like.layout import DataId
 from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints
 from logix_like.store.commits import read_commits
 from logix_like.store.documents import sealed, unsealed
-from logix_like.store.files import read_bytes, write_file
+from logix_like.store.files import names_in, read_bytes, write_file
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.schema import RETRACTIONS, WRITERS
+from logix_like.store.storage import Place
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Retraction:
         return self.step is not None and checkpoint.number <= self.checkpoints and checkpoint.step > self.step
 
 
-def retract_steps(store: Path, step: int) -> Retraction:
+def retract_steps(store: Place, step: int) -> Retraction:
     """Take back all rows logged so far at optimizer step ``step`` (counted from 0) or later; on the disk on return."""
     return _write(store, {"step": step})
 
 
-def retract_ids(store: Path, ids: Iterable[DataId]) -> Retraction:
+def retract_ids(store: Place, ids: Iterable[DataId]) -> Retraction:
     """Take back all rows logged so far of the samples ``ids``; on the disk on return."""
     return _write(store, {"data_id": sorted(set(ids), key=lambda one: (isinstance(one, str), one))})
 
 
-def read_retractions(store: Path) -> tuple[Retraction, ...]:
+def read_retractions(store: Place) -> tuple[Retraction, ...]:
     """All retractions of a store, in the order of their digests.
 
     Raises :class:`StoreDamagedError` naming a document that is not as it was written.
@@ -74,12 +74,13 @@ def read_retractions(store: Path) -> tuple[Retraction, ...]:
     return tuple(read_retraction(file) for file in retraction_files(store))
 
 
-def retraction_files(store: Path) -> list[Path]:
+def retraction_files(store: Place) -> list[Place]:
     """The documents of a store's retractions."""
-    return sorted(file for file in (store / RETRACTIONS).glob("*.json") if not file.name.startswith("."))
+    folder = store / RETRACTIONS
+    return [folder / name for name in names_in(folder) if name.endswith(".json") and not name.startswith(".")]
 
 
-def read_retraction(file: Path) -> Retraction:
+def read_retraction(file: Place) -> Retraction:
     """One retraction; raises :class:`StoreDamagedError`."""
     try:
         entry = unsealed(read_bytes(file))
@@ -91,13 +92,13 @@ def read_retraction(file: Path) -> Retraction:
     return retraction
 
 
-def standing_checkpoints(store: Path, retractions: Collection[Retraction]) -> tuple[CheckpointRecord, ...]:
+def standing_checkpoints(store: Place, retractions: Collection[Retraction]) -> tuple[CheckpointRecord, ...]:
     """A store's checkpoints without those of a part of the training that was gone back on."""
     return tuple(one for one in list_checkpoints(store) if not any(r.drops(one) for r in retractions))
 
 
-def _write(store: Path, what: Mapping[str, Any]) -> Retraction:
-    writers = sorted(folder for folder in (store / WRITERS).iterdir() if parse_writer_name(folder.name))
+def _write(store: Place, what: Mapping[str, Any]) -> Retraction:
+    writers = [store / WRITERS / name for name in names_in(store / WRITERS) if parse_writer_name(name)]
     numbers = [record.number for record in list_checkpoints(store)]
     entry = {
         **what,

@@ -11,13 +11,15 @@ import numpy as np
 from logix_like.errors import StoreError
 from logix_like.layout import DataId
 from logix_like.store.compaction import cache_folder
+from logix_like.store.files import names_in
 from logix_like.store.hold import remove_unheld
 from logix_like.store.reader import GradientStore
 from logix_like.store.retractions import retract_ids, retract_steps
 from logix_like.store.schema import MEAN_VIEWS, Flag
+from logix_like.store.storage import Place
 
 
-def supersede_steps(path: str | PathLike[str], step: int) -> int:
+def supersede_steps(path: str | PathLike[str] | Place, step: int) -> int:
     """Take back all rows so far of optimizer step ``step`` (counted from 0) and later; returns how many.
 
     They stay on disk and take part in nothing from here on, nor do checkpoints of later steps. Committed, and on
@@ -30,7 +32,7 @@ def supersede_steps(path: str | PathLike[str], step: int) -> int:
     return rows
 
 
-def supersede_samples(path: str | PathLike[str], data_id: Collection[DataId]) -> int:
+def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[DataId]) -> int:
     """Take back all rows so far of some samples; returns how many.
 
     They stay on disk until the store is compacted; sample views, which hold means of them, are removed. Committed,
@@ -59,6 +61,6 @@ def _standing(store: GradientStore) -> np.ndarray:
 
 def _remove_views(store: GradientStore) -> None:
     for parent in (store.path / MEAN_VIEWS, cache_folder(store.path, store.manifest.created)):
-        for view in list(parent.iterdir()) if parent.is_dir() else ():
-            if view.is_dir() and not view.name.startswith("."):
-                remove_unheld(view)
+        for name in names_in(parent):
+            if not name.startswith("."):
+                remove_unheld(parent / name)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,7 +17,7 @@ from logix_like.store.arrays import chunk_file, damaged, read_chunk
 from logix_like.store.columns import decode_ids, decode_texts, decode_values
 from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import CHECKSUM_BYTES
+from logix_like.store.files import CHECKSUM_BYTES, Place, file_size
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.hold import FolderHold
 from logix_like.store.retractions import Retraction
@@ -77,6 +76,11 @@ class RowTable:
     def chunks(self) -> Iterator[RowChunk]:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.gradients.chunks()
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """All columns of numbers as they are stored, float64 ``[n, columns]``."""
+        return self._numbers
 
     def number(self, name: str) -> np.ndarray:
         """A column of numbers by name, float64 ``[n]``."""
@@ -206,7 +210,7 @@ class MetadataColumns(Mapping[str, np.ndarray]):
 class PartSource:
     """A part that a table is made of."""
 
-    folder: Path
+    folder: Place
     """Where it lies."""
     name: str
     """What it is called in the table's key."""
@@ -233,7 +237,7 @@ def make_table(
             if record.rows > MANY_ROWS:
                 _require_rows(folder, record, len(column_names))
             reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
-            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached))
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached, record.codec))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
             entry += [retraction.digest for retraction in reached]
@@ -241,10 +245,13 @@ def make_table(
     return RowTable(segments, layout, encoding, column_names, f"{kind}:{identity.hexdigest()}")
 
 
-def _require_rows(folder: Path, record: RowsRecord, columns: int) -> None:
+def _require_rows(folder: Place, record: RowsRecord, columns: int) -> None:
     """Refuse a record that claims far more rows than there are, before memory is taken for them."""
     file = chunk_file(folder / COLUMNS, record.chunk, 2)
-    found = file.stat().st_size if file.is_file() else 0
+    try:
+        found = file_size(file)
+    except OSError:
+        found = 0
     if found != 8 * record.rows * columns + CHECKSUM_BYTES:
         raise damaged(file, f"{record.rows} rows by the commit record", f"has {found} bytes")
 

@@ -12,8 +12,8 @@ import torch
 from logix_like.capture.batch import FactorMoments
 from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError, StatisticsError
 from logix_like.query.engine import QueryEngine
-from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store.view import REDUCTIONS as STORE_REDUCTIONS
 from tests.query.memory_store import MemoryStore

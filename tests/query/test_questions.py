@@ -90,7 +90,10 @@ def test_some_samples(engine: QueryEngine, query: QueryGradients, where: Any, ex
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ({"labels": 1}, "there is no column 'labels' to choose samples by; the store has data_id, step, epoch, label, sp"),
+        (
+            {"labels": 1},
+            "there is no column 'labels' to choose samples by; the store has data_id, step, epoch, label, sp",
+        ),
         ({"label": 7}, "no sample has label = 7; the first values of the column 'label' are 0, 1, 2"),
         ({"label": 1, "data_id": "s0"}, r"where=\{'label': 1, 'data_id': 's0'\} names no sample that can be ranked"),
         (np.ones(5, dtype=bool), r"the mask given as where has the shape \(5,\), but 60 rows are ranked"),
@@ -146,7 +149,9 @@ def test_layers_are_called_by_their_last_number() -> None:
 
 @pytest.mark.parametrize("suffix", ["json", "npz"])
 @pytest.mark.parametrize("k", [None, 3])
-def test_split_scores_are_saved(engine: QueryEngine, query: QueryGradients, tmp_path: Path, suffix: str, k: Any) -> None:
+def test_split_scores_are_saved(
+    engine: QueryEngine, query: QueryGradients, tmp_path: Path, suffix: str, k: Any
+) -> None:
     result = engine.influence(query, k=k, per="layer", preconditioner="covariance", damping={"absolute": 0.5})
     read = InfluenceResult.load(result.save(tmp_path / f"a.{suffix}"))
     assert read.part_names == result.part_names and read.damping == {"absolute": 0.5}
@@ -238,8 +243,9 @@ def test_second_order_of_repeated_visits_takes_all_of_them_out(rows: Tensor, que
 
 
 def test_sets_that_make_no_sense(engine: QueryEngine, query: QueryGradients) -> None:
-    for groups in ([], {}, "s1", 3):
-        with pytest.raises(QueryError, match="groups is .*; it must be a list of ids, or a mapping"):
+    senseless: tuple[Any, ...] = ([], {}, "s1", 3)
+    for groups in senseless:
+        with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or a mapping"):
             engine.group_influence(query, groups, **OPTIONS)
     with pytest.raises(QueryError, match="no sample with the id 'x'"):
         engine.group_influence(query, ["x"], **OPTIONS)
