@@ -432,7 +432,7 @@ class Run:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
             options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
-                config's; ``where``, ``per``, ``normalize``, ``client`` and ``progress`` as for
+                config's; ``where``, ``per``, ``normalize``, ``client``, ``index`` and ``progress`` as for
                 :meth:`logix_like.query.engine.QueryEngine.influence`.
 
         Raises:

@@ -86,7 +86,7 @@ class Tracker:
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        what each call adds, position by position.
+        each call's part as well.
         """
         return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
@@ -189,8 +189,8 @@ class Recording:
         detached: bool,
         on_factors: OnFactors | None = None,
     ) -> None:
-        self._tracker = tracker
         self._on_factors = on_factors
+        self._tracker = tracker
         self._batch = batch
         self.mask = mask
         """``[batch, positions]``, true where a position counts."""
@@ -305,3 +305,11 @@ class Recording:
     def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         assert isinstance(kept, Tensor)
         self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))
+
+
+def _both(first: OnFactors, second: OnFactors) -> OnFactors:
+    def hand_on(block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        first(block, inward, outward, shared)
+        second(block, inward, outward, shared)
+
+    return hand_on
