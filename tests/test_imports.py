@@ -52,6 +52,7 @@ LAYERS = (
     ("logix_like.logbook",),
     ("logix_like.asking",),
     ("logix_like.run",),
+    ("logix_like.planning", "logix_like.scalars"),
     ("logix_like", "logix_like.explorer"),
     ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )

@@ -16,7 +16,6 @@ from logix_like.layout import DataId
 from logix_like.preconditioner import PRECONDITIONERS
 from logix_like.query.modes import MODES
 from logix_like.report import figures, plots
-from logix_like.report.columns import SampleColumns
 from logix_like.report.content import Contents, short_name, shown
 from logix_like.report.page import Album, Sources, query_blocks
 from logix_like.report.summary import StoreSummary
@@ -165,7 +164,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
         return page | {"error": str(error)}
     album = Album()
     asking = Contents({result.query_id[0]: text}) if text.strip() else explorer.contents
-    sources = Sources(explorer.contents, asking, SampleColumns(explorer.store))
+    sources = Sources(explorer.contents, asking, catalogue)
     (block,) = query_blocks(result, options.k, sources, album)
     return page | {"query": block, "pictures": album.pictures, "note": result.note}
 

@@ -25,7 +25,7 @@ from logix_like.store.table import RowTable
 LossOfText = Callable[[nn.Module, str], Tensor]
 SCORED_AT_ONCE = 400_000_000
 """Self-influence is computed without being asked for while the rows together hold fewer numbers than this."""
-PATIENCE = 0.5
+PATIENCE = 0.3
 """Seconds that a page waits for the samples' ids before it shows the first rows alone."""
 
 
@@ -110,7 +110,7 @@ class Explorer:
     def _list(self, job: Job) -> Catalogue:
         """All samples; ids and classes are read now, since that is what takes time."""
         catalogue = Catalogue(self.store.view("last"))
-        _ = catalogue.ids, catalogue.choices
+        _ = catalogue.ids, catalogue.choices, catalogue.numbers, catalogue.place("")
         if 0 < len(self.store) * self.store.modules.width < SCORED_AT_ONCE:
             self.score(catalogue)
         return catalogue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -70,13 +70,21 @@ class Album:
         return [(number, address) for address, number in self.numbers.items()]
 
 
+class Columns(Protocol):
+    """What a store knows of samples beside their gradients."""
+
+    def of(self, data_id: DataId) -> Mapping[str, Any]:
+        """What is known of one, by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sources:
     """Where a page takes from what it shows beside scores."""
 
     samples: Contents
     queries: Contents
-    columns: SampleColumns | None = None
+    columns: Columns | None = None
 
     def facts(self, data_id: DataId, content: Content | None) -> dict[str, str]:
         """What is known of a sample: the store's columns, with what the user gave over them."""

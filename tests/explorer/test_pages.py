@@ -114,7 +114,7 @@ def test_every_order_is_one(explorer: Explorer, sort: str) -> None:
     assert sorted(down.tolist()) == list(range(67))
     assert up.tolist() == down[::-1].tolist()
     if sort == "loss":
-        assert (np.diff(catalogue.rows.loss[down]) <= 0).all()
+        assert (np.diff(catalogue.numbers["loss"][down]) <= 0).all()
 
 
 def test_nonsense_in_the_address_is_harmless(client: TestClient) -> None:
