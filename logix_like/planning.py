@@ -13,7 +13,7 @@ from logix_like.config import Config
 from logix_like.errors import ConfigError
 from logix_like.layout import ModuleBlock
 from logix_like.statistics import COVARIANCE_LIMIT
-from logix_like.tracking import new_tracker
+from logix_like.tracking import chosen_modules
 
 QUEUE_MIB = 16
 """Batches that wait for the writer take no more than this."""
@@ -76,7 +76,7 @@ class Plan:
         yield "memory", f"about {size(self.memory)} beyond the training's own"
         yield (
             "time",
-            f"about {self.arithmetic:.1%} more arithmetic in a step, and as much again for statistics and hooks",
+            f"about {self.arithmetic:.1%} more arithmetic in a step; hooks and statistics come on top",
         )
 
 
@@ -93,8 +93,8 @@ def plan(model: nn.Module, config: Config, *, samples: int, epochs: int = 1, bat
     for name, count in {"samples": samples, "epochs": epochs, "batch": batch}.items():
         if count < 1:
             raise ConfigError(f"{name} is {count}; it must be at least 1")
-    tracker = new_tracker(model, config)
-    layout = list(tracker.projector.layout())
+    selection, projector = chosen_modules(model, config, meta=True)
+    layout = list(projector.layout())
     numbers = sum(block.size for block in layout)
     row = _stored_bytes(config.store.dtype, numbers, len(layout))
     statistics = sum(_statistics_bytes(block, config) for block in layout)
@@ -103,8 +103,8 @@ def plan(model: nn.Module, config: Config, *, samples: int, epochs: int = 1, bat
     queued = min(QUEUE_MIB * 2**20, 4 * batch * numbers * FLOAT)
     return Plan(
         modules=len(layout),
-        parameters=tracker.selection.parameters,
-        covered=tracker.selection.covered / tracker.selection.parameters,
+        parameters=selection.parameters,
+        covered=selection.covered / selection.parameters,
         numbers=numbers,
         row=row,
         rows=samples * epochs,

@@ -6,15 +6,14 @@ import statistics
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
-from logix_like.capture.selection import select_modules, select_stored
+from logix_like.capture.selection import Selection, select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.projection import INITS
-from logix_like.store import GradientStore
+from logix_like.store import ENCODINGS, GradientStore
 from logix_like.wrapping import named_modules
 
 DISAGREEMENT = 0.05
@@ -23,6 +22,11 @@ DISAGREEMENT = 0.05
 
 def new_tracker(model: nn.Module, config: Config) -> Tracker:
     """A tracker with projections of its own."""
+    return Tracker(model, *chosen_modules(model, config))
+
+
+def chosen_modules(model: nn.Module, config: Config, *, meta: bool = False) -> tuple[Selection, Projector]:
+    """The modules that a config chooses (with ``meta`` also where weights are on the meta device), and projections."""
     modules = config.modules
     selection = select_modules(
         model,
@@ -31,10 +35,10 @@ def new_tracker(model: nn.Module, config: Config) -> Tracker:
         types=modules.types,
         batch_dim=modules.batch_dim,
         frozen=modules.frozen,
+        meta=meta,
     )
     settings = config.projection
-    projector = Projector(selection.blocks, INITS[settings.init], rank=settings.rank, seed=settings.seed)
-    return Tracker(model, selection, projector)
+    return selection, Projector(selection.blocks, INITS[settings.init], rank=settings.rank, seed=settings.seed)
 
 
 def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> Tracker:
@@ -67,7 +71,7 @@ def stored_projections(tracker: Tracker) -> Mapping[str, tuple[Tensor | None, Te
 def describe(tracker: Tracker, config: Config) -> str:
     """What is tracked, in a few lines for the user."""
     selection, layout = tracker.selection, tracker.layout
-    size = layout.width * torch.empty(0, dtype=getattr(torch, config.store.dtype)).itemsize
+    size = ENCODINGS[config.store.dtype].row_bytes(layout)
     share = selection.covered / selection.parameters
     lines = [
         f"logix_like: {len(selection.modules)} modules, {layout.width:,} numbers ({size:,} bytes as "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,22 +10,9 @@ import torch
 from torch import Tensor
 
 from logix_like.capture.batch import FactorMoments
-from logix_like.capture.projector import Projector
-from logix_like.capture.selection import TrackedModule, Use
+from logix_like.capture.selection import TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
-
-
-@dataclass(slots=True)
-class _SharedInput:
-    """The last tensor that a group of modules read, with its projection."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    kept: Tensor
-
-    def holds(self, value: Tensor) -> bool:
-        return self.tensor() is value and self.version == value._version
 
 
 @dataclass
@@ -123,7 +109,6 @@ class BlockRecorder:
 
     def __init__(
         self,
-        projector: Projector,
         layout: Layout,
         batch: int,
         *,
@@ -132,9 +117,7 @@ class BlockRecorder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        self._projector = projector
         self._mask = mask
-        self._shared: dict[tuple[str, bool], _SharedInput] = {}
         self._moments = _Moments() if moments else None
         self._masked = 0 if mask is None else int(mask.sum())
         self._batch = batch
@@ -143,27 +126,21 @@ class BlockRecorder:
         self._device = device
         self._blocks: dict[str, Tensor] = {}
 
-    def read_input(self, tracked: TrackedModule, value: Tensor) -> list[Tensor]:
-        """Project a call's input for every use of the module; what is returned waits for the gradient."""
-        return [self._read(tracked, use, value) for use in tracked.uses]
+    def add_factors(self, block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        """Add a call's part of every sample's gradient to its block; ``shared`` inputs were announced before."""
+        if inward.dtype != self._dtype or outward.dtype != self._dtype:
+            inward, outward = inward.to(self._dtype), outward.to(self._dtype)
+        _add(self._blocks, block, outward.transpose(1, 2) @ inward)
+        if self._moments is not None:
+            _add(self._moments.outputs, block, _outer_sum(self._counted(outward)))
+            # A shared input was counted when it was read, once for all who read it.
+            if not shared:
+                self._add_input_moment(block, inward)
 
-    def read_gradient(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
-        """Add the call's part of every sample's gradient to its block."""
-        assert isinstance(kept, list)
-        gradient = _plain(gradient)
-        for use, held in zip(tracked.uses, kept, strict=True):
-            sides = self._projector.sides(use, gradient.dtype, gradient.device)
-            inward, outward = tracked.rule.read_gradient(tracked.module, held, gradient, *sides)
-            if use.transposed:
-                inward, outward = outward, inward
-            if inward.dtype != self._dtype or outward.dtype != self._dtype:
-                inward, outward = inward.to(self._dtype), outward.to(self._dtype)
-            _add(self._blocks, use.block, outward.transpose(1, 2) @ inward)
-            if self._moments is not None:
-                _add(self._moments.outputs, use.block, _outer_sum(self._counted(outward)))
-                # A shared input was counted when it was read, once for all who read it.
-                if use.transposed or not tracked.rule.shares_input:
-                    self._add_input_moment(use.block, inward)
+    def add_shared_input(self, group: str, kept: Tensor) -> None:
+        """Count an input that several modules share in the moments."""
+        if self._moments is not None:
+            self._add_input_moment(group, kept.to(self._dtype))
 
     def rows(self) -> Tensor:
         """``[batch, width]``: the blocks side by side; zero for a module that got no gradient."""
@@ -182,50 +159,6 @@ class BlockRecorder:
         outputs = {name: moment * factor**2 for name, moment in self._moments.outputs.items()}
         return FactorMoments(self._moments.inputs, outputs, self._moments.positions, self._batch)
 
-    def _read(self, tracked: TrackedModule, use: Use, value: Tensor) -> Tensor:
-        rule, plain = tracked.rule, value
-        if not use.transposed and rule.shares_input:
-            known = self._shared.get((self._projector.group(use.block) or "", use.bias))
-            if known is not None and known.holds(value):
-                return known.kept
-        plain = _plain(value)
-        if use.transposed or not rule.shares_input:
-            self._decide_group(use.block, use.block)
-            dtype = plain.dtype if plain.is_floating_point() else self._weight_dtype(tracked)
-            side = self._projector.sides(use, dtype, plain.device)[0]
-            return rule.read_input(tracked.module, plain, side)
-        group = self._group(use, value)
-        shared = self._shared.get((group, use.bias))
-        if shared is None or not shared.holds(value):
-            side = self._projector.sides(use, plain.dtype, plain.device)[0]
-            kept = rule.read_input(tracked.module, plain, side)
-            shared = self._shared[group, use.bias] = _SharedInput(weakref.ref(value), value._version, kept)
-            if self._moments is not None:
-                self._add_input_moment(group, kept.to(self._dtype))
-        return shared.kept
-
-    def _group(self, use: Use, value: Tensor) -> str:
-        """The block's group; at its first call ever, that of a block that has just read the same tensor."""
-        group = self._projector.group(use.block)
-        if group is None:
-            fits = (
-                name
-                for (name, bias), shared in self._shared.items()
-                if bias == use.bias and shared.holds(value) and self._projector.may_share(use.block, name)
-            )
-            group = next(fits, use.block)
-            self._projector.assign(use.block, group)
-        return group
-
-    def _decide_group(self, block: str, group: str) -> None:
-        if self._projector.group(block) is None:
-            self._projector.assign(block, group)
-
-    def _weight_dtype(self, tracked: TrackedModule) -> torch.dtype:
-        dtype = tracked.module.weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        return torch.float32 if dtype == torch.float16 else dtype
-
     def _add_input_moment(self, group: str, inward: Tensor) -> None:
         assert self._moments is not None
         masked = self._masks(inward)
@@ -241,13 +174,6 @@ class BlockRecorder:
         if self._mask is None or not self._masks(factor):
             return factor
         return factor * self._mask.to(factor).unsqueeze(-1)
-
-
-def _plain(value: Tensor) -> Tensor:
-    """Outside autograd, and wide enough: float16 would overflow in products."""
-    if value.requires_grad:
-        value = value.detach()
-    return value.float() if value.dtype == torch.float16 else value
 
 
 def _outer_sum(factor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.batch import FactorMoments
+from logix_like.capture.factors import FactorReader
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
@@ -125,10 +126,7 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
         gradient = parameter.grad.detach()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if part == "bias" or gradient.ndim == 1:
-            columns.append(gradient.reshape(-1, 1))
-        else:
-            columns.append((gradient.T if tracked.rule.transposed else gradient).flatten(1))
+        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
     return torch.cat(columns, 1) if columns else None
 
 
@@ -211,9 +209,9 @@ class Recording:
         recorder = self._recorder
         if recorder is None:
             recorder = self._new_recorder()
+            factors = self._factors(recorder)
             for call in self.calls:
-                kept = recorder.read_input(call.tracked, call.value)
-                recorder.read_gradient(call.tracked, kept, call.gradient)
+                factors.read_gradient(call.tracked, factors.read_input(call.tracked, call.value), call.gradient)
             self.calls = []
         rows = recorder.rows()
         return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
@@ -224,12 +222,17 @@ class Recording:
             return CallReader(
                 self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
             )
-        on_input, on_gradient = self._recorder.read_input, self._recorder.read_gradient
-        return CallReader(self._batch, on_input, on_gradient, detached=detached, device_type=device_type)
+        factors = self._factors(self._recorder)
+        return CallReader(
+            self._batch, factors.read_input, factors.read_gradient, detached=detached, device_type=device_type
+        )
+
+    def _factors(self, recorder: BlockRecorder) -> FactorReader:
+        # Not owned by the recorder: a cycle would keep its rows until Python's collector comes by.
+        return FactorReader(self._tracker.projector, recorder.add_factors, recorder.add_shared_input)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
-            self._tracker.projector,
             self._tracker.layout,
             self._batch,
             mask=self._mask,

@@ -47,7 +47,7 @@ def report(
     typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: Path, gradients: QueryGradients, k: int) -> InfluenceResult:
+def _answer(path: str, gradients: QueryGradients, k: int) -> InfluenceResult:
     """All scores where memory allows, else the extremes alone."""
     run = load(path)
     held = len(gradients) * len(run.store) <= PAIRS_HELD

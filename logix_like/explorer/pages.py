@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -236,7 +237,8 @@ def _norms(explorer: Explorer) -> str:
 def _seconds_logged(explorer: Explorer) -> float:
     """From the store's creation to its last commit."""
     files = [writer.folder / COMMITS for writer in explorer.store.writers]
-    last = max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
+    # Object stores are not asked: when each of their commits came is not worth a request.
+    last = max((file.stat().st_mtime for file in files if isinstance(file, Path) and file.is_file()), default=0.0)
     try:
         created = datetime.fromisoformat(explorer.store.manifest.created)
     except ValueError:

@@ -18,8 +18,8 @@ from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, Provider
 from logix_like.report.content import Contents
-from logix_like.run import load
-from logix_like.store import GradientStore, VerifyReport, open_store, verify
+from logix_like.starting import load
+from logix_like.store import GradientStore, Place, VerifyReport, open_store, verify
 from logix_like.store.table import RowTable
 
 LossOfText = Callable[[nn.Module, str], Tensor]
@@ -77,13 +77,13 @@ class Explorer:
     """A store to be looked at; safe to be used by several threads.
 
     Args:
-        path: The store's folder.
+        path: The store's folder or URL.
         data: Gives a sample's text, picture or facts for its id.
         model: The trained model and the loss of a typed text, for queries that are typed.
     """
 
     def __init__(
-        self, path: Path, data: Provider | None = None, model: tuple[nn.Module, LossOfText] | None = None
+        self, path: str | Path | Place, data: Provider | None = None, model: tuple[nn.Module, LossOfText] | None = None
     ) -> None:
         self.run = load(path, None if model is None else model[0])
         self.store: GradientStore = open_store(path)

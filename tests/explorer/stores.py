@@ -88,7 +88,7 @@ def text_store(root: Path, epochs: int = 3) -> tuple[Path, nn.Module]:
                     F.cross_entropy(model(x[ids]), y[ids]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return run.path, model
+    return Path(str(run.path)), model
 
 
 def pictures(count: int = 90) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def picture_store(root: Path) -> tuple[Path, nn.Module]:
                     F.cross_entropy(model(x[ids].flatten(1)), y[ids]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return run.path, model
+    return Path(str(run.path)), model
 
 
 def picture_of(data_id: str | int) -> dict[str, Any]:

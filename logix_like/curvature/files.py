@@ -1,0 +1,129 @@
+"""Curvatures and half-finished sums on disk: one safetensors file each, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from logix_like.curvature.curvature import Curvature, Fisher
+from logix_like.errors import ConfigError, StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
+from logix_like.layout import Layout
+from logix_like.linalg.basis import Basis
+from logix_like.store.files import Place, checksum, sync_folder, temporary_name
+
+FORMAT = 1
+SIDES = ("input", "output")
+
+
+def save_curvature(curvature: Curvature, path: str | Path) -> Path:
+    """Write ``curvature`` to the safetensors file ``path``; a file that is there is replaced in one step."""
+    tensors = {f"eigenvalues/{name}": values for name, values in curvature.eigenvalues.items()}
+    for block in curvature.layout:
+        owners = (block.input_group, block.name)
+        for side, owner, basis in zip(SIDES, owners, curvature.bases[block.name], strict=True):
+            tensors |= {f"{side}/{owner}/{number}": part for number, part in enumerate(basis.parts)}
+    about = {
+        "format": FORMAT,
+        "kind": curvature.kind,
+        "layout": curvature.layout.to_json(),
+        "fisher": vars(curvature.fisher),
+    }
+    return write_tensors(Path(path), tensors, about)
+
+
+def load_curvature(path: str | Path) -> Curvature:
+    """Read what :func:`save_curvature` wrote; tensors are on the CPU.
+
+    Raises:
+        StoreNotFoundError: there is no such file.
+        StoreVersionError: a newer library wrote it.
+        StoreDamagedError: its bytes are not those that were written.
+    """
+    path = Path(path)
+    tensors, about = read_tensors(path)
+    if about.get("format") != FORMAT:
+        raise StoreVersionError(f"{path} has the format {about.get('format')!r}; this library reads {FORMAT}")
+    try:
+        layout = Layout.from_json(about["layout"])
+        bases = {
+            block.name: (_basis(tensors, f"input/{block.input_group}"), _basis(tensors, f"output/{block.name}"))
+            for block in layout
+        }
+        eigenvalues = {block.name: tensors[f"eigenvalues/{block.name}"] for block in layout}
+        return Curvature(about["kind"], layout, bases, eigenvalues, Fisher(**about["fisher"]))
+    except (KeyError, TypeError) as error:
+        raise StoreDamagedError(f"{path} lacks a part of its curvature ({error!r}); fit it again") from error
+
+
+def stored_curvature(store: Place, name: str) -> Path:
+    """The file of the curvature ``name`` in the folder of a store.
+
+    Raises:
+        ConfigError: the name is not that of a file, or the store is no folder.
+    """
+    if not isinstance(store, Path):
+        raise ConfigError(
+            f"{store} is an object store, and a curvature is kept in a file; use "
+            "logix_like.curvature.fit_curvature and save_curvature with a path of your own"
+        )
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
+    return store / "curvature" / f"{name}.safetensors"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """Write ``tensors`` and plain data ``about`` them, with a checksum over both."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = json.dumps(about)
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(whole, temporary, metadata={"about": document, "crc": _seal(whole, document)})
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}; see to the disk, or name another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote."""
+    if not path.is_file():
+        raise StoreNotFoundError(f"there is no file {path}; fit a curvature first (fit_curvature) and save it there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _seal(tensors, metadata["about"]) != metadata["crc"]:
+            raise ValueError("it does not match its checksum")
+        about = json.loads(metadata["about"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StoreDamagedError(f"{path} cannot be read: {error!r}; restore it from a copy, or fit again") from error
+    return tensors, about
+
+
+def _seal(tensors: Mapping[str, Tensor], document: str) -> str:
+    crcs = [(name, checksum(tensors[name].reshape(-1).view(torch.uint8).numpy())) for name in sorted(tensors)]
+    return f"{checksum(json.dumps([document, crcs]).encode()):08x}"
+
+
+def _basis(tensors: Mapping[str, Tensor], name: str) -> Basis:
+    parts: list[Tensor] = []
+    while (part := tensors.get(f"{name}/{len(parts)}")) is not None:
+        parts.append(part)
+    if not parts:
+        raise KeyError(name)
+    return Basis(tuple(parts))

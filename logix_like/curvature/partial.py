@@ -1,0 +1,82 @@
+"""Sums of a fit that is still going on, kept on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from logix_like.curvature.curvature import Curvature
+from logix_like.curvature.files import load_curvature, read_tensors, save_curvature, write_tensors
+from logix_like.curvature.sweep import Sweep
+from logix_like.errors import StatisticsError
+
+SAVE_SECONDS = 300.0
+"""How much work a kill may cost."""
+
+
+class PartialFit:
+    """A folder in which an interrupted fit finds what it had done; without one nothing is kept.
+
+    ``signature`` is plain data that must be the same for a fit to go on.
+    """
+
+    def __init__(self, folder: str | Path | None, signature: Mapping[str, Any]) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._signature = dict(signature)
+        self._saved = time.monotonic()
+
+    def restore(self, name: str, sums: dict[str, Tensor], sweep: Sweep) -> int:
+        """Fill ``sums`` with those of the pass ``name``; returns how many batches they hold.
+
+        Raises:
+            StatisticsError: the folder holds another fit.
+        """
+        if self._folder is None or not (self._folder / f"{name}.safetensors").is_file():
+            return 0
+        tensors, about = read_tensors(self._folder / f"{name}.safetensors")
+        self._require_same(about["signature"])
+        sweep.groups = about["groups"]
+        sums.update(tensors)
+        return int(about["batches"])
+
+    def offer(self, name: str, batches: int, sums: Mapping[str, Tensor], sweep: Sweep) -> None:
+        """Save ``sums``, which hold ``batches`` batches, if the last time is long enough ago."""
+        if self._folder is None or time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        about = {"batches": batches, "groups": sweep.groups, "signature": self._signature}
+        write_tensors(self._folder / f"{name}.safetensors", sums, about)
+        self._saved = time.monotonic()
+
+    def factors(self) -> Curvature | None:
+        """The curvature of the first pass, if that was finished."""
+        if self._folder is None or not (self._folder / "kfac.safetensors").is_file():
+            return None
+        _, about = read_tensors(self._folder / "signature.safetensors")
+        self._require_same(about)
+        return load_curvature(self._folder / "kfac.safetensors")
+
+    def keep(self, curvature: Curvature) -> None:
+        """The first pass is finished."""
+        if self._folder is not None:
+            write_tensors(self._folder / "signature.safetensors", {}, self._signature)
+            save_curvature(curvature, self._folder / "kfac.safetensors")
+
+    def remove(self) -> None:
+        """The fit is finished: nothing is left of it here."""
+        if self._folder is not None and self._folder.is_dir():
+            for file in self._folder.glob("*.safetensors"):
+                file.unlink()
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()
+
+    def _require_same(self, found: Mapping[str, Any]) -> None:
+        for key, value in self._signature.items():
+            if found.get(key) != value:
+                raise StatisticsError(
+                    f"{self._folder} holds a half-finished fit with {key} {found.get(key)!r}, and this one has "
+                    f"{value!r}: delete the folder, or give resume_from another"
+                )
