@@ -122,7 +122,7 @@ def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker)
     block would otherwise go unnoticed. Gradients that were there before the block say nothing.
     """
     total = tracker.layout.split(rows.detach().sum(0))
-    pairs = {name: (total[name], g) for name, g in _projected(recording.fresh_gradients(), rows, tracker).items()}
+    pairs = {name: (total[name], g) for name, g in projected(recording.fresh_gradients(), rows, tracker).items()}
     pairs = {
         name: (found, left) for name, (found, left) in pairs.items() if bool(left.any()) and bool(left.isfinite().all())
     }
@@ -145,17 +145,17 @@ def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker)
         )
 
 
-def _projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -> dict[str, Tensor]:
-    """Gradient matrices by block, each projected as the rows are."""
-    projected = {}
+def projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -> dict[str, Tensor]:
+    """Gradient matrices by block, each projected as the rows are (of the type of ``rows``)."""
+    found = {}
     for name, gradient in gradients.items():
         projection, matrix = tracker.projector.projection(name), gradient.to(rows)
         if projection.input is not None:
             matrix = matrix @ projection.input.to(rows).T
         if projection.output is not None:
             matrix = projection.output.to(rows) @ matrix
-        projected[name] = matrix
-    return projected
+        found[name] = matrix
+    return found
 
 
 def _first(names: list[str], most: int = 5) -> str:

@@ -48,6 +48,7 @@ LAYERS = (
     ("logix_like.report",),
     ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.sensitivity",),
     ("logix_like.evaluation",),
     ("logix_like.workflows",),
     (
@@ -59,7 +60,7 @@ LAYERS = (
         "logix_like.tracking",
     ),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
-    ("logix_like.asking",),
+    ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),
     ("logix_like.planning", "logix_like.scalars", "logix_like.starting"),
     ("logix_like", "logix_like.explorer"),

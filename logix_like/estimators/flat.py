@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -81,7 +82,51 @@ class FlatModel:
             rows: Tensor = torch.func.vmap(single, in_dims=(None, dims))(theta, plain)
             return rows
         except RuntimeError:  # an operation of the model has no batching rule: one sample at a time
-            return torch.stack([self.gradient(theta, sample) for sample in _samples(plain)])
+            return torch.stack([self.gradient(theta, sample) for sample in sliced(plain, 1)])
+
+    def jacobians(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[batch, outputs, parameters]``: derivatives of each sample's outputs, flattened."""
+        plain, dims = _batched(batch)
+
+        def single(t: Tensor, one: Any) -> Tensor:
+            return self.outputs(t, _as_batch(one)).reshape(-1)
+
+        rows: Tensor = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, dims))(theta, plain)
+        return rows
+
+    def gauss_newton(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[parameters, parameters]``: the sum over the batch of ``J^T (loss's Hessian in the outputs) J``."""
+        jacobians, products = self._weighed_jacobians(theta, batch)
+        return jacobians.flatten(0, 1).T @ products.flatten(0, 1)
+
+    def gauss_newton_diagonal(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[parameters]``: the diagonal of :meth:`gauss_newton`."""
+        jacobians, products = self._weighed_jacobians(theta, batch)
+        return (jacobians * products).sum((0, 1))
+
+    def outputs_along(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
+        """``[batch, ...]``: derivative of each sample's outputs along its own direction ``[batch, parameters]``."""
+        plain, dims = _batched(batch)
+
+        def single(one: Any, direction: Tensor) -> Tensor:
+            outputs, pull = torch.func.vjp(lambda t: self.outputs(t, _as_batch(one))[0], theta)[:2]
+            # Backwards twice is forwards, for every operation that can be derived twice.
+            return cast(Tensor, torch.func.vjp(pull, outputs)[1]((direction,))[0])
+
+        along: Tensor = torch.func.vmap(single, in_dims=(dims, 0))(plain, directions)
+        return along
+
+    def _weighed_jacobians(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``J`` and ``(loss's Hessian) J``, both ``[batch, outputs, parameters]``."""
+        jacobians, outputs = self.jacobians(theta, batch), self.outputs(theta, batch)
+        targets = self.objective.labels(batch)
+
+        def weighed(column: Tensor) -> Tensor:
+            vector = column.view(outputs.shape)
+            return self.objective.likelihood.hessian_product(outputs, targets, vector).reshape(column.shape)
+
+        products = torch.func.vmap(weighed, in_dims=2, out_dims=2)(jacobians)
+        return jacobians, products
 
     def curvature_products(self, theta: Tensor, batches: Sequence[tuple[Batch, float]]) -> Callable[[Tensor], Tensor]:
         """``vectors [n, parameters] -> [n, parameters]``: the Hessian of the weighted sum of losses times each."""
@@ -110,6 +155,19 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def trained_parameters(model: nn.Module, globs: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters that require a gradient and fit one of the globs.
+
+    Raises:
+        ConfigError: a glob fits none.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in trained):
+            raise ConfigError(f"no trained parameter is called {glob!r}; there are {', '.join(trained[:8])}")
+    return tuple(name for name in trained if any(fnmatchcase(name, glob) for glob in globs))
+
+
 def batch_size(batch: Batch) -> int:
     """How many samples a batch has."""
     tensors = [leaf for leaf in pytree.tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.ndim]
@@ -133,8 +191,10 @@ def _as_batch(one: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, one)
 
 
-def _samples(batch: Any) -> Iterator[Any]:
-    for number in range(batch_size(batch)):
+def sliced(batch: Batch, size: int) -> Iterator[Any]:
+    """The batch in parts of up to ``size`` samples."""
+    plain = _plain(batch)
+    for start in range(0, batch_size(plain), size):
         yield pytree.tree_map(
-            lambda leaf, at=number: leaf[at : at + 1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch
+            lambda leaf, at=start: leaf[at : at + size] if isinstance(leaf, Tensor) and leaf.ndim else leaf, plain
         )

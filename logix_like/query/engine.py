@@ -233,6 +233,20 @@ class QueryEngine:
         top, bottom = (side.without(result.query_id, k) for side in (result.top, result.bottom))
         return replace(result, top=top, bottom=bottom)
 
+    def preconditioned(
+        self,
+        query: QueryGradients,
+        *,
+        preconditioner: str = "auto",
+        damping: DampingSetting = 0.1,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """``(F + lambda I)^-1 g_q`` of each query, ``[queries, width]``: its product with any row is a score."""
+        require_preconditioner(preconditioner)
+        self._require_answerable(query, self._every("none"))
+        fit = self._fitter.fit(preconditioner, Damping.of(damping), progress)
+        return fit.preconditioner.apply(query.gradients.detach().cpu())
+
     def preconditioner(self, name: str = "auto", damping: DampingSetting = 0.1) -> FittedPreconditioner:
         """The preconditioner that a query with these settings uses; fitted now if it was not yet."""
         require_preconditioner(name)
