@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
+from logix_like.damping import DampingSetting
 from logix_like.errors import LogixError, QueryError
 from logix_like.explorer.catalogue import Catalogue, Wish
 from logix_like.layout import DataId
@@ -70,7 +71,7 @@ class Options:
     k: int = 10
     mode: str = "dot"
     preconditioner: str = "auto"
-    damping: float = 0.1
+    damping: DampingSetting = 0.1
 
 
 class Explorer:
@@ -83,7 +84,10 @@ class Explorer:
     """
 
     def __init__(
-        self, path: str | Path | Place, data: Provider | None = None, model: tuple[nn.Module, LossOfText] | None = None
+        self,
+        path: str | PathLike[str] | Place,
+        data: Provider | None = None,
+        model: tuple[nn.Module, LossOfText] | None = None,
     ) -> None:
         self.run = load(path, None if model is None else model[0])
         self.store: GradientStore = open_store(path)
