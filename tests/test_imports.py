@@ -62,7 +62,7 @@ LAYERS = (
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),
-    ("logix_like.starting",),
+    ("logix_like.planning", "logix_like.scalars", "logix_like.starting"),
     ("logix_like", "logix_like.explorer"),
     ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
