@@ -48,7 +48,6 @@ LAYERS = (
     ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
     ("logix_like.evaluation",),
-    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -57,6 +56,7 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
+    ("logix_like.workflows",),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking",),
     ("logix_like.run",),
