@@ -185,7 +185,8 @@ class Convolutions(Images):
         )
 
 
-VOCABULARY = 1000
+VOCABULARY, KNOWN_FROM = 1000, 800
+"""Words that have a number: the most frequent ones of at least so many verses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,7 @@ class Corpus:
 def _corpus(samples: int, queries: int, length: int) -> Corpus:
     texts = list(gospels().values())
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    words = Words([texts[i] for i in order[:samples]], VOCABULARY)
+    words = Words([texts[i] for i in order[: max(samples, KNOWN_FROM)]], VOCABULARY)
     encoded = [words.encode(texts[i], length) for i in order]
     return Corpus(encoded[:samples], encoded[samples : samples + queries], encoded[samples + queries :], words.size)
 
