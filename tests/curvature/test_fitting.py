@@ -210,7 +210,9 @@ def test_e4_damping_is_added_in_the_joint_basis() -> None:
     curvature = fit_curvature(model, batches, kind="kfac", progress=False)
     gradient = torch.randn(1, 6, 6, dtype=torch.float64)
     found = curvature.apply(lambda _, values: 1 / (values + 0.01), {"0": gradient})["0"]
-    joint = torch.linalg.solve(dense(curvature, "0") + 0.01 * torch.eye(36, dtype=torch.float64), gradient.flatten()).view_as(gradient)
+    joint = torch.linalg.solve(
+        dense(curvature, "0") + 0.01 * torch.eye(36, dtype=torch.float64), gradient.flatten()
+    ).view_as(gradient)
     assert torch.allclose(found, joint, rtol=1e-8)
 
 
