@@ -165,6 +165,13 @@ def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: float) ->
 
 
 def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    if block.coordinates is not None:  # of an eigenbasis: the factors are diagonal there
+        factors = curvature.statistics.kronecker(block.name)
+        for factor in (factors.output, factors.input):
+            require_finite(factor, block.name)
+        products = product_eigenvalues(factors.output.diagonal(), factors.input.diagonal())
+        values = products.flatten()[list(block.coordinates)]
+        return _in_eigenbasis("kfac", values, damping, block, curvature.counted(block, "samples"))
     output, input_ = curvature.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
     shift = damping * values.mean().item()  # the mean of products of all pairs is the product of the means
@@ -173,7 +180,15 @@ def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> Modul
     return ModuleFit("kfac", shift, basis, curvature.counted(block, "samples"))
 
 
+def _in_eigenbasis(kind: str, values: Tensor, damping: float, block: ModuleBlock, rows: int) -> ModuleFit:
+    shift = damping * values.mean().item()
+    return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
+
+
 def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+    if block.coordinates is not None:
+        values = curvature.statistics.corrected_values(block.name).flatten()
+        return _in_eigenbasis("ekfac", values, damping, block, curvature.counted(block, "corrected_rows"))
     corrected = curvature.corrected(block)
     shift = damping * corrected.values.mean().item()
     weights = damped_reciprocal(corrected.values, shift, block.name)
@@ -309,7 +324,7 @@ def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[
     groups: dict[tuple[str, tuple[int, int]], list[ModuleBlock]] = {}
     for block in layout:
         kind = type(leaves[block.name]).__name__
-        groups.setdefault((kind, block.rank), []).append(block)
+        groups.setdefault((kind, block.matrix), []).append(block)
     return list(groups.values())
 
 

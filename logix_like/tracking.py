@@ -150,7 +150,7 @@ def _projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) 
             matrix = matrix @ projection.input.to(rows).T
         if projection.output is not None:
             matrix = projection.output.to(rows) @ matrix
-        projected[name] = matrix
+        projected[name] = tracker.layout.pick(name, matrix).view(tracker.layout[name].matrix)
     return projected
 
 
