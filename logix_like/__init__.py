@@ -8,7 +8,8 @@ from logix_like.config import Config
 from logix_like.errors import LogixError
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult
-from logix_like.run import Run, init, load
+from logix_like.run import Run
+from logix_like.starting import init, load
 from logix_like.store import GradientStore, open_store
 
 __version__ = "0.1.0"

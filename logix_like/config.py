@@ -44,6 +44,17 @@ ProjectName = Annotated[
 ]
 
 
+Url = Annotated[
+    Annotated[
+        str,
+        BeforeValidator(lambda value: fspath(value) if isinstance(value, PathLike) else value),
+        Field(min_length=1),
+    ]
+    | None,
+    Field(description="a folder, or a URL such as s3://bucket/key"),
+]
+
+
 class _Section(BaseModel):
     """Frozen settings; a key that is not one of the fields is refused."""
 
@@ -57,7 +68,9 @@ class ModulesConfig(_Section):
     """A module is tracked if a glob here fits its name; one named without wildcards is, whatever its type."""
     exclude: Names = ()
     """Globs of modules to leave out; they win over ``include``."""
-    types: Names = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
+    types: Names = (
+        "Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+    )  # fmt: skip
     """Class names of the modules that globs choose among."""
     batch_dim: Annotated[dict[str, Natural], Field(description="a mapping from globs to whole numbers, 0 or more")] = {}
     """Which dimension counts the samples, by glob: 1 for sequence-first modules. 0 where none fits."""
@@ -87,16 +100,26 @@ class ProjectionConfig(_Section):
 class StoreConfig(_Section):
     """How rows are written."""
 
-    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
+    codec: Literal["none", "blosc-lz4", "zstd"] = "none"
+    """Lossless compression of the rows; costs time to write and to read."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""
     durability: Literal["process", "commit"] = "process"
     """What committed rows survive: the process's end, or (``commit``, by fsync) the machine's too."""
+    url: Url = None
+    """Where stores are kept in place of ``root``: a folder, ``s3://bucket/key``, ``memory://name``, ..."""
     on_error: Literal["raise", "stop_logging"] = "raise"
     """What a failing disk does to training: it stops it, or only the logging."""
     commit_seconds: PositiveNumber = 60.0
     """Rows are committed at least this often, in seconds."""
+
+
+class AbsoluteDamping(_Section):
+    """Damping that is the same in every module."""
+
+    absolute: NonNegativeNumber
 
 
 class QueryConfig(_Section):
@@ -104,8 +127,11 @@ class QueryConfig(_Section):
 
     preconditioner: Literal["auto", "identity", "diagonal", "covariance", "kfac", "ekfac"] = "auto"
     """Curvature that scores are taken in; ``auto``: covariance where there are rows enough, else kfac."""
-    damping: NonNegativeNumber = 0.1
-    """Damping, as a share of the mean eigenvalue of each module's own block."""
+    damping: Annotated[
+        NonNegativeNumber | Literal["auto"] | AbsoluteDamping,
+        Field(description="a number of at least 0, auto, or {absolute: x} with a number x of at least 0"),
+    ] = 0.1
+    """Damping, as a share of the mean eigenvalue of each module's own block; ``auto``; or ``{absolute: x}``."""
     mode: Literal["dot", "cosine", "relatif", "l2"] = "dot"
     """How two gradients are compared."""
     reduce: Literal["mean", "sum", "last", "none"] = "mean"
@@ -118,6 +144,13 @@ class EverySteps(_Section):
     """Weights are kept after every ``every_steps`` optimizer steps."""
 
     every_steps: Positive
+
+
+class AtSteps(_Section):
+    """Weights are kept after these optimizer steps."""
+
+    at_steps: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Numbers of steps taken."""
 
 
 Statistic = Literal["mean", "variance", "covariance", "kronecker", "corrected_eigval"]
@@ -158,10 +191,14 @@ class Config(_Section):
     """Whether a row is divided by its sample's number of counted tokens."""
     store: StoreConfig = StoreConfig()
     checkpoints: Annotated[
-        Literal["none", "every_epoch"] | EverySteps,
-        Field(description="none, every_epoch, or {every_steps: n} with a whole number n, 1 or more"),
+        Literal["none", "every_epoch"] | EverySteps | AtSteps,
+        Field(
+            description="none, every_epoch, {every_steps: n} or {at_steps: [n, ...]} with a whole number n, 1 or more"
+        ),
     ] = "none"
     """When the model's weights are kept in the store, for queries averaged over them."""
+    record: Annotated[Literal["none", "path"], Field(description="none or path")] = "none"
+    """``path``: keep what each optimizer step used, so that the training can be replayed."""
     every: Positive = 1
     """Log every n-th block."""
     query: QueryConfig = QueryConfig()

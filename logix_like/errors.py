@@ -14,6 +14,8 @@
     ├── ModelMismatchError       the model is not the one that was logged
     ├── StatisticsError          a statistic that is needed was not gathered, or cannot be inverted
     ├── QueryError               a query or one of its options makes no sense
+    ├── RetrainingError          a model could not be retrained or measured
+    ├── EvaluationError          scores cannot be held against what was measured
     └── MissingDependencyError   an optional package is not installed
 
 Each message states what was found, what was expected and what to do.
@@ -74,6 +76,14 @@ class StatisticsError(LogixError, RuntimeError):
 
 class QueryError(LogixError, ValueError):
     """A query or one of its options makes no sense."""
+
+
+class RetrainingError(LogixError, RuntimeError):
+    """A model could not be retrained on a subset, or measured afterwards."""
+
+
+class EvaluationError(LogixError, ValueError):
+    """Scores cannot be held against what was measured, or an evaluation's option makes no sense."""
 
 
 class MissingDependencyError(LogixError, ImportError):

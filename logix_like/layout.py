@@ -120,6 +120,15 @@ class Layout(Sequence[ModuleBlock]):
             index = self._picked[name] = torch.tensor(block.coordinates, device=matrices.device)
         return matrices.flatten(-2).index_select(-1, index)
 
+    def spread(self, name: str, numbers: Tensor) -> Tensor:
+        """The reverse of :meth:`pick`: ``[..., rank_out, rank_in]`` with zeros where nothing is kept."""
+        block = self._by_name[name]
+        if block.coordinates is not None:
+            whole = numbers.new_zeros(*numbers.shape[:-1], block.rank[0] * block.rank[1])
+            whole[..., list(block.coordinates)] = numbers
+            numbers = whole
+        return numbers.unflatten(-1, block.rank)
+
     def fingerprint(self) -> str:
         """BLAKE2b-128 hex of names, kinds and shapes: the model's structure as it was logged."""
         described = [(b.name, b.kind, b.shape, b.tied) for b in self._blocks]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +46,10 @@ class Logbook:
         """Whether logging has ended; blocks are then captured for :attr:`last` only."""
         self.blocks = 0
         """Blocks that have ended."""
+        self.on_block: Callable[[BlockOptions, bool | None], None] | None = None
+        """Told of each block of the training, stored or not, and whether its step will be skipped."""
+        self.on_rows: Callable[[ProjectedBatch], None] | None = None
+        """Told of each batch of rows, once it is known whether its step will be skipped."""
 
     @property
     def tracker(self) -> Tracker:
@@ -64,6 +70,11 @@ class Logbook:
     def watching(self) -> bool:
         """Whether a model is watched."""
         return self._tracker is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether ended blocks wait for the projection's warm-up."""
+        return bool(self._waiting)
 
     @property
     def last(self) -> QueryGradients:
@@ -100,7 +111,7 @@ class Logbook:
                 moments=self._storing and "kronecker" in self.statistics,
                 detached=detached,
             )
-        return Block(recording, options, self._begin, self._ended, self._dropped)
+        return Block(recording, options, self._begin, partial(self._ended, detached=detached), self._dropped)
 
     def end(self) -> None:
         """Close the open block.
@@ -175,7 +186,7 @@ class Logbook:
         if self._open is block:
             self._open = None
 
-    def _ended(self, block: Block) -> None:
+    def _ended(self, block: Block, *, detached: bool) -> None:
         if block.recording is not None:
             if self.blocks == 0 and not self.closed:
                 warn_of_coupling(block.recording, self.tracker.model)
@@ -185,6 +196,8 @@ class Logbook:
             self._waiting.append((block.recording, block.options, self._columns(block.options)))
             self.flush()
         self.blocks += 1
+        if self.on_block is not None and self._storing and not detached:
+            self.on_block(block.options, overflowed(self.tracker.model, block.options.scaler))
         if not self.closed:
             self._progress.block_ended()
 
@@ -201,6 +214,7 @@ class Logbook:
             loss=None if options.loss is None else options.loss.float().cpu(),
             overflow=overflowed(self.tracker.model, options.scaler),
             metadata=options.metadata,
+            weight=1 / options.factor(options.scale),
         )
 
     def _store(self, batch: ProjectedBatch) -> None:
@@ -209,6 +223,8 @@ class Logbook:
         if not self._session.begun:
             self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
         self._session.put(batch)
+        if self.on_rows is not None:
+            self.on_rows(batch)
 
 
 def per_token(rows: Tensor, options: BlockOptions) -> Tensor:

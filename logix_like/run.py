@@ -1,4 +1,4 @@
-"""The object that a training loop talks to, and the two functions that make one.
+"""The object that a training loop talks to.
 
 Sign convention, here as everywhere: a positive score means that training on the sample lowered the query's loss
 (a proponent, helpful); negative, that it raised it (an opponent, harmful).
@@ -10,8 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,109 +20,60 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
-from logix_like.config import Config, EverySteps, load_config
-from logix_like.config_errors import section_of
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
+from logix_like.layout import DataId
+from logix_like.live import LiveScores
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
 from logix_like.objective import Objective
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.groups import GroupInfluence
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.query.tokens import TokenScores
+from logix_like.recording import PathRecorder
+from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, is_store, open_store
+from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
-
-
-def init(
-    project: str | None = None,
-    model: nn.Module | None = None,
-    config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
-    *,
-    optimizer: Optimizer | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    verbose: bool = True,
-    **overrides: Any,
-) -> Run:
-    """Start a run that logs into the store ``<root>/<project>``.
-
-    Args:
-        project: name of the run; may also stand in the config.
-        model: the model to track; may be given later to :meth:`Run.watch`.
-        config: a YAML file, a preset's name, a mapping or a :class:`Config`.
-        optimizer: lets rows carry optimizer steps and learning rates.
-        resume: go on behind the last commit of an earlier run in the same place.
-        overwrite: replace an earlier run in the same place.
-        verbose: print once, to stderr, what is tracked.
-        overrides: settings that win over the config.
-
-    Raises:
-        ConfigError: a setting is unknown or wrong, or no project is named.
-        StoreExistsError: the place holds another run, and neither ``resume`` nor ``overwrite`` is set.
-    """
-    settings = load_config(config, project=project, **overrides)
-    if settings.project is None:
-        raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other")
-    # Absolute, so that a change of the working directory moves nothing.
-    path = (Path(settings.root) / settings.project).absolute()
-    if resume and is_store(path):
-        settings = _with_stored(settings, _stored_config(open_store(path)))
-    if isinstance(settings.checkpoints, EverySteps) and optimizer is None:
-        raise ConfigError("checkpoints: every_steps counts optimizer steps; give init(optimizer=...)")
-    if model is not None and not resume:
-        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
-    session = StoreSession(path, settings, resume=resume, overwrite=overwrite)
-    run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
-    if model is not None:
-        run.watch(model)
-    return run
-
-
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> Run:
-    """Open a finished (or still growing) store for queries; it needs no config and never writes.
-
-    Raises:
-        StoreNotFoundError: there is no store at ``path``.
-        ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
-    """
-    path = Path(path).absolute()
-    run = Run(_stored_config(open_store(path)), path, None, verbose=False)
-    if model is not None:
-        run.watch(model)
-    return run
 
 
 class Run:
     """Logs the gradients of training samples, and answers queries about them.
 
-    Made by :func:`init` (logging) or :func:`load` (queries only). A run composes a :class:`StoreSession` (writing), a
-    :class:`Logbook` (blocks) and an :class:`Asker` (queries), and owns their lifetimes.
+    Made by :func:`~logix_like.init` (logging) or :func:`~logix_like.load` (queries only). A run composes a
+    :class:`StoreSession` (writing), a :class:`Logbook` (blocks) and an :class:`Asker` (queries), and owns their
+    lifetimes.
     """
 
     def __init__(
         self,
         config: Config,
-        path: Path,
+        path: Place,
         session: StoreSession | None,
         *,
         optimizer: Optimizer | None = None,
         verbose: bool = True,
+        on_damage: OnDamage = "raise",
     ) -> None:
         self.config = config
         self.path = path
         self._session = session
         self._verbose = verbose
-        self._progress = Progress(optimizer, **_cursor(session))
+        self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
-        self._asker = Asker(path, config.query, self._logbook)
+        self._on_damage = on_damage
+        self._asker = Asker(path, config.query, self._logbook, on_damage)
+        self._recorder: PathRecorder | None = None
+        self._live: list[LiveScores] = []
 
     # What is tracked
 
@@ -146,6 +95,10 @@ class Run:
         else:
             tracker = new_tracker(model, self.config)
         self._logbook.tracker = tracker
+        optimizer = self._progress.optimizer
+        if self.config.record == "path" and self._session is not None and optimizer is not None:
+            self._recorder = PathRecorder(self.path, model, optimizer, self._progress, self.checkpoint)
+            self._logbook.on_block = self._recorder.block
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -233,6 +186,32 @@ class Run:
         """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
         self._progress.step = number
 
+    def track(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        every: int = 20,
+        order: int = 2,
+    ) -> LiveScores:
+        """Score every sample for a batch of queries while training goes on: TracIn (``order=1``) or in-run Shapley (2).
+
+        Their gradients are taken every ``every`` steps; ``loss_fn`` and ``data_id`` as in :meth:`query_fn`.
+
+        Raises:
+            ConfigError: no optimizer was given, or it has no known update rule (lists the known).
+        """
+        optimizer = self._progress.optimizer
+        if optimizer is None or self._logbook.closed or self.config.every != 1:
+            raise ConfigError("queries are tracked while every block is logged; give init(optimizer=..., every=1)")
+        options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        live = LiveScores(self._logbook.tracker, optimizer, batch, loss_fn, options, every=every, order=order)
+        self._live.append(live)
+        self._logbook.on_rows = self._followed
+        return live
+
     def get_log(self) -> QueryGradients:
         """Rows of the last block: ids and projected gradients, usable as a query.
 
@@ -288,7 +267,26 @@ class Run:
         """Keep the model's weights in the store (safetensors)."""
         if self._session is None or self._logbook.closed:
             raise StoreError("this run is finished or was loaded for queries: it keeps no further checkpoints")
-        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch)
+        moments = None if self._recorder is None else self._recorder.moments()
+        self._session.checkpoint(self._logbook.tracker.model, self._progress.step, self._progress.epoch, moments)
+
+    def forget(self, data_id: Any) -> int:
+        """Take back every row logged so far of the samples ``data_id``; returns how many there were.
+
+        They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
+        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
+        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
+        :meth:`commit` in all.
+
+        Raises:
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+        """
+        if self._session is None:
+            raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
+        if self._logbook.waiting:
+            raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
+        self.commit()
+        return self._session.forget(as_data_ids(data_id))
 
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
@@ -300,7 +298,9 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
-        if self._logbook.watching and self.config.checkpoints != "none":
+        for live in self._live:
+            live.finish(self._progress.step)
+        if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
@@ -332,7 +332,24 @@ class Run:
     @property
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
-        return open_store(self.path)
+        return open_store(self.path, on_damage=self._on_damage)
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """What each optimizer step used, for replaying the training; recorded with ``record: path``.
+
+        Raises:
+            StoreError: it was not recorded.
+        """
+        return self.store.training_path
+
+    def at(self, checkpoint: int) -> Checkpoint:
+        """The weights and, with ``record: path``, the optimizer's state at a checkpoint, by its number (from 1).
+
+        Raises:
+            StoreNotFoundError: there is no such checkpoint (lists those that there are).
+        """
+        return self.store.checkpoint(checkpoint)
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
@@ -410,7 +427,8 @@ class Run:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
             options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
-                config's; ``progress`` to show a bar.
+                config's; ``where``, ``per``, ``normalize``, ``client`` and ``progress`` as for
+                :meth:`logix_like.query.engine.QueryEngine.influence`.
 
         Raises:
             EmptyStoreError: nothing was logged.
@@ -438,46 +456,66 @@ class Run:
         gradients = None if query is None else as_gradients(query)
         return self._asker.engine().self_influence(gradients, **settings)
 
+    def compute_group_influence(
+        self,
+        query: Query | QueryGradients,
+        groups: Mapping[str, Sequence[DataId]] | Sequence[DataId],
+        order: int = 1,
+        **options: Any,
+    ) -> GroupInfluence:
+        """Scores of sets of samples (ids by name, or one list of ids) for each query.
+
+        ``order`` 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples. ``options``
+        are ``preconditioner``, ``damping``, ``reduce`` and ``progress``.
+        """
+        self.commit()
+        settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
+        return self._asker.engine().group_influence(as_gradients(query), groups, order=order, **settings)
+
+    def find_similar(self, data_id: Any, k: int = 10, **options: Any) -> InfluenceResult:
+        """The ``k`` samples whose stored gradients point the same way as those of ``data_id``; cosine unless ``mode=``.
+
+        ``options`` are those of :meth:`compute_influence_all`; without a ``preconditioner`` gradients are compared as
+        they are.
+        """
+        self.commit()
+        chosen = self._asker.settings(options)
+        settings = {"preconditioner": "identity", "mode": "cosine", "reduce": chosen["reduce"], **options}
+        return self._asker.engine().similar(as_data_ids(data_id), k=k, **settings)
+
+    def token_scores(
+        self,
+        query: Query | QueryGradients,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> TokenScores:
+        """How much each position of a batch's samples adds to the samples' scores for each query.
+
+        One forward and backward pass at the present weights: meant for a query's first proponents. ``loss_fn`` and
+        ``data_id`` are as for :meth:`query_fn`; ``options`` are ``preconditioner``, ``damping`` and ``progress``.
+        """
+        self.commit()
+        asked = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        settings = self._asker.settings(options, "preconditioner", "damping", "progress")
+        return self._asker.token_scores(as_gradients(query), batch, loss_fn, asked, settings)
+
+    def _followed(self, rows: ProjectedBatch) -> None:
+        for live in self._live:
+            live.add(rows)
+
     def _stepped(self, step: int) -> None:
-        kept = self.config.checkpoints
-        if isinstance(kept, EverySteps) and step % kept.every_steps == 0 and self._logbook.watching:
+        if self._recorder is not None:
+            self._recorder.stepped(step)
+        if self._logbook.watching and _is_due(self.config.checkpoints, step):
             self.checkpoint()
 
 
-def _stored_config(store: GradientStore) -> Config:
-    """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
-    sections = {name: section_of(field) for name, field in Config.model_fields.items()}
-    known: dict[str, Any] = {}
-    for key, value in store.manifest.config.items():
-        section = sections.get(key)
-        if section is not None and isinstance(value, Mapping):
-            known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}
-        elif key in sections:
-            known[key] = value
-    return load_config(known)
-
-
-def _with_stored(settings: Config, stored: Config) -> Config:
-    """``settings`` with everything that decides what a row is as the resumed store has it."""
-    kept = settings.model_copy(
-        update={
-            "modules": stored.modules,
-            "projection": stored.projection,
-            "store": settings.store.model_copy(update={"dtype": stored.store.dtype}),
-        }
-    )
-    if kept != settings:
-        warnings.warn(
-            "the resumed store's modules, projection and dtype are kept; they differ from this config's, and rows of "
-            "one store are all alike: start another project to change them",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return kept
-
-
-def _cursor(session: StoreSession | None) -> dict[str, int]:
-    if session is None or session.cursor is None:
-        return {}
-    epoch, step = session.cursor
-    return {"epoch": epoch, "step": step + 1}
+def _is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
+    """Whether the weights are to be kept after ``step`` steps."""
+    if isinstance(kept, EverySteps):
+        return step % kept.every_steps == 0
+    return isinstance(kept, AtSteps) and step in kept.at_steps

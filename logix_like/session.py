@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.config import Config
 from logix_like.errors import ConfigError, LogixError, StoreError
-from logix_like.layout import Layout
+from logix_like.layout import DataId, Layout
 from logix_like.projection import INITS
 from logix_like.query.completion import ensure_statistics
 from logix_like.ranks import Ranks
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
+    Flag,
     GradientStore,
+    Place,
     StoreWriter,
     add_fingerprints,
     build_view,
@@ -26,6 +29,8 @@ from logix_like.store import (
     open_store,
     read_manifest,
     save_checkpoint,
+    supersede_samples,
+    supersede_steps,
 )
 from logix_like.weights import fingerprint, whole_tensors
 
@@ -43,25 +48,35 @@ class StoreSession:
     rows ever travel between them.
     """
 
-    def __init__(self, path: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, path: Place, config: Config, *, resume: bool, overwrite: bool, resume_step: int | None = None
+    ) -> None:
         self.path = path
         self._config = config
         self._ranks = Ranks.here()
         _require_projections_for(config, self._ranks)
         plain = config.model_dump(mode="json")
-        self._ranks.once(lambda: create_store(path, plain, resume=resume, overwrite=overwrite))
+        self._ranks.once(lambda: _open_place(path, plain, resume=resume, overwrite=overwrite, step=resume_step))
         self.resumed = open_store(path) if resume else None
         """The store as it was found, when a run is being resumed."""
         self._ranks.wait()  # so that all find it alike: no process logs before the others have read it
         self._writer: StoreWriter | None = None
         self._statistics: frozenset[str] = frozenset()
-        self._last_checkpoint: tuple[int, str] | None = None
+        kept = () if self.resumed is None else self.resumed.checkpoints
+        self._last_checkpoint = (kept[-1].step, kept[-1].fingerprint) if kept else None
 
     @property
     def cursor(self) -> tuple[int, int] | None:
-        """``(epoch, step)`` of the last commit of the run that is being resumed."""
-        writers = () if self.resumed is None else self.resumed.writers
-        return max((writer.cursor for writer in writers), key=lambda cursor: cursor[1], default=None)
+        """``(epoch, step)`` of the last row of the run that is being resumed, but for rows that were taken back."""
+        if self.resumed is None:
+            return None
+        if not self.resumed.retractions:
+            return max((writer.cursor for writer in self.resumed.writers), key=lambda cursor: cursor[1], default=None)
+        standing = np.flatnonzero((self.resumed.flags & Flag.SUPERSEDED) == 0)
+        if not len(standing):
+            return None
+        last = standing[np.argmax(self.resumed.step[standing])]
+        return int(self.resumed.epoch[last]), int(self.resumed.step[last])
 
     def begin(self, layout: Layout, projections: Projections, statistics: frozenset[str]) -> None:
         """Write the module table and the projections, and start the writer's thread."""
@@ -83,6 +98,7 @@ class StoreSession:
             layout,
             settings.dtype,
             rank=self._ranks.rank,
+            codec=settings.codec,
             chunk_mib=settings.chunk_mib,
             commit_seconds=settings.commit_seconds,
             durability=settings.durability,
@@ -114,8 +130,14 @@ class StoreSession:
         if self._writer is not None:
             self._writer.commit()
 
-    def checkpoint(self, model: nn.Module, step: int, epoch: int) -> None:
-        """Keep the model's weights, unless the last checkpoint holds the same.
+    def forget(self, data_id: tuple[DataId, ...]) -> int:
+        """Take all committed rows of some samples back; returns how many."""
+        rows = supersede_samples(self.path, data_id)
+        build_view(self.path)
+        return rows
+
+    def checkpoint(self, model: nn.Module, step: int, epoch: int, moments: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the model's weights and the optimizer's moments, unless the last checkpoint holds the same.
 
         Where weights are spread over processes (FSDP), all must call this together; the first one writes.
         """
@@ -123,7 +145,7 @@ class StoreSession:
         if seen != self._last_checkpoint:
             if self._writer is not None:
                 self._writer.require_present()  # never into a store that has taken this one's place
-            state = whole_tensors(model)
+            state = {**whole_tensors(model), **(moments or {})}
             if self._ranks.first:
                 save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
             self._last_checkpoint = seen
@@ -157,13 +179,19 @@ class StoreSession:
             ) from error
 
 
-def _complete(path: Path, weights: str | None) -> None:
+def _complete(path: Place, weights: str | None) -> None:
     """What is done once, when all rows are there."""
     if read_manifest(path).layout is None:
         return
     if weights is not None:
         add_fingerprints(path, {"weights": weights})
     build_view(path)
+
+
+def _open_place(path: Place, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:
+    create_store(path, config, resume=resume, overwrite=overwrite)
+    if step is not None:
+        supersede_steps(path, step)
 
 
 def _require_projections_for(config: Config, ranks: Ranks) -> None:
@@ -174,7 +202,7 @@ def _require_projections_for(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _wait_for_description(path: Path, ranks: Ranks) -> None:
+def _wait_for_description(path: Place, ranks: Ranks) -> None:
     """Return once the first process has described the store, which it does at the end of its first block."""
     deadline = time.monotonic() + DESCRIPTION_SECONDS
     while read_manifest(path).layout is None:

@@ -84,11 +84,15 @@ class Statistics:
     )
     CORRECTED = ("corrected_rows", "corrected_square_sum", "input_basis", "output_basis")
 
-    def __init__(self, layout: Layout, sums: Mapping[str, Mapping[str, Tensor]], rows: int) -> None:
+    def __init__(
+        self, layout: Layout, sums: Mapping[str, Mapping[str, Tensor]], rows: int, superseded: int = 0
+    ) -> None:
         self.layout = layout
         self.sums = {name: dict(fields) for name, fields in sums.items()}
         self.rows = rows
         """How many stored rows the sums cover (the watermark)."""
+        self.superseded = superseded
+        """How many of these were taken back since, though they are in the sums still."""
 
     @classmethod
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
@@ -105,7 +109,7 @@ class Statistics:
         for name in parts[0].sums:
             shared = [f for f in cls.ADDITIVE if all(f in part.sums.get(name, {}) for part in parts)]
             merged[name] = {f: torch.stack([part.sums[name][f] for part in parts]).sum(0) for f in shared}
-        return cls(parts[0].layout, merged, sum(part.rows for part in parts))
+        return cls(parts[0].layout, merged, sum(part.rows for part in parts), sum(part.superseded for part in parts))
 
     def __repr__(self) -> str:
         fields = sorted({field for sums in self.sums.values() for field in sums})
@@ -156,7 +160,11 @@ class Statistics:
     def with_corrected(self, corrected: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
         """A copy that also holds the fields of :func:`corrected_sums`."""
         sums = {name: {**fields, **corrected.get(name, {})} for name, fields in self.sums.items()}
-        return Statistics(self.layout, sums, self.rows)
+        return Statistics(self.layout, sums, self.rows, self.superseded)
+
+    def less(self, superseded: int) -> Statistics:
+        """The same sums, known to cover so many rows that were taken back since."""
+        return Statistics(self.layout, self.sums, self.rows, superseded) if superseded else self
 
     def _per_row(self, module: str, field: str) -> Tensor:
         return self._ratio(module, field, "rows")

@@ -23,6 +23,11 @@ class Progress:
         self._handle = None if optimizer is None else optimizer.register_step_post_hook(self._stepped)
 
     @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer whose steps are counted."""
+        return self._optimizer
+
+    @property
     def counts_steps(self) -> bool:
         """Whether steps are the optimizer's."""
         return self._optimizer is not None

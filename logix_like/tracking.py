@@ -6,7 +6,6 @@ import statistics
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
@@ -14,7 +13,7 @@ from logix_like.capture.selection import select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.projection import INITS
-from logix_like.store import GradientStore
+from logix_like.store import ENCODINGS, GradientStore
 from logix_like.wrapping import named_modules
 
 DISAGREEMENT = 0.05
@@ -67,7 +66,7 @@ def stored_projections(tracker: Tracker) -> Mapping[str, tuple[Tensor | None, Te
 def describe(tracker: Tracker, config: Config) -> str:
     """What is tracked, in a few lines for the user."""
     selection, layout = tracker.selection, tracker.layout
-    size = layout.width * torch.empty(0, dtype=getattr(torch, config.store.dtype)).itemsize
+    size = ENCODINGS[config.store.dtype].row_bytes(layout)
     share = selection.covered / selection.parameters
     lines = [
         f"logix_like: {len(selection.modules)} modules, {layout.width:,} numbers ({size:,} bytes as "
@@ -118,7 +117,7 @@ def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker)
     block would otherwise go unnoticed. Gradients that were there before the block say nothing.
     """
     total = tracker.layout.split(rows.detach().sum(0))
-    pairs = {name: (total[name], g) for name, g in _projected(recording.fresh_gradients(), rows, tracker).items()}
+    pairs = {name: (total[name], g) for name, g in projected(recording.fresh_gradients(), rows, tracker).items()}
     pairs = {
         name: (found, left) for name, (found, left) in pairs.items() if bool(left.any()) and bool(left.isfinite().all())
     }
@@ -141,17 +140,17 @@ def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker)
         )
 
 
-def _projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -> dict[str, Tensor]:
-    """Gradient matrices by block, each projected as the rows are."""
-    projected = {}
+def projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -> dict[str, Tensor]:
+    """Gradient matrices by block, each projected as the rows are (of the type of ``rows``)."""
+    found = {}
     for name, gradient in gradients.items():
         projection, matrix = tracker.projector.projection(name), gradient.to(rows)
         if projection.input is not None:
             matrix = matrix @ projection.input.to(rows).T
         if projection.output is not None:
             matrix = projection.output.to(rows) @ matrix
-        projected[name] = tracker.layout.pick(name, matrix).view(tracker.layout[name].matrix)
-    return projected
+        found[name] = tracker.layout.pick(name, matrix).view(tracker.layout[name].matrix)
+    return found
 
 
 def _first(names: list[str], most: int = 5) -> str:

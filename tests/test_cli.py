@@ -87,9 +87,11 @@ def test_help_names_every_command() -> None:
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", [["--help"], ["demo", "--help"], ["info", "--help"], ["query", "--help"]])
-def test_every_help_has_an_example(command: list[str]) -> None:
-    assert "Example: logix-like " in call(*command).stdout
+def test_every_help_has_an_example() -> None:
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"demo", "info", "query", "report"} <= set(names)
+    for command in ([], *([name] for name in names)):
+        assert "Example: logix-like " in call(*command, "--help").stdout, command
 
 
 def test_no_command_shows_the_help() -> None:
@@ -290,6 +292,34 @@ def test_wrong_usage_of_arguments(run: logix.Run, tmp_path: Path) -> None:
     assert "--queries" in usage_error(call("query", run.path))
     assert "frobnicate" in usage_error(call("frobnicate"))
     usage_error(call("info"))
+
+
+# report
+
+
+def test_a_report_with_contents(run: logix.Run, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "contents_of_samples.py").write_text("def text(data_id):\n    return f'words of {data_id}'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    output = tmp_path / "answer.html"
+    data = ("--data", "contents_of_samples:text")
+    result = call("report", run.path, "--queries", queries, "--output", output, "-k", 3, *data)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"saved to {output}\n")
+    page = output.read_text(encoding="utf-8")
+    for words in ("words of s0", "visits 2", "46 rows of 23 samples", "How concentrated influence is"):
+        assert words in page
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "is not of the form module:name"),
+        ("no_such_module:x", "there is no module 'no_such_module'"),
+        ("json:no_such_name", "'json' has no 'no_such_name'"),
+    ],
+)
+def test_contents_that_are_not_there(run: logix.Run, queries: Path, name: str, message: str) -> None:
+    assert message in usage_error(call("report", run.path, "--queries", queries, "--data", name))
 
 
 # The command itself

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import logix_like as logix
 from logix_like.errors import ModelMismatchError
+from logix_like.layout import Layout, ModuleBlock
 from logix_like.projection import INITS, largest_coordinates
 from tests.training import SAMPLES, batches, data, full, network, own_gradients
 
@@ -102,6 +103,16 @@ def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     rows = resumed.store.gradients[:]
     assert torch.allclose(rows[-2:], rows[:2])
     other = run.store.layout[0].coordinates[::-1]
-    changed = type(run.store.layout)([type(b)(**{**vars(b), "coordinates": other}) for b in run.store.layout])
+    changed = Layout([ModuleBlock(**{**vars(b), "coordinates": other}) for b in run.store.layout])
     with pytest.raises(ModelMismatchError, match="other coordinates"):
         run.store.layout.require_same(changed)
+
+
+def test_tokens_of_a_sample_add_up_in_the_eigenbasis() -> None:
+    block = ModuleBlock("m", "linear", (3, 4), (3, 4), 0, "m", coordinates=(1, 2, 6, 11))
+    layout = Layout([block])
+    matrices, numbers = torch.randn(5, 3, 4), torch.randn(2, 4)
+    spread = layout.spread("m", numbers)
+    assert torch.equal(layout.pick("m", spread), numbers)
+    assert torch.allclose(torch.einsum("qoi,noi->qn", spread, matrices), numbers @ layout.pick("m", matrices).T)
+    assert Layout.from_json(layout.to_json()) == layout

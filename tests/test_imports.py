@@ -24,6 +24,7 @@ LAYERS = (
     # name that fits a module decides; "logix_like" itself is only the package's face.
     ("logix_like.errors", "logix_like.configs"),
     (
+        "logix_like.damping",
         "logix_like.layout",
         "logix_like.ids",
         "logix_like.ranks",
@@ -31,6 +32,8 @@ LAYERS = (
         "logix_like.wrapping",
         "logix_like.weights",
         "logix_like.objective",
+        "logix_like.path",
+        "logix_like.updates",
     ),
     ("logix_like.config", "logix_like.config_source", "logix_like.config_errors"),
     ("logix_like.linalg",),
@@ -43,7 +46,11 @@ LAYERS = (
     ("logix_like.curvature",),
     ("logix_like.query",),
     ("logix_like.report",),
+    ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.sensitivity",),
+    ("logix_like.evaluation",),
+    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -52,10 +59,12 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
-    ("logix_like.logbook",),
-    ("logix_like.asking",),
+    ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
+    ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),
-    ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
+    ("logix_like.starting",),
+    ("logix_like", "logix_like.explorer"),
+    ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
 
 ALLOWED_UPWARDS = {("logix_like.query.result", "logix_like.report")}
@@ -69,9 +78,11 @@ ONLY_IN = {
     "distributed": ("logix_like.query.distributed", "logix_like.retraining"),
     "transformers": ("logix_like.integrations", "logix_like.examples"),
     "lightning": ("logix_like.integrations", "logix_like.examples"),
+    "starlette": ("logix_like.explorer",),
+    "uvicorn": ("logix_like.explorer",),
 }
 
-NOT_AT_START = "transformers lightning faiss dask pandas matplotlib sklearn jinja2"
+NOT_AT_START = "starlette uvicorn transformers lightning faiss dask pandas matplotlib sklearn jinja2"
 
 
 @dataclass(frozen=True)

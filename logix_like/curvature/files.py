@@ -18,7 +18,7 @@ from logix_like.curvature.curvature import Curvature, Fisher
 from logix_like.errors import ConfigError, StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
-from logix_like.store.files import checksum, sync_folder, temporary_name
+from logix_like.store.files import Place, checksum, sync_folder, temporary_name
 
 FORMAT = 1
 SIDES = ("input", "output")
@@ -64,15 +64,20 @@ def load_curvature(path: str | Path) -> Curvature:
         raise StoreDamagedError(f"{path} lacks a part of its curvature ({error!r}); fit it again") from error
 
 
-def stored_curvature(store: str | Path, name: str) -> Path:
+def stored_curvature(store: Place, name: str) -> Path:
     """The file of the curvature ``name`` in the folder of a store.
 
     Raises:
-        ConfigError: the name is not that of a file.
+        ConfigError: the name is not that of a file, or the store is no folder.
     """
+    if not isinstance(store, Path):
+        raise ConfigError(
+            f"{store} is an object store, and a curvature is kept in a file; use "
+            "logix_like.curvature.fit_curvature and save_curvature with a path of your own"
+        )
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
-    return Path(store) / "curvature" / f"{name}.safetensors"
+    return store / "curvature" / f"{name}.safetensors"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:

@@ -90,7 +90,7 @@ def ensure_statistics(
 
     Sums over rows that are missing, or cover more or fewer rows than are valid, are computed again in one pass over
     the store, and so are EK-FAC's eigenvalues. Kronecker factors need the model's activations and cannot be had
-    from rows: they are taken as gathered.
+    from rows: they are taken as gathered, rows that were taken back since included (``superseded`` says how many).
 
     Args:
         store: All visit rows, and what was gathered over them.
@@ -107,9 +107,11 @@ def ensure_statistics(
         _require_kronecker(statistics)
     names = [name for name in needed if ROW_SUMS[name]]
     candidates = Candidates.valid(store.view("none"))
-    if names and not _covers(statistics, names, candidates.count, covariance_limit):
+    # With rows taken back since, equal numbers of rows would not tell that they are the same rows.
+    stale = statistics.superseded > 0
+    if names and (stale or not _covers(statistics, names, candidates.count, covariance_limit)):
         statistics = _with_row_sums(statistics, names, candidates, covariance_limit, progress)
-    if "corrected_eigval" in needed and not _covers_corrected(statistics, candidates.count):
+    if "corrected_eigval" in needed and (stale or not _covers_corrected(statistics, candidates.count)):
         rows = (tile.values for tile in candidates.tiles(progress, "EK-FAC eigenvalues"))
         statistics = statistics.with_corrected(corrected_sums(statistics, rows))
     return statistics
@@ -175,4 +177,4 @@ def _with_row_sums(
         name: {f: t for f, t in statistics.sums.get(name, {}).items() if f not in row_fields} | fields
         for name, fields in computed.sums.items()
     }
-    return Statistics(layout, sums, computed.rows)
+    return Statistics(layout, sums, computed.rows, statistics.superseded)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logix_like.damping import DampingSetting
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.layout import DataId
 from logix_like.query.ranking import stable_top
@@ -18,6 +22,11 @@ from logix_like.query.table import influence_table, self_influence_table
 
 if TYPE_CHECKING:
     import pandas
+
+    from logix_like.store import GradientStore
+
+Provider = Mapping[Any, Any] | Sequence[Any] | Callable[[DataId], Any]
+"""Gives for an id what a person would look at: a text, a picture, facts."""
 
 Ids = NDArray[np.object_]
 """Data ids, ``str`` or ``int``, in an object array."""
@@ -38,6 +47,8 @@ class Ranking:
     """``[queries, k]``."""
     step: NDArray[np.int64] | None = None
     """``[queries, k]``: the step of the visit, when every visit was ranked by itself."""
+    parts: Tensor | None = None
+    """``[queries, k, parts]``: what each part of the model adds to the score, when that was asked for."""
 
     @property
     def k(self) -> int:
@@ -46,7 +57,18 @@ class Ranking:
 
     def first(self, k: int) -> Ranking:
         """The first ``k`` of each query."""
-        return Ranking(self.ids[:, :k], self.scores[:, :k], None if self.step is None else self.step[:, :k])
+        step = None if self.step is None else self.step[:, :k]
+        parts = None if self.parts is None else self.parts[:, :k]
+        return Ranking(self.ids[:, :k], self.scores[:, :k], step, parts)
+
+    def without(self, ids: Sequence[DataId], k: int) -> Ranking:
+        """The first ``k`` of each query that are not ``ids[query]``; each query must have so many others."""
+        others = np.stack([np.flatnonzero(line != own)[:k] for line, own in zip(self.ids, ids, strict=True)])
+        lines, chosen = np.arange(len(ids))[:, None], torch.from_numpy(others)
+        rows = torch.from_numpy(lines)
+        step = None if self.step is None else self.step[lines, others]
+        parts = None if self.parts is None else self.parts[rows, chosen]
+        return Ranking(self.ids[lines, others], self.scores[rows, chosen], step, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +87,12 @@ class InfluenceResult:
     """``dot``, ``cosine``, ``relatif`` or ``l2``."""
     preconditioner: str
     """The preconditioner that was asked for."""
-    damping: float
-    """Its damping, as a multiple of each block's mean eigenvalue."""
+    damping: DampingSetting
+    """Its damping, as it was given; a number is a multiple of each block's mean eigenvalue."""
     reduce: str
     """How the visits of one sample were combined: ``mean``, ``sum``, ``last`` or ``none``."""
     engine: str
-    """``exact`` or ``faiss``."""
+    """``exact``, ``faiss`` or ``dask``."""
     note: str
     """What was computed, in words."""
     data_id: Ids | None = None
@@ -83,6 +105,12 @@ class InfluenceResult:
     """The proponents that were asked for with ``k=``."""
     bottom: Ranking | None = None
     """The opponents that were asked for with ``k=``, the lowest score first."""
+    source: str = ""
+    """Folder of the store that was asked; empty: not known."""
+    part_names: tuple[str, ...] = ()
+    """The parts of the model that scores were split into, with ``per=``; else empty."""
+    parts: Tensor | None = None
+    """``[queries, samples, parts]``: the scores split so; they sum to the scores."""
 
     @property
     def held(self) -> int:
@@ -108,7 +136,10 @@ class InfluenceResult:
         best, chosen = stable_top(self.scores if largest else -self.scores, k)
         columns = chosen.numpy()
         step = None if self.step is None else self.step[columns]
-        return Ranking(self.data_id[columns], best if largest else -best, step)
+        parts = None
+        if self.parts is not None:
+            parts = self.parts.gather(1, chosen[:, :, None].expand(-1, -1, self.parts.shape[2]))
+        return Ranking(self.data_id[columns], best if largest else -best, step, parts)
 
     def __str__(self) -> str:
         """Show a table of the first proponents and opponents of each query."""
@@ -154,11 +185,37 @@ class InfluenceResult:
 
         return read_result(Path(path))
 
-    def report(self, path: str | Path, *, k: int = 10) -> Path:
-        """Write one self-contained HTML page with up to ``k`` proponents and opponents of each query."""
+    def report(
+        self,
+        path: str | Path,
+        *,
+        k: int = 10,
+        data: Provider | None = None,
+        queries: Provider | None = None,
+        store: GradientStore | str | PathLike[str] | None = None,
+        modules: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page with up to ``k`` proponents and opponents of each query.
+
+        Args:
+            path: The page's file.
+            k: Samples on each side of a query.
+            data: Mapping, list or function from a sample's id to its text, picture (PIL image, array, tensor,
+                ``pathlib.Path``), list of ``(token, score)`` pairs, or a mapping with any of ``text``, ``image``,
+                ``tokens`` and further facts such as ``label``. It may lack some ids.
+            queries: The same for the ids of the queries.
+            store: The store that was asked, or its path; by default the one that the result names, if it is there.
+            modules: By module its share of the scores, to be drawn.
+        """
         from logix_like.report.page import write_report
 
-        return write_report(self, Path(path), k=k)
+        return write_report(self, Path(path), k=k, data=data, queries=queries, store=store, modules=modules)
+
+    def _repr_html_(self) -> str:
+        """The first proponents and opponents, for notebooks."""
+        from logix_like.report.notebook import influence_html
+
+        return influence_html(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,14 +231,27 @@ class SelfInfluence:
     """``[samples]``."""
     preconditioner: str
     """The preconditioner that was asked for."""
-    damping: float
-    """Its damping, as a multiple of each block's mean eigenvalue."""
+    damping: DampingSetting
+    """Its damping, as it was given; a number is a multiple of each block's mean eigenvalue."""
     reduce: str
     """How the visits of one sample were combined."""
     note: str
     """What was computed, in words."""
     step: NDArray[np.int64] | None = None
     """``[samples]``: the step of each visit, when every visit was scored by itself."""
+    rows: int | None = None
+    """Over how many rows the curvature is a mean; None where that is not known."""
+
+    @property
+    def leverage(self) -> Tensor:
+        """``[samples]``: scores divided by the rows of the curvature.
+
+        With the covariance of the very rows as curvature each lies between 0 and 1, and all together add up to the
+        effective number of directions that the rows determine: near 1, a sample stands alone in its own.
+        """
+        if not self.rows:
+            raise QueryError("the leverage needs the number of rows of the curvature, which this result does not tell")
+        return self.scores / self.rows
 
     def save(self, path: str | Path) -> Path:
         """Write the self-influences to a ``.json`` or ``.npz`` file, at once or not at all; returns its path.

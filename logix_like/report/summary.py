@@ -57,6 +57,8 @@ class StoreSummary:
     """For each gathered statistic, how many modules have it."""
     statistics_rows: int
     """How many of the rows the statistics cover."""
+    statistics_superseded: int
+    """How many of these were taken back since: Kronecker factors still hold them, all else is computed anew."""
     writers: tuple[dict[str, Any], ...]
     """Name, rows, commits, epoch and step of the last row, state of each writing process."""
     checkpoints: tuple[dict[str, Any], ...]
@@ -83,6 +85,7 @@ class StoreSummary:
             modules=_modules(store.modules),
             statistics=_gathered(store.statistics),
             statistics_rows=store.statistics.rows,
+            statistics_superseded=store.statistics.superseded,
             writers=_writers(store),
             checkpoints=tuple(
                 {"number": c.number, "step": c.step, "epoch": c.epoch, "bytes": c.size} for c in store.checkpoints
@@ -109,6 +112,8 @@ class StoreSummary:
         yield "row", f"{self.numbers:,} numbers as {self.dtype}, {len(self.modules)} modules:"
         yield from (("", line) for line in _table(["module", "kind", "shape", "rank", "numbers"], self.modules))
         covered = f", over {self.statistics_rows:,} of {self.rows:,} rows" if self.statistics else ""
+        if self.statistics_superseded:
+            covered += f"; {self.statistics_superseded:,} of them superseded, in the Kronecker factors still"
         kinds = [f"{name} ({count} modules)" for name, count in self.statistics.items()]
         yield "statistics", (", ".join(kinds) or "none") + covered
         yield "writers", f"{len(self.writers)}:"

@@ -9,9 +9,8 @@ zarr-python is tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from logix_like.store.documents import sealed
 from logix_like.store.files import (
     CHECKSUM_BYTES,
     Bytes,
+    Place,
     checksum,
     make_folder,
     read_bytes,
@@ -39,15 +39,21 @@ class ArraySpec:
     """What does not change in an array while its rows grow."""
 
     data_type: str
-    """Zarr's name of the type: ``uint16``, ``float16``, ``float32``, ``float64`` or ``string``."""
+    """Zarr's name of the type: ``uint16``, ``float32``, ``string`` and so on."""
     fill_value: Any
     """What a reader sees where there is no chunk."""
     width: int | None = None
     """Numbers of one row; None for an array of one dimension."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    compression: Sequence[Mapping[str, Any]] = ()
+    """Zarr's metadata of the codecs between the numbers and their checksum."""
+    of_chunks: bool = False
+    """Whether it has one row for each chunk of the others, rather than for each of their rows."""
 
     def document(self, rows: int, chunk_rows: int) -> bytes:
-        """The array's ``zarr.json`` with ``rows`` rows in chunks of ``chunk_rows``."""
+        """The array's ``zarr.json`` for a part of ``rows`` rows in chunks of ``chunk_rows``."""
+        if self.of_chunks:
+            rows, chunk_rows = -(-rows // chunk_rows), 1
         tail = [] if self.width is None else [self.width]
         document = {
             "zarr_format": 3,
@@ -57,24 +63,24 @@ class ArraySpec:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *tail]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": self.fill_value,
-            "codecs": [_TEXT if self.data_type == "string" else _BYTES, _CRC],
+            "codecs": [_TEXT if self.data_type == "string" else _BYTES, *self.compression, _CRC],
             "attributes": dict(self.attributes),
         }
         return sealed(document)
 
 
-def write_group(folder: Path, attributes: Mapping[str, Any] | None = None, *, sync: bool = False) -> None:
+def write_group(folder: Place, attributes: Mapping[str, Any] | None = None, *, sync: bool = False) -> None:
     """Make ``folder`` a Zarr group."""
     make_folder(folder, sync=sync)
     write_file(folder / DOCUMENT, [group_document(attributes)], sync=sync)
 
 
-def write_document(folder: Path, spec: ArraySpec, rows: int, chunk_rows: int, *, sync: bool = False) -> None:
+def write_document(folder: Place, spec: ArraySpec, rows: int, chunk_rows: int, *, sync: bool = False) -> None:
     """Make ``folder`` a Zarr array, or change its number of rows."""
     write_file(folder / DOCUMENT, [spec.document(rows, chunk_rows)], sync=sync)
 
 
-def chunk_file(folder: Path, chunk: int, dimensions: int) -> Path:
+def chunk_file(folder: Place, chunk: int, dimensions: int) -> Place:
     """The file of a chunk of whole rows, by Zarr's default key encoding with the separator ``.``.
 
     With the usual ``/`` each chunk would have a folder of its own: twice the inodes, and one more
@@ -83,7 +89,7 @@ def chunk_file(folder: Path, chunk: int, dimensions: int) -> Path:
     return folder / ".".join(["c", str(chunk), *["0"] * (dimensions - 1)])
 
 
-def write_array(folder: Path, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:
+def write_array(folder: Place, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:
     """Write an array of one chunk; returns its checksum."""
     file = chunk_file(folder, 0, 1 if spec.width is None else 2)
     crc = write_checked({file: buffers}, sync=sync)
@@ -91,7 +97,7 @@ def write_array(folder: Path, spec: ArraySpec, rows: int, buffers: Iterable[Byte
     return crc[file]
 
 
-def read_chunk(file: Path, what: str, *, size: int | None = None, crc: int | None = None) -> np.ndarray:
+def read_chunk(file: Place, what: str, *, size: int | None = None, crc: int | None = None) -> np.ndarray:
     """The bytes of a chunk, checked against its own CRC-32C, a size and a recorded CRC.
 
     ``what`` names the rows for the :class:`StoreDamagedError` that anything unexpected raises.
@@ -111,7 +117,7 @@ def read_chunk(file: Path, what: str, *, size: int | None = None, crc: int | Non
     return data[:payload]
 
 
-def damaged(file: Path, what: str, finding: str) -> StoreDamagedError:
+def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
     """The error for a chunk file that is not what was committed."""
     return StoreDamagedError(
         f"{file}, which holds {what}, {finding}; the bytes are not those that were committed: "

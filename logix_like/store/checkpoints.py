@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError
 from logix_like.store.arrays import write_group
 from logix_like.store.documents import SEAL
 from logix_like.store.files import (
+    Place,
+    as_place,
     checksum,
+    files_of,
     map_bytes,
+    names_in,
     read_bytes,
-    sync_folder,
     temporary_name,
     write_file,
 )
 from logix_like.store.schema import CHECKPOINTS
+
+_RECORD = re.compile(r"[0-9]{1,12}\.json", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class CheckpointRecord:
 
 
 def save_checkpoint(
-    path: str | Path, state: Mapping[str, Tensor], step: int, epoch: int = -1, fingerprint: str = ""
+    path: str | PathLike[str] | Place, state: Mapping[str, Tensor], step: int, epoch: int = -1, fingerprint: str = ""
 ) -> CheckpointRecord:
     """Keep the tensors of ``state`` (a ``state_dict``) as the store's next checkpoint.
 
@@ -57,7 +65,7 @@ def save_checkpoint(
     Raises:
         StoreError: An entry is not a tensor, or the file cannot be written.
     """
-    folder = Path(path) / CHECKPOINTS
+    folder = as_place(path) / CHECKPOINTS
     tensors = {name: _plain(name, value) for name, value in state.items()}
     try:
         write_group(folder)
@@ -70,13 +78,27 @@ def save_checkpoint(
     return record
 
 
-def list_checkpoints(path: str | Path) -> tuple[CheckpointRecord, ...]:
+def list_checkpoints(path: str | PathLike[str] | Place) -> tuple[CheckpointRecord, ...]:
     """The store's checkpoints in order."""
-    files = [file for file in (Path(path) / CHECKPOINTS).glob("*.json") if file.stem.isdecimal()]
-    return tuple(sorted((_read_record(file) for file in files), key=lambda record: record.number))
+    folder = as_place(path) / CHECKPOINTS
+    names = [name for name in names_in(folder) if _RECORD.fullmatch(name)]
+    return tuple(sorted((_read_record(folder / name) for name in names), key=lambda record: record.number))
 
 
-def load_checkpoint(path: str | Path, number: int) -> dict[str, Tensor]:
+def damaged_checkpoints(path: str | PathLike[str] | Place) -> tuple[int, ...]:
+    """Numbers of the checkpoints whose record or weights are not as they were written; each is read."""
+    folder, damaged = as_place(path) / CHECKPOINTS, []
+    for name in names_in(folder):
+        if _RECORD.fullmatch(name):
+            number = int(name.partition(".")[0])
+            try:
+                _load(folder, _read_record(folder / name))
+            except StoreDamagedError:
+                damaged.append(number)
+    return tuple(sorted(damaged))
+
+
+def load_checkpoint(path: str | PathLike[str] | Place, number: int) -> dict[str, Tensor]:
     """The tensors of checkpoint ``number``, on the CPU.
 
     Raises :class:`StoreNotFoundError` if there is no such checkpoint, :class:`StoreDamagedError` if
@@ -86,13 +108,16 @@ def load_checkpoint(path: str | Path, number: int) -> dict[str, Tensor]:
     if number not in known:
         listed = ", ".join(str(n) for n in known) or "none"
         raise StoreNotFoundError(f"{path} has no checkpoint {number}; there are: {listed}")
-    file = Path(path) / CHECKPOINTS / f"{number}.safetensors"
+    return _load(as_place(path) / CHECKPOINTS, known[number])
+
+
+def _load(folder: Place, record: CheckpointRecord) -> dict[str, Tensor]:
+    file = folder / f"{record.number}.safetensors"
     try:
-        with map_bytes(file) as content:
-            intact = len(content) == known[number].size and _checksum(content) == known[number].crc
-        if not intact:
+        content = map_bytes(file)
+        if len(content) != record.size or _checksum(content) != record.crc:
             raise StoreDamagedError(f"{file} does not match its checksum; restore it from a copy")
-        return load_file(file)
+        return load_file(file) if isinstance(file, Path) else load(bytes(content))
     except (OSError, ValueError, SafetensorError) as error:
         raise StoreDamagedError(f"{file} cannot be read: {error}; restore it from a copy") from error
 
@@ -107,18 +132,18 @@ def _plain(name: str, value: object) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def _write_weights(file: Path, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    temporary = temporary_name(file)
-    try:
+def _write_weights(file: Place, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Write the file by way of one of this machine: weights need not fit into memory twice."""
+    with ExitStack() as stack:
+        if isinstance(file, Path):
+            temporary = temporary_name(file)
+            stack.callback(temporary.unlink, missing_ok=True)
+        else:
+            temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logix_like-"))) / file.name
         save_file(tensors, temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        with map_bytes(temporary) as content:
-            size, crc = len(content), _checksum(content)
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = map_bytes(temporary)
+        size, crc = len(content), _checksum(content)
+        files_of(file).adopt(temporary, file)
     return size, crc
 
 
@@ -134,7 +159,7 @@ def _seal(entry: Mapping[str, Any]) -> bytes:
     return json.dumps({**entry, SEAL: f"{seal:08x}"}).encode()
 
 
-def _read_record(file: Path) -> CheckpointRecord:
+def _read_record(file: Place) -> CheckpointRecord:
     try:
         content = bytes(read_bytes(file))
         entry = json.loads(content)

@@ -18,7 +18,8 @@ from logix_like.store.arrays import write_group
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.documents import unsealed
-from logix_like.store.files import make_folder, read_bytes, remove_tree, sync_folder, temporary_name
+from logix_like.store.encoding import encoding_of_means
+from logix_like.store.files import Place, make_folder, read_bytes, remove_tree, sync_folder, temporary_name
 from logix_like.store.hold import FolderHold, remove_unheld
 from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.pipeline import chunk_rows
@@ -36,7 +37,7 @@ STALE_SECONDS = 3600.0
 """Half-written views are removed when they are older: by then their writer is gone."""
 
 
-def cache_folder(store: Path, created: str) -> Path:
+def cache_folder(store: Place, created: str) -> Path:
     """The folder for views of a store that this process may not write to (not created)."""
     chosen = os.environ.get(CACHE_VARIABLE)
     root = Path(chosen).absolute() if chosen else user_cache_path("logix_like", appauthor=False)
@@ -54,9 +55,9 @@ def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
     if not commits.closed:
         hold.close()
         return None
-    means = make_table([PartSource(folder, key, commits)], table.layout, table.encoding, VIEW_COLUMNS, key)
-    left_out = _left_out(folder)
-    return RowTable(means.segments, table.layout, table.encoding, VIEW_COLUMNS, key, left_out=left_out, hold=hold)
+    encoding, left_out = encoding_of_means(table.encoding), _left_out(folder)
+    means = make_table([PartSource(folder, key, commits)], table.layout, encoding, VIEW_COLUMNS, key)
+    return RowTable(means.segments, table.layout, encoding, VIEW_COLUMNS, key, left_out=left_out, hold=hold)
 
 
 def _left_out(folder: Path) -> int:
@@ -113,8 +114,9 @@ def _is_old(folder: Path) -> bool:
 def _write_means(table: RowTable, visits: Visits, folder: Path) -> None:
     # Forced to the disk: mapped rows are not checked when read, so none may get lost in a power cut.
     write_group(folder, {"left_out": visits.left_out}, sync=True)
-    rows = chunk_rows(table.layout, table.encoding, VIEW_CHUNK_MIB)
-    out = RowWriter(folder, table.layout, table.encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True)
+    encoding = encoding_of_means(table.encoding)
+    rows = chunk_rows(table.layout, encoding, VIEW_CHUNK_MIB)
+    out = RowWriter(folder, table.layout, encoding, chunk_rows=rows, column_names=VIEW_COLUMNS, sync=True)
     last = last_visits(table, visits)
     columns = _columns(table, visits, last)
     try:
@@ -158,14 +160,14 @@ def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[
 
 
 def _encode(table: RowTable, columns: dict[str, np.ndarray], last: np.ndarray, means: Tensor) -> EncodedRows:
-    values = torch.empty(means.shape, dtype=table.encoding.dtype)
-    scale = table.encoding.encode(means, table.layout, values)
+    encoding = encoding_of_means(table.encoding)
+    stored = encoding.encode(means, table.layout, encoding.buffer(*means.shape))
     norm = torch.linalg.vector_norm(means, dim=1).double().numpy()
     columns = {**columns, "norm": norm}
     numbers = np.stack([columns[name] for name in VIEW_COLUMNS], axis=1).astype(np.float64)
     texts = {DATA_ID: [id_text(data_id)[0] for data_id in table.data_id[last]]}
     for name, column in table.metadata.items():
         texts[f"{METADATA}/{segment(name)}"] = [value_text(value) for value in column[last]]
-    rows = EncodedRows(values, scale, numbers, texts)
-    flag_nonfinite(rows, table.encoding, table.layout)
+    rows = EncodedRows(stored, numbers, texts)
+    flag_nonfinite(rows, encoding, table.layout)
     return rows

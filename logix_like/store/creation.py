@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,9 @@ from logix_like.errors import (
     StoreExistsError,
 )
 from logix_like.layout import Layout
-from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_document, write_group
 from logix_like.store.encoding import encoding_named
-from logix_like.store.files import as_bytes, remove_tree
+from logix_like.store.files import Place, as_bytes, as_place, files_of, remove_tree
 from logix_like.store.schema import (
     PROJECTIONS,
     WRITERS,
@@ -39,7 +39,9 @@ Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 SIDES = ("input", "output")
 
 
-def create_store(path: str | Path, config: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False) -> Path:
+def create_store(
+    path: str | PathLike[str] | Place, config: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False
+) -> Place:
     """Create an empty store at ``path`` and return its absolute path.
 
     With ``resume`` a store that is there already is kept and gone on with; with ``overwrite`` it is
@@ -51,7 +53,7 @@ def create_store(path: str | Path, config: Mapping[str, Any], *, overwrite: bool
     """
     if overwrite and resume:
         raise ConfigError("resume=True goes on with a store, overwrite=True replaces it; give one of them")
-    store = Path(path).absolute()
+    store = as_place(path)
     manifest = StoreManifest(created=_now(), library=_library_version(), config=_plain(config))
     if is_store(store):
         if resume:
@@ -63,7 +65,7 @@ def create_store(path: str | Path, config: Mapping[str, Any], *, overwrite: bool
                 "replace it, or choose another project"
             )
         remove_tree(store)
-    elif store.exists() and (not store.is_dir() or any(store.iterdir())):
+    elif not files_of(store).vacant(store):
         raise StoreExistsError(
             f"{store} exists and is no store of this library that can be read; nothing was changed: "
             "choose another project, or move it away"
@@ -74,7 +76,7 @@ def create_store(path: str | Path, config: Mapping[str, Any], *, overwrite: bool
 
 
 def describe(
-    path: str | Path,
+    path: str | PathLike[str] | Place,
     layout: Layout,
     encoding: str,
     projections: Projections,
@@ -99,7 +101,7 @@ def describe(
         fingerprints: Of the model, by name.
         durability: ``commit`` forces the projections to the disk, file by file.
     """
-    store, sync = Path(path), durability == "commit"
+    store, sync = as_place(path), durability == "commit"
     manifest, shared = read_manifest(store), _shared_matrices(layout, projections)
     if manifest.layout is not None:
         manifest.layout.require_same(layout)
@@ -127,13 +129,14 @@ def describe(
     return manifest
 
 
-def add_fingerprints(path: str | Path, fingerprints: Mapping[str, str]) -> None:
+def add_fingerprints(path: str | PathLike[str] | Place, fingerprints: Mapping[str, str]) -> None:
     """Add fingerprints of the model to a described store's manifest, in one atomic step."""
-    manifest = read_manifest(Path(path))
-    write_manifest(Path(path), manifest.described(fingerprints={**manifest.fingerprints, **fingerprints}))
+    store = as_place(path)
+    manifest = read_manifest(store)
+    write_manifest(store, manifest.described(fingerprints={**manifest.fingerprints, **fingerprints}))
 
 
-def read_projections(store: Path, manifest: StoreManifest) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+def read_projections(store: Place, manifest: StoreManifest) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """The projections of each module, float32, None for the identity."""
     shared: dict[str, dict[str, Tensor | None]] = {
         side: {name: _read_matrix(store, name, side, shape) for name, shape in shapes.items()}
@@ -146,6 +149,15 @@ def read_projections(store: Path, manifest: StoreManifest) -> dict[str, tuple[Te
         }
     except KeyError as error:
         raise StoreDamagedError(f"{store} names no projection for module {error}") from error
+
+
+def write_projection_documents(store: Place, manifest: StoreManifest) -> None:
+    """Write the Zarr documents of the stored matrices anew; the manifest says what they are."""
+    for side, shapes in manifest.projection_shapes.items():
+        for name, shape in shapes.items():
+            if shape is not None:
+                folder = store / PROJECTIONS / segment(name) / side
+                write_document(folder, ArraySpec("float32", "NaN", shape[1]), shape[0], shape[0])
 
 
 def projections_digest(layout: Layout, projections: Projections) -> str:
@@ -173,12 +185,12 @@ def _plain_matrix(matrix: Tensor | None) -> Tensor | None:
     return None if matrix is None else matrix.detach().to("cpu", torch.float32)
 
 
-def _write_matrix(folder: Path, matrix: Tensor, *, sync: bool) -> None:
+def _write_matrix(folder: Place, matrix: Tensor, *, sync: bool) -> None:
     spec = ArraySpec("float32", "NaN", matrix.shape[1])
     write_array(folder, spec, matrix.shape[0], [as_bytes(matrix)], sync=sync)
 
 
-def _read_matrix(store: Path, module: str, side: str, shape: tuple[int, int] | None) -> Tensor | None:
+def _read_matrix(store: Place, module: str, side: str, shape: tuple[int, int] | None) -> Tensor | None:
     if shape is None:
         return None
     folder = store / PROJECTIONS / segment(module) / side
@@ -188,7 +200,7 @@ def _read_matrix(store: Path, module: str, side: str, shape: tuple[int, int] | N
 
 
 def _require_same(
-    store: Path,
+    store: Place,
     manifest: StoreManifest,
     encoding: str,
     shared: Mapping[str, Mapping[str, Tensor | None]],

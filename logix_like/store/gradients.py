@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
-from logix_like.store.encoding import Encoding
-from logix_like.store.files import CHECKSUM_BYTES, checksum, map_bytes
+from logix_like.store.codecs import CODECS
+from logix_like.store.encoding import Encoding, StoredRows
+from logix_like.store.files import CHECKSUM_BYTES, Place, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
-from logix_like.store.schema import GRADIENTS, SCALE
+from logix_like.store.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.segments import Segment
 
 KEPT_BYTES = 32 * 2**20
@@ -35,13 +36,15 @@ class RowChunk:
     start: int
     """Number of the first row."""
     raw: Tensor
-    """``[n, width]`` of the stored type; a view of the file where possible: never write to it."""
+    """``[n, stored width]`` of the stored type; a view of the file where possible: never write to it."""
     scale: Tensor | None
-    """``[n, modules]``, where the encoding has scales."""
+    """``[n, modules]`` float32, where the encoding has scales."""
     encoding: Encoding
     """How the rows are stored."""
     layout: Layout
     """The rows' module table."""
+    coordinate_scale: Tensor | None = None
+    """``[width]`` float32, where the encoding has one for each coordinate; each chunk has its own."""
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -53,15 +56,26 @@ class RowChunk:
 
     def decode(self) -> Tensor:
         """The rows ``[n, width]``, float32 (float64 where they are stored so)."""
-        return self.encoding.decode(self.raw, self.scale, self.layout)
+        return self.encoding.decode(self._stored, self.layout)
+
+    def codes(self) -> Tensor:
+        """The numbers that the scales multiply, ``[n, width]``: int8, unpacked, for ``int8``, ``int4`` and ``sign``.
+
+        ``decode()`` is ``codes() * scale`` of the row and module ``* coordinate_scale`` of the coordinate.
+        """
+        return self.encoding.codes(self._stored, self.layout)
 
     def select(self, rows: np.ndarray, start: int) -> RowChunk:
         """Rows by their numbers within the chunk, as a chunk that begins at ``start``."""
         where: Any = torch.from_numpy(rows)
         if np.all(np.diff(rows) == 1):
             where = slice(int(rows[0]), int(rows[-1]) + 1)  # a run of rows needs no copy
-        scale = None if self.scale is None else self.scale[where]
-        return RowChunk(start, self.raw[where], scale, self.encoding, self.layout)
+        stored = self._stored.select(where)
+        return RowChunk(start, stored.values, stored.scale, self.encoding, self.layout, self.coordinate_scale)
+
+    @property
+    def _stored(self) -> StoredRows:
+        return StoredRows(self.raw, self.scale, self.coordinate_scale)
 
 
 class GradientReader:
@@ -133,31 +147,50 @@ class GradientReader:
 
     def _open(self, segment: Segment, *, check: bool) -> RowChunk:
         """Map a chunk; ``check`` compares it with the checksum that was committed, once for each reader."""
-        raw = _mapped(segment, GRADIENTS, self._encoding.dtype, self._layout.width, check=check)
-        scale = None
-        if self._encoding.scaled:
-            scale = _mapped(segment, SCALE, torch.float32, len(self._layout), check=check)
-        return RowChunk(segment.first, raw, scale, self._encoding, self._layout)
+        encoding, layout, rows = self._encoding, self._layout, segment.rows
+        shape = rows, encoding.stored_width(layout.width)
+        raw = _mapped(segment, GRADIENTS, encoding.dtype, shape, codec=segment.codec, check=check)
+        scale = coordinate = None
+        if encoding.scaled:
+            scale = _mapped(segment, SCALE, torch.float32, (rows, len(layout)), check=check)
+        if encoding.coordinate_scaled:
+            coordinate = _mapped(segment, COORDINATE_SCALE, torch.float32, (1, layout.width), check=check)[0]
+        return RowChunk(segment.first, raw, scale, encoding, layout, coordinate)
 
 
-def _mapped(segment: Segment, array: str, dtype: torch.dtype, width: int, *, check: bool) -> Tensor:
+def _mapped(
+    segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, int], *, codec: str = "none", check: bool
+) -> Tensor:
+    """Numbers of a chunk; mapped where they are not compressed."""
     file = chunk_file(segment.folder / array, segment.chunk, 2)
-    size = segment.rows * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     try:
-        found = file.stat().st_size
-        if found != size + CHECKSUM_BYTES:
+        found = file_size(file)
+        if codec == "none" and found != size + CHECKSUM_BYTES:
             raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
         content = map_bytes(file)
     except OSError as error:
         raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
-    if check and not _intact(content, size, segment.crc.get(array)):
-        raise damaged(file, str(segment), "does not match its checksum")
-    return torch.frombuffer(content, dtype=dtype, count=segment.rows * width).view(segment.rows, width)
-
-
-def _intact(content: mmap.mmap, size: int, crc: int | None) -> bool:
     data = np.frombuffer(content, np.uint8)
-    return checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
+    if check and not _intact(data, segment.crc.get(array)):
+        raise damaged(file, str(segment), "does not match its checksum")
+    if codec == "none":
+        return torch.frombuffer(content, dtype=dtype, count=math.prod(shape)).view(shape)
+    return torch.from_numpy(_decompressed(file, segment, data[:-CHECKSUM_BYTES], size)).view(dtype).view(shape)
+
+
+def _decompressed(file: Place, segment: Segment, data: np.ndarray, size: int) -> np.ndarray:
+    if segment.codec not in CODECS:
+        raise damaged(file, str(segment), f"is compressed by {segment.codec!r} (known: {', '.join(CODECS)})")
+    try:
+        return CODECS[segment.codec].decode(data, size)
+    except (ValueError, MemoryError) as error:
+        raise damaged(file, str(segment), f"cannot be decompressed ({error})") from error
+
+
+def _intact(data: np.ndarray, crc: int | None) -> bool:
+    size = len(data) - CHECKSUM_BYTES
+    return size >= 0 and checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
 
 
 def row_numbers(key: RowKey, rows: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from logix_like.store.files import remove_tree
+from logix_like.store.storage import Place
 
 
 class FolderHold:
@@ -28,9 +29,18 @@ class FolderHold:
         self._release()
 
 
-def remove_unheld(folder: Path) -> bool:
-    """Remove a folder unless someone holds it, or that cannot be told; returns whether it was removed."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def remove_unheld(folder: Place) -> bool:
+    """Remove a folder unless someone holds it, or that cannot be told; returns whether it was removed.
+
+    Object stores know no holds: whoever reads there finds out by an object that is missing.
+    """
+    if not isinstance(folder, Path):
+        remove_tree(folder)
+        return True
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_tree(folder)

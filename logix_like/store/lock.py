@@ -9,7 +9,6 @@ import weakref
 from pathlib import Path
 
 from logix_like.errors import StoreError
-from logix_like.store.schema import WRITERS
 
 Holder = tuple[int, int, int]
 """Process, and the lock file's device and number."""
@@ -20,7 +19,7 @@ _held: set[Holder] = set()
 class WriterLock:
     """Held from its making to :meth:`close` by a writer of ``rank``.
 
-    It is a POSIX record lock on the empty file ``writers/<rank>.lock``: the kernel drops it when the process
+    It is a POSIX record lock on the empty file ``<rank>.lock``: the kernel drops it when the process
     ends in whatever way, so that none is ever stale; forked children (data loaders) do not hold it on. Such a
     lock does not exclude its own process, and any closing of the file drops it, so that the process also keeps
     a list of those that it holds.
@@ -29,8 +28,7 @@ class WriterLock:
     without.
     """
 
-    def __init__(self, store: Path, rank: int) -> None:
-        file = store / WRITERS / f"{rank}.lock"
+    def __init__(self, store: Path, file: Path, rank: int) -> None:
         holder = _holder(os.stat(file)) if file.exists() else None
         if holder in _held:  # looked at before the file is opened: closing it again would drop the lock
             raise StoreError(
@@ -50,6 +48,9 @@ class WriterLock:
                 ) from error
         _held.add(holder)
         self._release = weakref.finalize(self, _release, handle, holder)
+
+    def require(self) -> None:
+        """Nothing can take it over while this process lives."""
 
     def close(self) -> None:
         """Let another writer in; idempotent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
@@ -11,8 +11,9 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
+from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import remove_tree, sync_folder
+from logix_like.store.files import Place, files_of, names_in, remove_tree
 from logix_like.store.rowwriter import RowWriter
 from logix_like.store.schema import (
     INVALID,
@@ -24,56 +25,69 @@ from logix_like.store.schema import (
 from logix_like.store.staging import StagedChunk
 from logix_like.store.sums import save_statistics
 
-_WRITER_NAME = re.compile(r"([0-9]{1,9})-([0-9]{1,9})", re.ASCII)
+MERGED = "merged"
+"""Part of a writer's name that stands for the rank where parts were merged into one."""
+MERGED_RANK = -1
+"""Its number."""
+_WRITER_NAME = re.compile(rf"([0-9]{{1,9}}|{MERGED})-([0-9]{{1,9}})", re.ASCII)
+
+STAGED_SHARE = 4
+"""Rows that wait to be encoded take no more memory than this many chunks on disk."""
 
 
 def chunk_rows(layout: Layout, encoding: Encoding, chunk_mib: float) -> int:
-    """Rows of a chunk of about ``chunk_mib`` MiB (at least one)."""
-    return max(1, int(chunk_mib * 2**20) // max(1, layout.width * encoding.dtype.itemsize))
+    """Rows of a chunk of about ``chunk_mib`` MiB, or less where they take :data:`STAGED_SHARE` times that in memory."""
+    stored = encoding.stored_width(layout.width) * encoding.dtype.itemsize
+    staged = layout.width * encoding.staging.itemsize / STAGED_SHARE
+    return max(1, int(chunk_mib * 2**20 / max(1, stored, staged)))
 
 
 def parse_writer_name(name: str) -> tuple[int, int] | None:
     """``(attempt, rank)`` of a writer's folder name, None for any other name."""
     match = _WRITER_NAME.fullmatch(name)
-    return None if match is None else (int(match[2]), int(match[1]))
+    return None if match is None else (int(match[2]), MERGED_RANK if match[1] == MERGED else int(match[1]))
 
 
-def claim_writer(store: Path, rank: int, *, sync: bool = False) -> Path:
+def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
     """Create the folder of the next attempt of ``rank``; no two processes get the same one."""
     writers = store / WRITERS
-    taken = [parse_writer_name(path.name) for path in writers.glob(f"{rank}-*")]
-    attempt = 1 + max((name[0] for name in taken if name), default=0)
+    taken = [name for name in map(parse_writer_name, names_in(writers)) if name is not None]
+    # Never a name again that a merged part has taken the place of: retractions name parts.
+    attempt = 1 + max((attempt for attempt, owner in taken if owner in (rank, MERGED_RANK)), default=0)
     while True:
         folder = writers / f"{rank}-{attempt}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            attempt += 1
-            continue
-        write_group(folder, {"rank": rank, "attempt": attempt}, sync=sync)
-        if sync:
-            sync_folder(writers)
-        return folder
+        if files_of(folder).claim_folder(folder, sync=sync):
+            write_group(folder, {"rank": rank, "attempt": attempt}, sync=sync)
+            return folder
+        attempt += 1
 
 
 class RowPipeline:
-    """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time."""
+    """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time.
+
+    ``guard`` is asked before each commit and raises where nothing more may be written.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         layout: Layout,
         encoding: Encoding,
         *,
         rows: int,
         statistics: StatisticsAccumulator | None = None,
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
+        guard: Callable[[], object] = bool,
     ) -> None:
-        self._statistics_folder = folder / STATISTICS_FOLDER
+        self._guard = guard
         self._sync = sync
         self._accumulator = statistics
-        self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
-        self._rows = RowWriter(folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, sync=sync)
+        self._staged = StagedChunk(layout, encoding, rows)
+        self._rows = RowWriter(
+            folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=sync
+        )
+        self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0
         self._cursor = (-1, -1)
         self._saved_at = -1
@@ -103,6 +117,7 @@ class RowPipeline:
         """Commit the rows that wait; fewer than a chunk become a short part of their own."""
         if not self.staged:
             return
+        self._guard()
         rows = self._staged.encoded()
         flags = torch.from_numpy(rows.numbers[:, 5].astype("int64"))
         valid = flags & int(INVALID) == 0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -15,15 +14,18 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
+from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
-from logix_like.store.checkpoints import CheckpointRecord, list_checkpoints, load_checkpoint
+from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
-from logix_like.store.files import folder_size
+from logix_like.store.files import Place, as_place, files_of, folder_size, names_in
 from logix_like.store.gradients import GradientReader, RowChunk
+from logix_like.store.journal import load_state, read_path
 from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,
     DOCUMENT,
@@ -32,6 +34,7 @@ from logix_like.store.schema import (
     VIEWS,
     WRITER_COLUMNS,
     WRITERS,
+    Flag,
     StoreManifest,
     read_manifest,
 )
@@ -56,7 +59,7 @@ class WriterInfo:
     """Number of the process."""
     attempt: int
     """Which start of it, from 1."""
-    folder: Path
+    folder: Place
     """Its part of the store."""
     commits: Commits
     """Its record."""
@@ -88,6 +91,7 @@ class _Snapshot:
 
     manifest: StoreManifest
     writers: tuple[WriterInfo, ...]
+    retractions: tuple[Retraction, ...]
     table: RowTable
     views: SampleViews
     damages: tuple[str, ...]
@@ -97,7 +101,7 @@ class _Snapshot:
 OnDamage = Literal["raise", "skip"]
 
 
-def open_store(path: str | PathLike[str], *, on_damage: OnDamage = "raise") -> GradientStore:
+def open_store(path: str | PathLike[str] | Place, *, on_damage: OnDamage = "raise") -> GradientStore:
     """Open the store at ``path`` for reading.
 
     Args:
@@ -125,8 +129,8 @@ class GradientStore:
     left_out = 0
     """No visit is left out."""
 
-    def __init__(self, path: str | PathLike[str], *, on_damage: OnDamage = "raise") -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | PathLike[str] | Place, *, on_damage: OnDamage = "raise") -> None:
+        self.path: Place = as_place(path)
         """The store's folder."""
         self._intact = IntactRows() if on_damage == "skip" else None
         self._snapshot = _read(self.path, self._intact)
@@ -141,7 +145,8 @@ class GradientStore:
     def refresh(self) -> Self:
         """See what was committed since; returns the store itself."""
         snapshot = _read(self.path, self._intact)
-        if snapshot.writers != self.writers or snapshot.manifest != self.manifest:
+        known_state = (self.writers, self.manifest, self.retractions)
+        if known_state != (snapshot.writers, snapshot.manifest, snapshot.retractions):
             known, self._snapshot = self.damages, snapshot
             if self.damages != known:
                 self._tell_damages()
@@ -188,6 +193,11 @@ class GradientStore:
     def writers(self) -> tuple[WriterInfo, ...]:
         """The writing processes and restarts, in row order."""
         return self._snapshot.writers
+
+    @property
+    def retractions(self) -> tuple[Retraction, ...]:
+        """What was taken back after its commit."""
+        return self._snapshot.retractions
 
     @property
     def key(self) -> str:
@@ -263,10 +273,20 @@ class GradientStore:
     def statistics_of_writers(self) -> Mapping[str, Statistics]:
         """The latest statistics of each writer that has written some, by the writer's name."""
         return {
-            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules)
+            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules).less(
+                self._superseded(writer)
+            )
             for writer in self.writers
             if writer.commits.statistics is not None
         }
+
+    def _superseded(self, writer: WriterInfo) -> int:
+        """How many of the rows that the writer's statistics cover were taken back since."""
+        if not any(writer.name in retraction.reach for retraction in self.retractions):
+            return 0
+        first = sum(other.rows for other in self.writers[: self.writers.index(writer)])
+        covered = self.flags[first : first + min(writer.rows, writer.statistics_rows)]
+        return int(np.count_nonzero(covered & int(Flag.SUPERSEDED)))
 
     @cached_property
     def projections(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
@@ -280,12 +300,27 @@ class GradientStore:
 
     @property
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
-        """The checkpoints in the store, in order."""
-        return list_checkpoints(self.path)
+        """The checkpoints in the store, in order, without those of steps that were taken back."""
+        return standing_checkpoints(self.path, self.retractions)
 
     def load_checkpoint(self, number: int) -> dict[str, Tensor]:
         """The tensors of a checkpoint, by its number."""
         return load_checkpoint(self.path, number)
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A checkpoint with its step and, with ``record: path``, the optimizer's state, by its number."""
+        known = {record.number: record for record in self.checkpoints}
+        if number not in known:
+            load_checkpoint(self.path, number)  # says which there are
+        return load_state(self.path, known[number])
+
+    @property
+    def training_path(self) -> TrainingPath:
+        """The steps that were recorded with ``record: path``.
+
+        Raises :class:`StoreError` if none were.
+        """
+        return read_path(self.path)
 
     def view(self, reduce: str = "mean") -> Rows:
         """One row for each sample: ``mean`` or ``sum`` of its valid visits, the ``last``, or all (``none``).
@@ -313,21 +348,19 @@ class GradientStore:
 
         The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN.
         """
-        import zarr
-
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
+        return files_of(self.path).zarr_group(self.path)
 
 
-def build_view(path: str | PathLike[str]) -> Path | None:
+def build_view(path: str | PathLike[str] | Place) -> Place | None:
     """Build the mean view of a store's present rows into the store, for its readers to find.
 
     For the process that owns the store (a reader's views go to its cache folder). Returns the view's
     folder, or None when no sample has two visits, where the rows themselves are the view.
     """
-    return _read(Path(path).absolute()).views.build()
+    return _read(as_place(path)).views.build()
 
 
-def _read(path: Path, intact: IntactRows | None = None) -> _Snapshot:
+def _read(path: Place, intact: IntactRows | None = None) -> _Snapshot:
     manifest = read_manifest(path)
     if manifest.layout is not None and manifest.encoding not in ENCODINGS:
         raise StoreDamagedError(
@@ -338,12 +371,14 @@ def _read(path: Path, intact: IntactRows | None = None) -> _Snapshot:
     writers = committed if intact is None else _without_damage(committed, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
-    parts = [PartSource(writer.folder, writer.name, writer.commits) for writer in writers]
+    retractions = read_retractions(path)
+    parts = [PartSource(writer.folder, writer.name, writer.commits, retractions) for writer in writers]
     # A store without a module table has no rows, so any encoding reads them all.
     encoding = ENCODINGS[manifest.encoding or "float32"]
     layout = manifest.layout or Layout(())
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
-    return _Snapshot(manifest, writers, table, SampleViews(path, manifest.created, table), damages, damaged_rows)
+    views = SampleViews(path, manifest.created, table)
+    return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
 
 
 def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tuple[WriterInfo, ...]:
@@ -354,15 +389,26 @@ def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tupl
     return tuple(kept)
 
 
-def _read_writers(path: Path) -> tuple[WriterInfo, ...]:
+def _read_writers(path: Place) -> tuple[WriterInfo, ...]:
     folder = path / WRITERS
-    if not folder.is_dir():
+    listed = names_in(folder)
+    while True:
+        parts = _read_parts(folder, listed)
+        known, listed = listed, names_in(folder)
+        if listed == known:  # else a merge may just have put one part in the place of others
+            return parts
+
+
+def _read_parts(folder: Place, listed: Sequence[str]) -> tuple[WriterInfo, ...]:
+    names = {name: parse_writer_name(name) for name in listed}
+    if not names:  # there is at least the group's document
         raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
-    names = {entry.name: parse_writer_name(entry.name) for entry in folder.iterdir()}
     started = sorted((order, name) for name, order in names.items() if order is not None)
-    return tuple(
+    parts = [
         WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name)) for (attempt, rank), name in started
-    )
+    ]
+    replaced = {name for part in parts for name in part.commits.replaces}
+    return tuple(part for part in parts if part.name not in replaced)
 
 
 def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
-from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
+from logix_like.store.codecs import UNCOMPRESSED, Codec
+from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
+from logix_like.store.files import Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
 from logix_like.store.schema import TAILS
 
@@ -19,23 +20,29 @@ class RowWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         layout: Layout,
         encoding: Encoding,
         *,
         chunk_rows: int,
         column_names: tuple[str, ...],
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
     ) -> None:
-        self._folder = folder
+        self._named = folder
+        self._identity = files_of(folder).identity(folder)
+        self._anchor = files_of(folder).anchor(folder)
+        # By an open handle: what takes the folder's name between a check and a write is never written to.
+        self.folder: Place = self._anchor.place
+        """The part, to write to."""
         self._layout = layout
         self._encoding = encoding
         self._chunk_rows = chunk_rows
         self._column_names = column_names
+        self._codec = codec
         self._sync = sync
-        self._main = self._part(folder, chunk_rows)
-        self._identity = _identity(folder)
-        self._log = CommitLog(folder, sync=sync)
+        self._main = self._part(self.folder, chunk_rows)
+        self._log = CommitLog(self.folder, sync=sync)
         self._chunks = self._tails = 0
 
     def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1) -> None:
@@ -52,7 +59,12 @@ class RowWriter:
             self._tails += 1
         crc = part.write(chunk, rows)
         start = chunk * self._chunk_rows
-        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step))
+        codec = self._codec.name
+        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec))
+
+    def record_replaced(self, parts: Sequence[str]) -> None:
+        """Say that this part, once it is sealed, stands in the place of others."""
+        self._log.append(ReplacesRecord(self._log.sequence, tuple(parts)))
 
     def record_statistics(self, generation: int, watermark: int) -> None:
         """Switch to a generation of statistics that is written."""
@@ -63,9 +75,9 @@ class RowWriter:
 
         That happens when its store is replaced while it is written to; the new store's files are not touched.
         """
-        if _identity(self._folder) != self._identity:
+        if files_of(self._named).identity(self._named) != self._identity:
             raise StoreWriteError(
-                f"the store of {self._folder} was removed or replaced (overwrite=True) while it was written to; "
+                f"the store of {self._named} was removed or replaced (overwrite=True) while it was written to; "
                 "what was committed to it is gone with it: give each run a project of its own"
             )
 
@@ -75,34 +87,27 @@ class RowWriter:
         if self._chunks:
             self._main.finish()
         self._log.append(CloseRecord(self._log.sequence))
-        self._log.close()
+        self.abandon()
 
     def abandon(self) -> None:
         """Let go of the record file without ending it; idempotent."""
         self._log.close()
+        self._anchor.close()
 
     def _new_tail(self, rows: int) -> PartWriter:
         if self._tails == 0:
-            write_group(self._folder / TAILS, sync=self._sync)
-        folder = self._folder / TAILS / str(self._tails)
+            write_group(self.folder / TAILS, sync=self._sync)
+        folder = self.folder / TAILS / str(self._tails)
         write_group(folder, sync=self._sync)
         return self._part(folder, rows)
 
-    def _part(self, folder: Path, rows: int) -> PartWriter:
+    def _part(self, folder: Place, rows: int) -> PartWriter:
         return PartWriter(
             folder,
             self._layout,
             self._encoding,
             chunk_rows=rows,
             column_names=self._column_names,
+            codec=self._codec,
             sync=self._sync,
         )
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """Which folder it is, whatever it is called; None where there is none."""
-    try:
-        found = os.stat(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return found.st_dev, found.st_ino

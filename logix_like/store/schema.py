@@ -7,11 +7,16 @@ This is the only place that spells a path or the format's version::
       writers/<rank>.lock                    empty; locked by the process that writes as this rank
       writers/<rank>-<attempt>/              one part for each writing process and restart
         gradients, scale, columns, data_id, metadata/<name>     arrays of whole chunks of rows
+        coordinate_scale                     one row for each chunk of the others
         tails/<n>/...                        the same arrays, one short chunk each
         statistics/<generation>/<field>      float64 sums of all modules, one after another
-        commits                              the record: rows that it does not name do not exist
+        commits                              the record: rows that it does not name do not exist (in object
+                                             stores commits/<number>, one line each)
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      retractions/<digest>.json              rows taken back after their commit
+      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
+      quarantine/<n>/                        what repair and compact took out, by its old path
 """
 
 from __future__ import annotations
@@ -21,14 +26,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.store.documents import SEAL, sealed
-from logix_like.store.files import read_bytes, write_file
+from logix_like.store.files import Place, read_bytes, write_file
 
 FORMAT = "logix_like"
 VERSION = 1
@@ -42,9 +46,13 @@ COMMITS = "commits"
 VIEWS = "views"
 MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
+RETRACTIONS = "retractions"
+JOURNAL = "path"
+QUARANTINE = "quarantine"
 
 GRADIENTS = "gradients"
 SCALE = "scale"
+COORDINATE_SCALE = "coordinate_scale"
 COLUMNS = "columns"
 DATA_ID = "data_id"
 METADATA = "metadata"
@@ -64,7 +72,7 @@ class Flag(enum.IntFlag):
     NONFINITE = 1
     """The row holds a number that is not finite in the stored precision."""
     SUPERSEDED = 2
-    """The row was taken back: it stays on disk and is not read."""
+    """The row was taken back: it stays on disk and is not read. Not stored: told by the store's retractions."""
     INTEGER_ID = 4
     """The sample's id is an int, written in decimal."""
     OVERFLOW = 8
@@ -144,12 +152,12 @@ def group_document(attributes: Mapping[str, Any] | None = None) -> bytes:
     return sealed({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})})
 
 
-def write_manifest(store: Path, manifest: StoreManifest) -> None:
+def write_manifest(store: Place, manifest: StoreManifest) -> None:
     """Write the manifest in one atomic step, and to the disk itself."""
     write_file(store / DOCUMENT, [group_document(manifest.to_attributes())], sync=True)
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: Place) -> bool:
     """Whether ``path`` is a folder that this library made, of whatever version."""
     try:
         return bool(_attributes(path)["format"] == FORMAT)
@@ -157,7 +165,7 @@ def is_store(path: Path) -> bool:
         return False
 
 
-def read_manifest(store: Path) -> StoreManifest:
+def read_manifest(store: Place) -> StoreManifest:
     """Read and check a store's manifest.
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
@@ -180,7 +188,7 @@ def read_manifest(store: Path) -> StoreManifest:
     return _manifest(attributes, where)
 
 
-def _attributes(store: Path) -> dict[str, Any]:
+def _attributes(store: Place) -> dict[str, Any]:
     document = store / DOCUMENT
     try:
         content = json.loads(read_bytes(document))
@@ -196,7 +204,7 @@ def _attributes(store: Path) -> dict[str, Any]:
     return attributes
 
 
-def _manifest(attributes: Mapping[str, Any], where: Path) -> StoreManifest:
+def _manifest(attributes: Mapping[str, Any], where: Place) -> StoreManifest:
     try:
         manifest = StoreManifest(
             created=str(attributes["created"]),

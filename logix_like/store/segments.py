@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from logix_like.store.retractions import Retraction
+from logix_like.store.storage import Place
 
 
 @dataclass(frozen=True)
 class Segment:
     """Rows ``first`` to ``stop`` of a table, which are one chunk of a part's arrays."""
 
-    folder: Path
+    folder: Place
     """The part."""
     chunk: int
     """Number of the chunk in each of the part's arrays."""
@@ -21,6 +23,10 @@ class Segment:
     """How many rows."""
     crc: Mapping[str, int]
     """CRC-32C of the chunk's file by array."""
+    retractions: tuple[Retraction, ...] = ()
+    """Those that reach the chunk; they may take back some of its rows."""
+    codec: str = "none"
+    """How the gradients are compressed."""
 
     @property
     def stop(self) -> int:

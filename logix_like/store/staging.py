@@ -1,4 +1,4 @@
-"""Rows on their way to disk: encoded as they come into one preallocated chunk."""
+"""Rows on their way to disk: gathered in one preallocated chunk, and encoded together."""
 
 from __future__ import annotations
 
@@ -17,19 +17,14 @@ from logix_like.store.schema import DATA_ID, METADATA, WRITER_COLUMNS, Flag, seg
 
 
 class StagedChunk:
-    """One chunk of rows in memory, encoded as they come; written, and filled again.
+    """One chunk of rows in memory; encoded when it is to be written, and filled again."""
 
-    The rows as they were given are kept beside them where ``keep_rows`` asks for it.
-    """
-
-    def __init__(self, layout: Layout, encoding: Encoding, capacity: int, *, keep_rows: bool) -> None:
+    def __init__(self, layout: Layout, encoding: Encoding, capacity: int) -> None:
         self._layout = layout
         self._encoding = encoding
         # Allocated once, since fresh memory for each chunk costs a page fault every 4 KiB.
-        self._values = torch.empty(capacity, layout.width, dtype=encoding.dtype)
-        self._scale = torch.empty(capacity, len(layout)) if encoding.scaled else None
-        self._rows = torch.empty(capacity if keep_rows else 0, layout.width, dtype=encoding.staging)
-        self._norm = torch.empty(capacity, dtype=encoding.staging)
+        self._rows = torch.empty(capacity, layout.width, dtype=encoding.staging)
+        self._values = encoding.buffer(capacity, layout.width)
         self._columns = StagedColumns()
         self.capacity = capacity
         self.count = 0
@@ -46,17 +41,9 @@ class StagedChunk:
         return self._rows[: self.count]
 
     def fill(self, batch: ProjectedBatch, first: int) -> int:
-        """Encode rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
+        """Take rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
         taken = min(self.capacity - self.count, len(batch.data_id) - first)
-        target = slice(self.count, self.count + taken)
-        rows = batch.rows if taken == len(batch.data_id) else batch.rows[first : first + taken]
-        rows = rows.to(self._encoding.staging)
-        scale = self._encoding.encode(rows, self._layout, self._values[target])
-        if self._scale is not None and scale is not None:
-            self._scale[target] = scale
-        if len(self._rows):
-            self._rows[target] = rows
-        torch.linalg.vector_norm(rows, dim=1, out=self._norm[target])
+        self._rows[self.count : self.count + taken] = batch.rows[first : first + taken]
         self._columns.add(batch, slice(first, first + taken))
         self.count += taken
         return taken
@@ -66,11 +53,9 @@ class StagedChunk:
 
         Rows that are not finite (or would not be, as stored) get their flag.
         """
-        values = self._values[: self.count]
-        scale = None if self._scale is None else self._scale[: self.count]
-        norm = self._norm[: self.count].double()
-        numbers = self._columns.numbers(norm.numpy())
-        rows = EncodedRows(values, scale, numbers, self._columns.texts())
+        stored = self._encoding.encode(self.rows, self._layout, self._values[: self.count])
+        norm = torch.linalg.vector_norm(self.rows, dim=1).double()
+        rows = EncodedRows(stored, self._columns.numbers(norm.numpy()), self._columns.texts())
         flag_nonfinite(rows, self._encoding, self._layout)
         return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
 from logix_like.store.documents import unsealed
-from logix_like.store.files import as_bytes, read_bytes
+from logix_like.store.files import Place, as_bytes, read_bytes
 from logix_like.store.schema import DOCUMENT
 
 FIELDS = (*Statistics.ADDITIVE, *Statistics.CORRECTED)
 
 
-def save_statistics(folder: Path, statistics: Statistics, *, sync: bool = False) -> None:
+def save_statistics(folder: Place, statistics: Statistics, *, sync: bool = False) -> None:
     """Write all sums below ``folder``.
 
     A file for each module and field would be thousands; so each field's array has an attribute
@@ -37,10 +36,15 @@ def save_statistics(folder: Path, statistics: Statistics, *, sync: bool = False)
     write_group(folder, {"rows": statistics.rows, "fields": sorted(fields)}, sync=sync)
 
 
-def load_statistics(folder: Path, layout: Layout, rows: int) -> Statistics:
-    """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record."""
+def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statistics:
+    """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record.
+
+    None stands for that which the statistics themselves name.
+    """
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layout.names}
     attributes = _attributes(folder)
+    if rows is None:
+        rows = _count(attributes.get("rows"), folder)
     if attributes.get("rows") != rows:
         raise _damaged(folder, f"covers {attributes.get('rows')!r} rows, the commit record says {rows}")
     fields = attributes.get("fields")
@@ -56,7 +60,7 @@ def load_statistics(folder: Path, layout: Layout, rows: int) -> Statistics:
     return Statistics(layout, sums, rows)
 
 
-def _load_field(folder: Path) -> dict[str, Tensor]:
+def _load_field(folder: Place) -> dict[str, Tensor]:
     shapes = _shapes(folder)
     size = 8 * sum(math.prod(shape) for _, shape in shapes)
     content = read_chunk(chunk_file(folder, 0, 1), f"the sums {folder.name!r}", size=size)
@@ -65,7 +69,7 @@ def _load_field(folder: Path) -> dict[str, Tensor]:
     return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
 
-def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
+def _shapes(folder: Place) -> list[tuple[str, tuple[int, ...]]]:
     try:
         table = _attributes(folder)["modules"]
         shapes = [(str(name), tuple(int(n) for n in shape)) for name, shape in table]
@@ -76,14 +80,20 @@ def _shapes(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
     return shapes
 
 
-def _attributes(folder: Path) -> dict[str, Any]:
+def _count(rows: object, folder: Place) -> int:
+    if type(rows) is not int or rows < 0:
+        raise _damaged(folder, f"covers {rows!r} rows, expected a number")
+    return rows
+
+
+def _attributes(folder: Place) -> dict[str, Any]:
     try:
         return unsealed(read_bytes(folder / DOCUMENT))
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"has no readable {DOCUMENT} ({error})") from error
 
 
-def _damaged(folder: Path, finding: str) -> StoreDamagedError:
+def _damaged(folder: Place, finding: str) -> StoreDamagedError:
     return StoreDamagedError(
         f"{folder} {finding}; the statistics are not those that were committed: restore the folder from a copy"
     )

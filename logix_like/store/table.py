@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,9 +17,10 @@ from logix_like.store.arrays import chunk_file, damaged, read_chunk
 from logix_like.store.columns import decode_ids, decode_texts, decode_values
 from logix_like.store.commits import Commits, RowsRecord
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import CHECKSUM_BYTES
+from logix_like.store.files import CHECKSUM_BYTES, Place, file_size
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.hold import FolderHold
+from logix_like.store.retractions import Retraction
 from logix_like.store.schema import COLUMNS, DATA_ID, INVALID, METADATA, ROOT_MODULE, Flag
 from logix_like.store.segments import Segment
 
@@ -77,6 +77,11 @@ class RowTable:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.gradients.chunks()
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """All columns of numbers as they are stored, float64 ``[n, columns]``."""
+        return self._numbers
+
     def number(self, name: str) -> np.ndarray:
         """A column of numbers by name, float64 ``[n]``."""
         return self._numbers[:, self.column_names.index(name)]
@@ -108,8 +113,14 @@ class RowTable:
 
     @cached_property
     def flags(self) -> np.ndarray:
-        """Bits of :class:`~logix_like.store.schema.Flag`."""
-        return self.number("flags").astype(np.int64)
+        """Bits of :class:`~logix_like.store.schema.Flag`, those of rows taken back since included."""
+        flags = self._stored_flags.copy()
+        for segment in self.segments:
+            rows = slice(segment.first, segment.stop)
+            for retraction in segment.retractions:
+                taken = retraction.takes(self.step[rows], lambda rows=rows: self.data_id[rows])  # type: ignore[misc]
+                flags[rows][taken] |= int(Flag.SUPERSEDED)
+        return flags
 
     @cached_property
     def valid(self) -> np.ndarray:
@@ -127,7 +138,7 @@ class RowTable:
     @cached_property
     def data_id(self) -> np.ndarray:
         """The sample's id of each row, str or int."""
-        return decode_ids(self._texts(DATA_ID), (self.flags & int(Flag.INTEGER_ID)) != 0)
+        return decode_ids(self._texts(DATA_ID), (self._stored_flags & int(Flag.INTEGER_ID)) != 0)
 
     @cached_property
     def metadata(self) -> Mapping[str, np.ndarray]:
@@ -142,6 +153,10 @@ class RowTable:
     def metadata_column(self, name: str) -> np.ndarray:
         """Values of one of the user's columns, object ``[n]``."""
         return decode_values(self._texts(self.metadata_arrays()[name], missing="null"), name)
+
+    @cached_property
+    def _stored_flags(self) -> np.ndarray:
+        return self.number("flags").astype(np.int64)
 
     @cached_property
     def _numbers(self) -> np.ndarray:
@@ -195,12 +210,14 @@ class MetadataColumns(Mapping[str, np.ndarray]):
 class PartSource:
     """A part that a table is made of."""
 
-    folder: Path
+    folder: Place
     """Where it lies."""
     name: str
     """What it is called in the table's key."""
     commits: Commits
     """Its record."""
+    retractions: tuple[Retraction, ...] = field(default=())
+    """Those of its store."""
 
 
 def make_table(
@@ -219,17 +236,22 @@ def make_table(
             folder = part.folder / record.part if record.part else part.folder
             if record.rows > MANY_ROWS:
                 _require_rows(folder, record, len(column_names))
-            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc))
+            reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached, record.codec))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
+            entry += [retraction.digest for retraction in reached]
             identity.update(json.dumps(entry).encode())
     return RowTable(segments, layout, encoding, column_names, f"{kind}:{identity.hexdigest()}")
 
 
-def _require_rows(folder: Path, record: RowsRecord, columns: int) -> None:
+def _require_rows(folder: Place, record: RowsRecord, columns: int) -> None:
     """Refuse a record that claims far more rows than there are, before memory is taken for them."""
     file = chunk_file(folder / COLUMNS, record.chunk, 2)
-    found = file.stat().st_size if file.is_file() else 0
+    try:
+        found = file_size(file)
+    except OSError:
+        found = 0
     if found != 8 * record.rows * columns + CHECKSUM_BYTES:
         raise damaged(file, f"{record.rows} rows by the commit record", f"has {found} bytes")
 

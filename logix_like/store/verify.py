@@ -1,16 +1,15 @@
 """Reading every byte of a store that counts, and naming what is not as it was committed.
 
 Checked are the manifest, every Zarr document, the commit records, each committed chunk of every array (against
-its own checksum and the record's), the latest statistics, projections, checkpoints and sample views. Files
+its own checksum and the record's), the latest statistics, projections, checkpoints, retractions and sample views. Files
 that no record names (what a kill left, temporary names) hold no committed rows and are not read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 
 import numpy as np
 
@@ -21,10 +20,12 @@ from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
 from logix_like.store.columns import decode_ids, decode_texts
 from logix_like.store.commits import Commits, RowsRecord, read_commits
 from logix_like.store.creation import read_projections
-from logix_like.store.damage import array_file
+from logix_like.store.damage import array_file, unrecorded_files
 from logix_like.store.documents import unsealed
-from logix_like.store.files import read_bytes
+from logix_like.store.files import Place, as_place, names_in, read_bytes, walk
+from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
     CHECKPOINTS,
     COLUMNS,
@@ -32,8 +33,11 @@ from logix_like.store.schema import (
     DATA_ID,
     DOCUMENT,
     MEAN_VIEWS,
+    METADATA,
     PROJECTIONS,
+    QUARANTINE,
     STATISTICS_FOLDER,
+    TAILS,
     WRITER_COLUMNS,
     WRITERS,
     Flag,
@@ -50,7 +54,7 @@ Progress = Callable[[int, int], None]
 class Damage:
     """One thing that is not as it was committed."""
 
-    file: Path
+    file: Place
     """The file, or the folder of statistics."""
     finding: str
     """What is wrong, in words."""
@@ -67,7 +71,7 @@ class Damage:
 class VerifyReport:
     """What :func:`verify` found."""
 
-    path: Path
+    path: Place
     """The store."""
     rows: int
     """Committed rows, damaged or not."""
@@ -92,18 +96,18 @@ class VerifyReport:
 class _Check:
     """One thing to read."""
 
-    file: Path
+    file: Place
     read: Callable[[], object]
     ids: Callable[[], tuple[DataId, ...] | None] = lambda: None
     rows: tuple[int, int] | None = None
 
 
-def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
+def verify(path: str | PathLike[str] | Place, progress: Progress | None = None) -> VerifyReport:
     """Read all of the store at ``path``; nothing is written, and nothing that is found is raised.
 
     Raises :class:`StoreNotFoundError` and :class:`StoreVersionError` where there is no store to check.
     """
-    store = Path(path).absolute()
+    store = as_place(path)
     damages: list[Damage] = []
     manifest = _attempt(_Check(store / DOCUMENT, lambda: read_manifest(store)), damages)
     checks = list(_documents(store))
@@ -130,42 +134,57 @@ def _attempt(check: _Check, damages: list[Damage]) -> object:
 
 
 def _once(damages: list[Damage]) -> Iterator[Damage]:
-    seen: set[Path] = set()
+    seen: set[Place] = set()
     for damage in damages:
         if damage.file not in seen:
             seen.add(damage.file)
             yield damage
 
 
-def _documents(store: Path) -> Iterator[_Check]:
-    for parent, folders, names in os.walk(store):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # hidden names are unfinished
-        if DOCUMENT in names:
-            file = Path(parent) / DOCUMENT
+def _documents(store: Place) -> Iterator[_Check]:
+    inside = len(str(store))
+    for file, _ in walk(store):
+        # Hidden names are unfinished.
+        within = str(file)[inside:]
+        if file.name == DOCUMENT and "/." not in within and not within.startswith(f"/{QUARANTINE}/"):
             yield _Check(file, lambda file=file: unsealed(read_bytes(file)))  # type: ignore[misc]
 
 
-def _contents(store: Path, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
+def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
     checks = [
+        _document(store / WRITERS),
+        *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
+        *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
+        *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
     rows = 0
-    named = ((parse_writer_name(folder.name), folder) for folder in _folders(store / WRITERS))
-    for _, folder in sorted((order, folder) for order, folder in named if order is not None):
-        commits = _record(folder, damages)
-        checks += [*_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
+    named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
+    started = sorted((order, folder) for order, folder in named if order is not None)
+    parts = [(folder, _record(folder, damages)) for _, folder in started]
+    replaced = {name for _, commits in parts for name in commits.replaces}
+    for folder, commits in parts:
+        if folder.name in replaced:
+            continue
+        checks += [_document(folder), *_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
         rows += commits.total
-    for folder in _folders(store / MEAN_VIEWS):
-        checks += _part(folder, _record(folder, damages), 0, manifest, view=True)
+    for folder in _inside(store / MEAN_VIEWS):
+        checks += [_document(folder), *_part(folder, _record(folder, damages), 0, manifest, view=True)]
     return rows, checks
 
 
-def _folders(parent: Path) -> list[Path]:
-    return sorted(f for f in parent.iterdir() if f.is_dir() and f.name[0] != ".") if parent.is_dir() else []
+def _document(folder: Place) -> _Check:
+    """The Zarr document that a folder must have."""
+    file = folder / DOCUMENT
+    return _Check(file, lambda: unsealed(read_bytes(file)))
 
 
-def _record(folder: Path, damages: list[Damage]) -> Commits:
+def _inside(parent: Place) -> list[Place]:
+    return [parent / name for name in names_in(parent) if not name.startswith(".")]
+
+
+def _record(folder: Place, damages: list[Damage]) -> Commits:
     file = folder / COMMITS
     commits = _attempt(_Check(file, lambda: read_commits(folder)), damages)
     if not isinstance(commits, Commits):
@@ -174,11 +193,15 @@ def _record(folder: Path, damages: list[Damage]) -> Commits:
         damages.append(
             Damage(file, f"{file}: its last record is whole and does not match its checksum; it is left out")
         )
+    lost = unrecorded_files(folder, commits)
+    if lost:
+        finding = f"names none of {len(lost)} chunks that were written (the first is {lost[0]}): lines of it are gone"
+        damages.append(Damage(file, f"{file} {finding}"))
     return commits
 
 
 def _part(
-    folder: Path, commits: Commits, first: int, manifest: StoreManifest, *, view: bool = False
+    folder: Place, commits: Commits, first: int, manifest: StoreManifest, *, view: bool = False
 ) -> Iterator[_Check]:
     """Every chunk of every array, and the documents that there must be."""
     for record in commits.rows:
@@ -194,11 +217,14 @@ def _part(
                 lambda part=part, record=record: _ids(part, record),  # type: ignore[misc]
                 None if view else rows,
             )
-            document = part / array / DOCUMENT
-            yield _Check(document, lambda file=document: unsealed(read_bytes(file)))  # type: ignore[misc]
+            yield _document(part / array)
+        if record.part:
+            yield from (_document(part), _document(folder / TAILS))
+        if any(array.startswith(METADATA) for array in record.crc):
+            yield _document(part / METADATA)
 
 
-def _ids(part: Path, record: RowsRecord) -> tuple[DataId, ...] | None:
+def _ids(part: Place, record: RowsRecord) -> tuple[DataId, ...] | None:
     """The ids of a chunk's rows, or None where they are damaged themselves."""
     try:
         texts = read_chunk(chunk_file(part / DATA_ID, record.chunk, 1), "ids", crc=record.crc[DATA_ID])
@@ -210,14 +236,14 @@ def _ids(part: Path, record: RowsRecord) -> tuple[DataId, ...] | None:
     return tuple(ids.tolist())
 
 
-def _statistics(folder: Path, commits: Commits, manifest: StoreManifest) -> Iterator[_Check]:
+def _statistics(folder: Place, commits: Commits, manifest: StoreManifest) -> Iterator[_Check]:
     record, layout = commits.statistics, manifest.layout
     if record is not None and layout is not None:
         where = folder / STATISTICS_FOLDER / str(record.generation)
         yield _Check(where, lambda: load_statistics(where, layout, record.watermark))
 
 
-def _checkpoints(store: Path, damages: list[Damage]) -> list[_Check]:
+def _checkpoints(store: Place, damages: list[Damage]) -> list[_Check]:
     folder = store / CHECKPOINTS
     records = _attempt(_Check(folder, lambda: list_checkpoints(store)), damages)
     return [

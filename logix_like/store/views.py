@@ -9,6 +9,7 @@ import numpy as np
 
 from logix_like.errors import StoreError
 from logix_like.store.compaction import build_means, cache_folder, open_means
+from logix_like.store.files import Place
 from logix_like.store.schema import MEAN_VIEWS
 from logix_like.store.table import RowTable
 from logix_like.store.view import Rows, Visits, digest, group_visits, select_last
@@ -17,9 +18,9 @@ from logix_like.store.view import Rows, Visits, digest, group_visits, select_las
 class SampleViews:
     """Views of one table, each made at its first use."""
 
-    def __init__(self, store: Path, created: str, table: RowTable) -> None:
+    def __init__(self, store: Place, created: str, table: RowTable) -> None:
         self._table = table
-        self._own = store / MEAN_VIEWS / digest(table)
+        self._own = store / MEAN_VIEWS / digest(table) if isinstance(store, Path) else None
         self._cached = cache_folder(store, created) / digest(table)
         self._views: dict[str, Rows] = {}
 
@@ -30,8 +31,11 @@ class SampleViews:
         return self._views[reduce]
 
     def build(self) -> Path | None:
-        """Write the mean view into the store itself; None where the rows are the view."""
-        if self._visits.single:
+        """Write the mean view into the store itself; None where the rows are the view, or are in an object store.
+
+        There each reader keeps the view in its cache folder, where it is mapped and not fetched again.
+        """
+        if self._own is None or self._visits.single:
             return None
         if open_means(self._own, self._table, "mean") is None:
             build_means(self._table, self._visits, self._own)
@@ -60,7 +64,7 @@ class SampleViews:
     def _find(self, reduce: str) -> RowTable | None:
         key = f"{reduce}:{digest(self._table)}"
         for folder in (self._own, self._cached):
-            means = open_means(folder, self._table, key)
+            means = None if folder is None else open_means(folder, self._table, key)
             if means is not None:
                 return _as_sum(means) if reduce == "sum" else means
         return None

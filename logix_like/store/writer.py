@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from types import TracebackType
 from typing import Literal, Self
 
@@ -20,11 +20,12 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import ConfigError, StoreError, StoreWriteError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
+from logix_like.store.codecs import codec_named
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
-from logix_like.store.lock import WriterLock
+from logix_like.store.files import Place, as_place, files_of
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
-from logix_like.store.schema import read_manifest
+from logix_like.store.schema import WRITERS, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ class StoreWriter:
         layout: The rows' module table; :class:`ModelMismatchError` if it is not the store's.
         encoding: Name of the stored type; must be the store's.
         rank: Number of this process among those that write.
-        chunk_mib: Size of a chunk on disk; the memory used is about three times this and the queue.
+        codec: Name of the compression of gradients; may be another one than in the store's other parts.
+        chunk_mib: Size of a chunk on disk before compression; the memory used is about six times this and the queue.
         commit_seconds: How long a row may wait for its commit.
         queue_mib: Bound of the queue; :meth:`put` waits while it is full.
         durability: ``process``: commits survive the death of the process; ``commit``: a power
@@ -198,11 +200,12 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | PathLike[str] | Place,
         layout: Layout,
         encoding: str = "bfloat16",
         *,
         rank: int = 0,
+        codec: str = "none",
         chunk_mib: float = 4.0,
         commit_seconds: float = 60.0,
         queue_mib: float = 16.0,
@@ -212,14 +215,23 @@ class StoreWriter:
     ) -> None:
         _require_choice("durability", durability, ("process", "commit"))
         _require_choice("on_error", on_error, ("raise", "stop_logging"))
-        store = Path(path).absolute()  # once: where the process stands later changes nothing
-        codec, sync = encoding_named(encoding), durability == "commit"
+        store = as_place(path)
+        stored_as, compression, sync = encoding_named(encoding), codec_named(codec), durability == "commit"
         _require_described(store, layout, encoding)
-        self._lock = WriterLock(store, rank)
+        self._lock = files_of(store).lock(store, store / WRITERS, rank)
         self.folder = claim_writer(store, rank, sync=sync)
         """The writer's part of the store."""
-        rows = chunk_rows(layout, codec, chunk_mib)
-        self._pipeline = RowPipeline(self.folder, layout, codec, rows=rows, statistics=statistics, sync=sync)
+        rows = chunk_rows(layout, stored_as, chunk_mib)
+        self._pipeline = RowPipeline(
+            self.folder,
+            layout,
+            stored_as,
+            rows=rows,
+            statistics=statistics,
+            codec=compression,
+            sync=sync,
+            guard=self._lock.require,
+        )
         self._width = layout.width
         self._raises = on_error == "raise"
         self._inbox = _Inbox(int(queue_mib * 2**20))
@@ -332,7 +344,7 @@ def _require_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} is {value!r}; known: {', '.join(known)}")
 
 
-def _require_described(store: Path, layout: Layout, encoding: str) -> None:
+def _require_described(store: Place, layout: Layout, encoding: str) -> None:
     manifest = read_manifest(store)
     if manifest.layout is None:
         raise StoreError(f"{store} has no module table yet; call describe(...) before writing to it")

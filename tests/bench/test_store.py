@@ -38,9 +38,9 @@ def wide_layout() -> Layout:
 
 
 def new_store(path: Path, layout: Layout, encoding: str) -> Path:
-    store = create_store(path, {"project": "bench"}, overwrite=path.exists())
-    describe(store, layout, encoding, {block.name: (None, None) for block in layout})
-    return store
+    create_store(path, {"project": "bench"}, overwrite=path.exists())
+    describe(path, layout, encoding, {block.name: (None, None) for block in layout})
+    return path
 
 
 def w1_batches(width: int, count: int) -> list[ProjectedBatch]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from logix_like.capture.projector import Projector
 from logix_like.capture.selection import Selection, select_modules
 from logix_like.capture.tracker import Recording, Tracker
+from logix_like.errors import CaptureError
 from logix_like.projection import INITS
 from tests.models import BATCH, ZOO, Batch, Case, build
 from tests.reference_capture import full_rows, sample_gradients
@@ -46,6 +47,27 @@ def test_identity_rows_are_the_per_sample_gradients(case: Case) -> None:
         reference = tracker.layout.split(expected)[name]
         assert torch.allclose(block, reference, rtol=0, atol=case.tolerance * float(expected.abs().max())), name
     assert relative(rows, expected) < case.tolerance
+
+
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_rows_add_up_to_the_gradients_that_are_left(case: Case) -> None:
+    model, batch = build(case)
+    tracker = tracker_for(model, case)
+    recording = record(tracker, case, model, batch)
+    left = recording.fresh_gradients()
+    rows, _ = recording.project()
+    total = tracker.layout.split(rows.sum(0))
+    assert left
+    for name, gradient in left.items():
+        assert relative(total[name] / BATCH, gradient) < 10 * case.tolerance, name
+
+
+def test_an_output_size_that_the_layer_does_not_say_is_refused() -> None:
+    model = nn.ConvTranspose1d(2, 3, 3, stride=2)
+    selection = select_modules(model, types=("ConvTranspose1d",))
+    tracker = Tracker(model, selection, Projector(selection.blocks, INITS["identity"], rank=3, seed=0))
+    with tracker.recording(BATCH), pytest.raises(CaptureError, match="an output_size that its output_padding does not"):
+        model(torch.randn(BATCH, 2, 4), output_size=[10]).sum().backward()
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pca", "eigen"])

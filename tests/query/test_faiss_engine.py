@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import MissingDependencyError
-from logix_like.query.engine import REDUCTIONS, QueryEngine
+from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
+from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout

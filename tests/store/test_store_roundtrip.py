@@ -27,8 +27,10 @@ from tests.store.store_runs import (
     zarr_values,
 )
 
-# Half a unit in the last place: 8, 24, 53 and 11 bits of precision; int8: half of 1/127 (and float32's own).
-ROUNDING = {"bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0, "float16": 2.0**-11, "int8": 1.0001 / 254}
+# Half a unit in the last place: 8, 24, 53 and 11 bits of precision. Of few bits, by a block's largest: half a unit
+# times what the scales of two coordinates may differ by (less than 12 in a module of 12, by the damping).
+ROUNDING = {"bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0, "float16": 2.0**-11, "int8": 6 / 127, "int4": 6 / 7}
+ROUNDING["sign"] = torch.inf  # what it keeps is tested with the encodings
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, encoding: str) -> bool:
@@ -59,7 +61,7 @@ def test_rows_come_back_in_order(tmp_path: Path, encoding: str, size: int) -> No
     assert [chunk.start for chunk in opened.chunks()] == [0, 16, 32, 48]
 
 
-@pytest.mark.parametrize("encoding", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-8, 1.0, 1e12])
 def test_gradients_of_any_size_survive(tmp_path: Path, encoding: str, magnitude: float) -> None:
     store = new_store(tmp_path / "s", encoding)
@@ -71,7 +73,7 @@ def test_gradients_of_any_size_survive(tmp_path: Path, encoding: str, magnitude:
     assert found[3].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", ["float16", "int8", "int4"])
 def test_each_module_is_scaled_by_itself(tmp_path: Path, encoding: str) -> None:
     store = new_store(tmp_path / "s", encoding)
     rows = torch.randn(5, WIDTH)
@@ -80,26 +82,28 @@ def test_each_module_is_scaled_by_itself(tmp_path: Path, encoding: str) -> None:
     assert close(open_store(store).gradients[:], rows, encoding)
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("encoding", [name for name, one in ENCODINGS.items() if one.scaled])
 def test_modules_of_one_size_are_scaled_together_and_alike(encoding: str) -> None:
     blocks = [ModuleBlock(f"m{n}", "linear", (4, 4), (3, 4), 12 * n, f"m{n}") for n in range(3)]
     rows = torch.randn(6, 36) * torch.tensor([1e-9, 1.0, 1e5]).repeat_interleave(12)
-    codec, values = ENCODINGS[encoding], torch.empty(6, 36, dtype=ENCODINGS[encoding].dtype)
-    scale = codec.encode(rows, Layout(blocks), values)
+    codec, layout = ENCODINGS[encoding], Layout(blocks)
+    stored = codec.encode(rows, layout, codec.buffer(6, 36))
     for n in range(3):
         part, one = slice(12 * n, 12 * n + 12), Layout(blocks[:1])
-        alone = torch.empty(6, 12, dtype=codec.dtype)
-        assert codec.encode(rows[:, part], one, alone)[:, 0].equal(scale[:, n])
-        assert values[:, part].equal(alone)
-        error = (codec.decode(values, scale, Layout(blocks))[:, part] - rows[:, part]).abs()
+        alone = codec.encode(rows[:, part], one, codec.buffer(6, 12))
+        assert stored.scale is not None and alone.scale is not None
+        torch.testing.assert_close(alone.scale[:, 0], stored.scale[:, n])
+        assert codec.codes(stored, layout)[:, part].equal(codec.codes(alone, one))
+        error = (codec.decode(stored, layout)[:, part] - rows[:, part]).abs()
         assert (error.amax(1) <= ROUNDING[encoding] * rows[:, part].abs().amax(1)).all()
 
 
+@pytest.mark.parametrize("encoding", ["int8", "int4", "sign"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_int8_does_not_hide_what_is_not_finite(tmp_path: Path, bad: float) -> None:
-    store, rows = new_store(tmp_path / "s", "int8"), torch.randn(5, WIDTH)
+def test_few_bits_do_not_hide_what_is_not_finite(tmp_path: Path, encoding: str, bad: float) -> None:
+    store, rows = new_store(tmp_path / "s", encoding), torch.randn(5, WIDTH)
     rows[2, 3] = bad
-    log(store, rows, "int8")
+    log(store, rows, encoding)
     opened = open_store(store)
     assert opened.valid.tolist() == [True, True, False, True, True]
     assert opened.gradients[2][:12].isnan().all() and opened.gradients[2][12:].isfinite().all()
@@ -187,9 +191,10 @@ def test_any_zarr_reader_reads_the_arrays(tmp_path: Path, encoding: str) -> None
     log(store, rows, encoding, ids=ids)
     part = store / "writers/0-1"
     array = zarr.open_array(part / "gradients", mode="r")
-    assert array.shape == (2 * CHUNK_ROWS, WIDTH)
+    assert array.shape == (2 * CHUNK_ROWS, ENCODINGS[encoding].stored_width(WIDTH))
     assert array.attrs["dtype"] == encoding
     values = torch.from_numpy(zarr_values(part / "gradients"))
+    assert (part / "coordinate_scale").exists() == ENCODINGS[encoding].coordinate_scaled
     if encoding == "bfloat16":
         values = values.view(torch.bfloat16)
     raw = torch.cat([chunk.raw for chunk in open_store(store).chunks()])

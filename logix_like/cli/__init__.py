@@ -1,0 +1,9 @@
+"""The command ``logix-like``: a demo, a look into a store, and questions to one.
+
+Each module adds its group of commands to :data:`app`; the help shows them in the order of the imports here.
+"""
+
+from logix_like.cli import ask, look, show
+from logix_like.cli.app import app
+
+__all__ = ["app", "ask", "look", "show"]

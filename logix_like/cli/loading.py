@@ -1,0 +1,36 @@
+"""Objects that a user names on the command line as ``module:name``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def load_object(name: str | None) -> Any:
+    """The object that ``module:name`` names; modules are also looked for in the present folder.
+
+    This runs the user's own module. Raises ``typer.BadParameter`` where there is no such module or object.
+    """
+    if name is None:
+        return None
+    module, colon, attribute = name.partition(":")
+    if not module or not colon or not attribute:
+        raise typer.BadParameter(f"{name!r} is not of the form module:name, e.g. mydata:text_of")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise typer.BadParameter(f"{module!r} cannot be imported: {error}") from error
+        raise typer.BadParameter(f"there is no module {module!r} here or among the installed ones") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise typer.BadParameter(f"{module!r} has no {attribute!r}; it must be a name in that module")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,122 @@
+"""What the estimators that retrain have in common: one oracle, whose measured quantities are the queries."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logix_like.errors import QueryError, RetrainingError
+from logix_like.estimators.base import Estimator
+from logix_like.layout import DataId
+from logix_like.query.result import Ids
+from logix_like.retraining import SubsetOracle
+
+
+class RetrainedEstimator(Estimator):
+    """Values samples by what models trained with and without them are measured to do.
+
+    A query is the index of a measured quantity. All retrainings are done at the first question and kept.
+
+    Args:
+        oracle: Trains and measures.
+        data_id: The samples' names, 0, 1, ... unless given.
+        own: ``[samples]``: for each sample the index of the quantity that is its own output; self-influence
+            (Feldman and Zhang's memorisation) needs it.
+    """
+
+    def __init__(
+        self, oracle: SubsetOracle, *, data_id: Sequence[DataId] | None = None, own: Sequence[int] | None = None
+    ) -> None:
+        self._oracle = oracle
+        self._ids = _ids(range(oracle.n) if data_id is None else data_id, oracle.n)
+        self._own = own
+        self._values: Tensor | None = None
+
+    @property
+    def data_id(self) -> Ids:
+        """The samples' names."""
+        return self._ids
+
+    def scores(self, queries: Sequence[int] | None = None) -> Tensor:
+        """``[queries, samples]`` float64 for the measured quantities with these indices; None for all.
+
+        Raises:
+            QueryError: there is no quantity with such an index.
+            RetrainingError: a retraining failed.
+        """
+        values = self.values
+        if queries is None:
+            return values.clone()
+        chosen = list(queries)
+        if any(not 0 <= query < len(values) for query in chosen):
+            raise QueryError(f"queries are {chosen}; they must be between 0 and {len(values) - 1}, what is measured")
+        return values[chosen]
+
+    def self_influence(self) -> Tensor:
+        """``[samples]``: each sample's score for its own output, which ``own`` names.
+
+        Raises:
+            QueryError: ``own`` was not given, or names other than one measured quantity for each sample.
+        """
+        if self._own is None:
+            raise QueryError(
+                "self-influence needs the samples' own outputs among what is measured: measure them, and give own=, "
+                "their indices"
+            )
+        own = torch.tensor(list(self._own))
+        if own.shape != (self._oracle.n,) or not 0 <= int(own.min()) <= int(own.max()) < len(self.values):
+            raise QueryError(
+                f"own names {len(own)} quantities; it must name one of the {len(self.values)} measured for each of "
+                f"{self._oracle.n} samples"
+            )
+        return self.values[own, torch.arange(len(own))]
+
+    @property
+    def values(self) -> Tensor:
+        """``[all queries, samples]`` float64."""
+        if self._values is None:
+            self._values = self._estimate()
+        return self._values
+
+    @abstractmethod
+    def _estimate(self) -> Tensor:
+        """``[all queries, samples]``; called once."""
+
+
+def difference_of_means(masks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of ``values [subsets, queries]`` over subsets with a sample less that over those without it.
+
+    ``masks`` is ``[subsets, n]``. Returns the differences and their standard errors, ``[queries, n]``; the error is
+    NaN where fewer than two subsets are on a side.
+
+    Raises:
+        RetrainingError: a sample is in every subset or in none.
+    """
+    inside = masks.to(values.dtype)
+    counts = torch.stack([inside.sum(0), (1 - inside).sum(0)])
+    if not bool((counts > 0).all()):
+        sample = int((counts.min(0).values == 0).nonzero()[0])
+        raise RetrainingError(
+            f"sample {sample} is in all or in none of the {len(masks)} subsets, so that nothing is known of it; draw "
+            "more subsets"
+        )
+    centred = values - values.mean(0)  # so that squares lose no digits
+    sums = torch.stack([centred.T @ inside, centred.T @ (1 - inside)])
+    squares = torch.stack([centred.square().T @ inside, centred.square().T @ (1 - inside)])
+    means = sums / counts.unsqueeze(1)
+    # Of one subset the variance is 0 / 0: unknown.
+    variances = (squares / counts.unsqueeze(1) - means.square()).clamp_min(0) / (counts - 1).unsqueeze(1)
+    variances = torch.where((counts > 1).unsqueeze(1), variances, torch.nan)
+    return means[0] - means[1], variances.sum(0).sqrt()
+
+
+def _ids(data_id: Sequence[DataId] | range, n: int) -> Ids:
+    if len(data_id) != n:
+        raise QueryError(f"data_id names {len(data_id)} samples; the oracle trains on {n}")
+    array = np.empty(n, dtype=object)
+    array[:] = list(data_id)
+    return array

@@ -1,0 +1,90 @@
+"""Scores from whatever gives them, as one matrix in the order of the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import EvaluationError
+from logix_like.estimators.base import Estimator
+from logix_like.layout import DataId
+from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
+
+Scores = Estimator | InfluenceResult | Tensor | Any
+"""An estimator, a result with all scores, or anything that makes a ``[queries, samples]`` tensor."""
+
+
+def score_matrix(
+    scores: Scores, n: int, queries: int | None, asked: Any = None, data_id: Sequence[DataId] | None = None
+) -> Tensor:
+    """``[queries, n]`` float64; columns are the samples 0, 1, ..., n - 1 of the truth.
+
+    Args:
+        scores: An estimator (which is asked for ``asked``), a result, or an array.
+        n: Samples of the truth.
+        queries: Queries of the truth; None for any number.
+        asked: What an estimator's ``scores`` is called with.
+        data_id: Names of the truth's samples, for estimators and results that name theirs; 0, 1, ... unless given.
+
+    Raises:
+        EvaluationError: the shape is another, a sample is missing, or a score is not finite.
+    """
+    if isinstance(scores, Estimator):
+        matrix = _reordered(scores.scores(asked), scores.data_id, n, data_id)
+    elif isinstance(scores, InfluenceResult):
+        if scores.scores is None or scores.data_id is None:
+            raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
+        if scores.reduce == "none":
+            raise EvaluationError("the result scores visits, not samples; ask with reduce='mean' or another")
+        matrix = _reordered(scores.scores, scores.data_id, n, data_id)
+    else:
+        matrix = torch.as_tensor(scores).detach()
+    matrix = matrix.to("cpu", torch.float64)
+    expected = f"({'queries' if queries is None else queries}, {n})"
+    if matrix.ndim != 2 or matrix.shape[1] != n or queries not in (None, len(matrix)):
+        raise EvaluationError(
+            f"the scores have the shape {tuple(matrix.shape)}; {expected} is needed: one line for each measured "
+            "quantity and one column for each training sample"
+        )
+    return _finite(matrix)
+
+
+def score_vector(scores: Scores, n: int, data_id: Sequence[DataId] | None = None) -> Tensor:
+    """``[n]`` float64: one score a sample, from an estimator's or a store's self-influence, or from an array.
+
+    Raises:
+        EvaluationError: as :func:`score_matrix`.
+    """
+    if isinstance(scores, Estimator):
+        vector = _reordered(scores.self_influence()[None], scores.data_id, n, data_id)[0]
+    elif isinstance(scores, SelfInfluence):
+        vector = _reordered(scores.scores[None], scores.data_id, n, data_id)[0]
+    else:
+        vector = torch.as_tensor(scores).detach()
+    if vector.shape != (n,):
+        raise EvaluationError(f"the scores have the shape {tuple(vector.shape)}; ({n},) is needed: one for each sample")
+    return _finite(vector.to("cpu", torch.float64))
+
+
+def _finite(scores: Tensor) -> Tensor:
+    if not bool(scores.isfinite().all()):
+        raise EvaluationError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are NaN or infinite")
+    return scores
+
+
+def _reordered(scores: Tensor, held: Ids, n: int, data_id: Sequence[DataId] | None) -> Tensor:
+    wanted: list[DataId] = list(range(n)) if data_id is None else list(data_id)
+    if len(wanted) != n:
+        raise EvaluationError(f"data_id names {len(wanted)} samples; the truth has {n}")
+    place = {name: column for column, name in enumerate(held.tolist())}
+    missing = [name for name in wanted if name not in place]
+    if missing:
+        shown = ", ".join(map(repr, missing[:3]))
+        raise EvaluationError(
+            f"{len(missing)} of the truth's {n} samples have no score (first: {shown}; scored are {len(place)}); log "
+            "all of them, or give data_id=, the names of the truth's samples in order"
+        )
+    return scores[:, [place[name] for name in wanted]]

@@ -1,0 +1,95 @@
+"""The two functions that make a run: one to log, one to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from logix_like.config import AtSteps, Config, EverySteps, load_config
+from logix_like.errors import ConfigError
+from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
+from logix_like.run import Run
+from logix_like.session import StoreSession
+from logix_like.store import OnDamage, Place, as_place, is_store, open_store
+from logix_like.tracking import new_tracker
+
+
+def init(
+    project: str | None = None,
+    model: nn.Module | None = None,
+    config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
+    *,
+    optimizer: Optimizer | None = None,
+    resume: bool = False,
+    resume_step: int | None = None,
+    overwrite: bool = False,
+    verbose: bool = True,
+    **overrides: Any,
+) -> Run:
+    """Start a run that logs into the store ``<root>/<project>``, or ``<store.url>/<project>`` where that is set.
+
+    Args:
+        project: name of the run; may also stand in the config.
+        model: the model to track; may be given later to :meth:`Run.watch`.
+        config: a YAML file, a preset's name, a mapping or a :class:`Config`.
+        optimizer: lets rows carry optimizer steps and learning rates.
+        resume: go on behind the last commit of an earlier run in the same place.
+        resume_step: how many steps the training's own checkpoint had taken that it goes on from. Rows of steps after
+            it, which the training is about to take again, are taken back: they stay on disk and count no more.
+        overwrite: replace an earlier run in the same place.
+        verbose: print once, to stderr, what is tracked.
+        overrides: settings that win over the config.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or no project is named.
+        StoreExistsError: the place holds another run, and neither ``resume`` nor ``overwrite`` is set.
+    """
+    settings = load_config(config, project=project, **overrides)
+    if settings.project is None:
+        raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite exclude each other")
+    require_resume_step(resume_step, resume=resume)
+    path = as_place(settings.store.url or settings.root) / settings.project
+    if resume and is_store(path):
+        settings = with_stored(settings, stored_config(open_store(path)))
+    if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
+        asked = next(iter(settings.checkpoints.model_dump()))
+        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
+    if optimizer is None and settings.record == "path":
+        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
+    if model is not None and not resume:
+        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
+    session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
+    warn_of_missing_steps(session, resume_step)
+    run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
+    if resume_step is not None:
+        run.step(resume_step)
+    if model is not None:
+        run.watch(model)
+    return run
+
+
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:
+    """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
+
+    Args:
+        path: the store's folder or URL (``s3://bucket/key``).
+        model: the model to ask with.
+        on_damage: ``raise``: a query that meets a damaged file fails; ``skip``: damaged chunks are left out, and
+            every answer's note says how many rows.
+
+    Raises:
+        StoreNotFoundError: there is no store at ``path``.
+        StoreDamagedError: what a store cannot be opened without is damaged.
+        ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
+    """
+    path = as_place(path)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
+    if model is not None:
+        run.watch(model)
+    return run

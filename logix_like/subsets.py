@@ -1,0 +1,61 @@
+"""Subsets of training samples: ``[subsets, n]`` masks, drawn or enumerated, and the name of each."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from logix_like.errors import RetrainingError
+
+MOST_ENUMERATED = 12
+"""All subsets of at most so many samples are enumerated (4,096 of them)."""
+
+
+def random_subsets(n: int, size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` subsets of ``size`` samples each, every one equally likely: ``[count, n]`` bool."""
+    if not 0 <= size <= n:
+        raise RetrainingError(f"subsets of {size} samples were asked for, but there are {n}")
+    order = torch.rand(count, n, generator=generator, dtype=torch.float64).argsort(1)
+    masks = torch.zeros(count, n, dtype=torch.bool)
+    return masks.scatter_(1, order[:, :size], True)
+
+
+def coin_subsets(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """``count`` subsets that hold each sample with probability one half: ``[count, n]`` bool."""
+    return torch.rand(count, n, generator=generator) < 0.5
+
+
+def all_subsets(n: int) -> Tensor:
+    """All ``2^n`` subsets, ``[2^n, n]`` bool; line ``s`` holds sample ``i`` if bit ``i`` of ``s`` is set.
+
+    Raises:
+        RetrainingError: ``n`` is above 12.
+    """
+    if n > MOST_ENUMERATED:
+        raise RetrainingError(
+            f"all subsets of {n} samples are {2**n:,} retrainings; at most {MOST_ENUMERATED} samples are enumerated: "
+            "use an estimator that draws subsets"
+        )
+    return (torch.arange(2**n).unsqueeze(1) >> torch.arange(n)) & 1 == 1
+
+
+def without_each(n: int) -> Tensor:
+    """The ``n`` subsets that lack one sample, ``[n, n]`` bool."""
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def subset_name(mask: Tensor) -> str:
+    """BLAKE2b-128 hex of the samples in ``mask [n]``: equal for equal subsets, in this and any other process."""
+    members = mask.nonzero().flatten().numpy().astype("<i8")
+    return hashlib.blake2b(members.tobytes(), digest_size=16).hexdigest()
+
+
+def require_subsets(masks: Tensor, n: int) -> None:
+    """Raise :class:`RetrainingError` unless ``masks`` is ``[subsets, n]`` bool."""
+    if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != n:
+        raise RetrainingError(
+            f"subsets are a {masks.dtype} tensor of shape {tuple(masks.shape)}; give bool masks of shape "
+            f"(subsets, {n}), true where a sample is trained on"
+        )

@@ -1,0 +1,209 @@
+"""What torch's optimizers do in a step, as differentiable functions of flat vectors.
+
+An optimizer changes weights in place, so that nothing can be derived through its step. The rules here compute the
+same numbers from weights, gradient and moments, for replaying a recorded run and for deriving through it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from logix_like.errors import ConfigError
+
+Hyper = Mapping[str, Any]
+"""Settings of one parameter group: numbers, truth values and ``betas``, by torch's names."""
+
+Moments = dict[str, Tensor]
+"""An optimizer's running averages by torch's names, each ``[parameters]``."""
+
+
+class UpdateRule(ABC):
+    """One optimizer's step on a flat vector of parameters that share their settings."""
+
+    moments: ClassVar[tuple[str, ...]]
+    """Names of the running averages it keeps, as in the optimizer's ``state``."""
+    refused: ClassVar[tuple[str, ...]] = ("amsgrad", "centered", "maximize")
+    """Settings that must be off."""
+
+    adaptive: ClassVar[bool] = False
+    """Whether each weight has a step size of its own, from its second moment."""
+
+    @abstractmethod
+    def step(
+        self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
+    ) -> tuple[Tensor, Moments]:
+        """Weights and moments after step number ``taken`` (from 0).
+
+        With ``fixed_scale`` the second moment counts as a constant when the result is derived: the update is then
+        linear in the gradients, and each sample has a share of it.
+        """
+
+    @abstractmethod
+    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
+        """How far a unit of one step's gradient moves each weight in the long run, ``[parameters]`` or one number.
+
+        ``taken`` counts the steps that ``moments`` come from.
+        """
+
+    @abstractmethod
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        """What step number ``taken`` moves the weights for a unit of the gradient of ``age`` steps ago, unscaled."""
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        """``[parameters]`` by which an adaptive optimizer multiplies what :meth:`impulse` says; None for the others."""
+        return None
+
+    def check(self, hyper: Hyper) -> None:
+        """Raise :class:`ConfigError` if a setting is on that the rule does not know."""
+        for name in self.refused:
+            if hyper.get(name):
+                raise ConfigError(
+                    f"the optimizer was used with {name}={hyper[name]!r}, which cannot be replayed; use {name}=False, "
+                    "or an estimator that needs no replay (TracInCP, stored rows)"
+                )
+
+
+class SGDRule(UpdateRule):
+    """``torch.optim.SGD``: momentum, dampening, Nesterov, weight decay."""
+
+    moments = ("momentum_buffer",)
+
+    def step(
+        self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
+    ) -> tuple[Tensor, Moments]:
+        gradient = gradient + hyper["weight_decay"] * theta
+        momentum = hyper["momentum"]
+        if not momentum:
+            return theta - hyper["lr"] * gradient, moments
+        # The first step takes the gradient whole, whatever the dampening.
+        fresh = 1 - hyper["dampening"] if taken else 1.0
+        buffer = momentum * moments["momentum_buffer"] + fresh * gradient
+        direction = gradient + momentum * buffer if hyper["nesterov"] else buffer
+        return theta - hyper["lr"] * direction, {"momentum_buffer": buffer}
+
+    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
+        momentum = hyper["momentum"]
+        return float(hyper["lr"] * ((1 - hyper["dampening"]) / (1 - momentum) if momentum else 1.0))
+
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        momentum = hyper["momentum"]
+        if not momentum:
+            return float(hyper["lr"]) if age == 0 else 0.0
+        part = (1 - hyper["dampening"]) * momentum**age
+        if hyper["nesterov"]:
+            part = momentum * part + (age == 0)
+        return float(hyper["lr"] * part)
+
+
+class AdamRule(UpdateRule):
+    """``torch.optim.Adam`` and ``AdamW``."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+    adaptive = True
+
+    def __init__(self, *, decoupled: bool) -> None:
+        self._decoupled = decoupled
+
+    def step(
+        self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
+    ) -> tuple[Tensor, Moments]:
+        first, second = hyper["betas"]
+        decay = hyper["weight_decay"]
+        if self._decoupled or hyper.get("decoupled_weight_decay"):
+            theta = theta * (1 - hyper["lr"] * decay)
+        else:
+            gradient = gradient + decay * theta
+        mean = first * moments["exp_avg"] + (1 - first) * gradient
+        square = second * moments["exp_avg_sq"] + (1 - second) * gradient * gradient
+        scale = _root(square.detach() if fixed_scale else square) / (1 - second ** (taken + 1)) ** 0.5
+        size = hyper["lr"] / (1 - first ** (taken + 1))
+        return theta - size * mean / (scale + hyper["eps"]), {"exp_avg": mean, "exp_avg_sq": square}
+
+    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
+        corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
+        rate: Tensor = hyper["lr"] / (corrected.sqrt() + hyper["eps"])
+        return rate
+
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        first = hyper["betas"][0]
+        return float(hyper["lr"] * (1 - first) * first**age / (1 - first ** (taken + 1)))
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
+        return 1 / (corrected.sqrt() + hyper["eps"])
+
+
+class RMSpropRule(UpdateRule):
+    """``torch.optim.RMSprop``, with momentum, not centred."""
+
+    moments = ("square_avg", "momentum_buffer")
+    adaptive = True
+
+    def step(
+        self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
+    ) -> tuple[Tensor, Moments]:
+        gradient = gradient + hyper["weight_decay"] * theta
+        square = hyper["alpha"] * moments["square_avg"] + (1 - hyper["alpha"]) * gradient * gradient
+        scaled = gradient / (_root(square.detach() if fixed_scale else square) + hyper["eps"])
+        buffer = hyper["momentum"] * moments["momentum_buffer"] + scaled
+        return theta - hyper["lr"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
+
+    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
+        rate: Tensor = hyper["lr"] / (1 - hyper["momentum"]) / (moments["square_avg"].sqrt() + hyper["eps"])
+        return rate
+
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        return float(hyper["lr"] * hyper["momentum"] ** age)
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        return 1 / (moments["square_avg"].sqrt() + hyper["eps"])
+
+
+RULES: Mapping[str, UpdateRule] = {
+    "SGD": SGDRule(),
+    "Adam": AdamRule(decoupled=False),
+    "AdamW": AdamRule(decoupled=True),
+    "RMSprop": RMSpropRule(),
+}
+"""By the optimizer's class name."""
+
+
+def rule_of(optimizer: str) -> UpdateRule:
+    """The rule of an optimizer by its class name.
+
+    Raises:
+        ConfigError: there is none (lists the known).
+    """
+    if optimizer not in RULES:
+        raise ConfigError(f"the optimizer {optimizer!r} has no known update rule; known are {', '.join(RULES)}")
+    return RULES[optimizer]
+
+
+def settings_of(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
+    """The settings of each parameter group, plain data: numbers, truth values and tuples of numbers."""
+    return tuple(
+        {name: plain for name, value in group.items() if (plain := _plain(value)) is not None}
+        for group in optimizer.param_groups
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, tuple) and value and all(isinstance(_plain(one), int | float) for one in value):
+        return [_plain(one) for one in value]
+    return None
+
+
+def _root(square: Tensor) -> Tensor:
+    """Square root with derivative 0 at 0: where no gradient has ever come, none comes through."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)

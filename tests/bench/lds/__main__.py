@@ -1,0 +1,109 @@
+"""LDS of every estimator on one truth: ``python -m tests.bench.lds --problem images --rows main``.
+
+The truth (models really retrained on random halves) is computed once and kept in the cache folder; an interrupted
+run goes on where it was. Prints a line for each estimator as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from logix_like.errors import LogixError
+from logix_like.evaluation import LDS, lds, subset_truth
+from logix_like.retraining import Measurements, SubsetOracle
+from tests.bench.lds.bench import Bench, Row
+from tests.bench.lds.problems import PROBLEMS, Problem
+from tests.bench.lds.rows import SETS
+
+
+def truth_of(problem: Problem, options: argparse.Namespace) -> Measurements:
+    """Retrained models' measurements, from the cache as far as they are there."""
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        oracle = SubsetOracle(
+            problem.train,
+            problem.measure,
+            problem.samples,
+            seeds=options.seeds,
+            cache=options.cache / problem.name,
+            name=problem.name,
+            executor=pool,
+        )
+        return subset_truth(oracle, subsets=options.subsets)
+
+
+@contextmanager
+def benches(problem: Problem, runs: int) -> Iterator[list[Bench]]:
+    """The problem trained with several seeds."""
+    with tempfile.TemporaryDirectory(prefix="lds-", ignore_cleanup_errors=True) as root:
+        yield [Bench(problem, seed, Path(root) / str(seed)) for seed in range(runs)]
+
+
+def measured(row: Row, trained: list[Bench], truth: Measurements) -> tuple[list[LDS], float]:
+    """LDS with each training's scores, and the seconds they took together."""
+    start = time.perf_counter()
+    return [lds(row(bench), truth) for bench in trained], time.perf_counter() - start
+
+
+def line(name: str, found: list[LDS], seconds: float) -> str:
+    value, low, high = (
+        sum(values) / len(found) for values in zip(*((one.value, *one.interval) for one in found), strict=True)
+    )
+    return f"| {name:<58} | {value:6.3f} | {low:6.3f} to {high:6.3f} | {seconds:6.1f} |"
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.lds", description=__doc__)
+    parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
+    parser.add_argument("--rows", choices=SETS, action="append", help="default: main")
+    parser.add_argument("--only", default="*", help="glob on the rows' names")
+    parser.add_argument("--subsets", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2, help="retrainings of each subset")
+    parser.add_argument("--runs", type=int, default=2, help="trainings that are logged and scored; the mean is shown")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lds-cache")
+    parser.add_argument("--json", type=Path, help="append figures to this file, a line each")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(1)
+    for name in options.problem or PROBLEMS:
+        problem = PROBLEMS[name]
+        truth = truth_of(problem, options)
+        say = partial(print, flush=True)
+        with benches(problem, options.runs) as trained:
+            say(f"\n{problem.name}: {len(truth.masks)} halves x {options.seeds} seeds; {options.runs} logged trainings")
+            say(f"| {'scores':<58} | LDS    | 95 % interval    | s      |")
+            say(f"|{'-' * 60}|--------|------------------|--------|")
+            for kind in options.rows or ["main"]:
+                for row, score in SETS[kind].items():
+                    if not fnmatch.fnmatch(row, options.only):
+                        continue
+                    try:
+                        found, seconds = measured(score, trained, truth)
+                    except LogixError as error:
+                        say(f"| {row:<58} | {type(error).__name__}: {error}")
+                        continue
+                    say(line(row, found, seconds))
+                    if options.json:
+                        figures = {"problem": problem.name, "row": row, "lds": [one.value for one in found]}
+                        with options.json.open("a") as file:
+                            file.write(json.dumps(figures | {"ceiling": found[0].ceiling}) + "\n")
+            say(f"noise ceiling {found[0].ceiling:.3f}")
+
+
+if __name__ == "__main__":
+    main()

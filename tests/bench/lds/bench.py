@@ -1,0 +1,122 @@
+"""Runs of a problem whose scores are measured: logged while training, or by a pass behind it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import logix_like as logix
+from logix_like.estimators import Estimator
+from logix_like.evaluation.scored import score_matrix
+from tests.bench.lds.problems import Problem
+
+Row = Callable[["Bench"], Tensor]
+"""From a trained problem to scores ``[queries, samples]``."""
+
+
+class Logged:
+    """A run's store, and queries to it."""
+
+    def __init__(self, problem: Problem, run: logix.Run, model: nn.Module) -> None:
+        self.problem, self.run, self.model = problem, run, model
+
+    def query(self, checkpoints: str | None = None) -> Any:
+        """The problem's queries, at the final weights or averaged over checkpoints."""
+        batch = self.problem.asked()
+        ids = range(self.problem.queries)
+        mask = self.problem.mask(batch)
+        return self.run.query_fn(batch, self.problem.loss, data_id=ids, mask=mask, checkpoints=checkpoints)
+
+    def scores(self, checkpoints: str | None = None, **options: Any) -> Tensor:
+        """``[queries, samples]`` in the order of the truth."""
+        result = self.run.compute_influence_all(self.query(checkpoints), progress=False, **options)
+        return score_matrix(result, self.problem.samples, self.problem.queries)
+
+
+class Bench:
+    """One problem trained with one seed: the model, and its runs by config, each made when first asked for."""
+
+    def __init__(self, problem: Problem, seed: int, root: Path) -> None:
+        self.problem, self.seed, self.root = problem, seed, root
+        self._runs: dict[str, Logged] = {}
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Trained on all samples."""
+        return self.problem.train(range(self.problem.samples), self.seed)
+
+    def training(self, rank: Any = "auto", init: str = "orthogonal", dtype: str = "float32", **config: Any) -> Logged:
+        """Logged while training, with a checkpoint after every epoch."""
+        return self._run("training", self._log_training, rank, init, dtype, config)
+
+    def posthoc(self, rank: Any = "auto", init: str = "orthogonal", dtype: str = "float32", **config: Any) -> Logged:
+        """Logged by one pass at the final weights."""
+        return self._run("posthoc", self._log_pass, rank, init, dtype, config)
+
+    def estimated(self, estimator: Estimator) -> Tensor:
+        """Scores of an estimator that is asked with the batch of all queries."""
+        return score_matrix(estimator, self.problem.samples, self.problem.queries, self.problem.asked())
+
+    def batches(self, size: int = 50) -> list[tuple[range, Any]]:
+        """Training samples in order: their numbers and the batch."""
+        starts = range(0, self.problem.samples, size)
+        parts = [range(start, min(start + size, self.problem.samples)) for start in starts]
+        return [(part, self.problem.training(part)) for part in parts]
+
+    def close(self) -> None:
+        """Remove the stores."""
+        self._runs.clear()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _run(
+        self,
+        kind: str,
+        log: Callable[[str, Mapping[str, Any]], tuple[logix.Run, nn.Module]],
+        rank: Any,
+        init: str,
+        dtype: str,
+        config: Any,
+    ) -> Logged:
+        name = f"{kind}-{rank}-{init}-{dtype}-{config}".replace("/", "_").replace("*", "all")
+        if name not in self._runs:
+            projection = {"rank": rank, "init": init, **config.pop("projection", {})}
+            settings = {"projection": projection, "store": {"dtype": dtype}, "checkpoints": "every_epoch", **config}
+            self._runs[name] = Logged(self.problem, *log(f"run-{len(self._runs)}", settings))
+        return self._runs[name]
+
+    def _init(self, name: str, model: nn.Module, settings: Mapping[str, Any], **options: Any) -> logix.Run:
+        preset = self.problem.preset or None
+        return logix.init(name, model, preset, root=str(self.root), verbose=False, **settings, **options)
+
+    def _log_training(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
+        run: logix.Run | None = None
+
+        def started(model: nn.Module) -> logix.Run:
+            nonlocal run
+            run = self._init(name, model, settings)
+            return run
+
+        model = self.problem.train(range(self.problem.samples), self.seed, started)
+        assert run is not None
+        run.finalize()
+        return run, model
+
+    def _log_pass(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
+        run = self._init(name, self.model, {**settings, "checkpoints": "none"})
+        batches = self.batches()
+        numbers = {id(batch): part for part, batch in batches}
+        mask = None if self.problem.mask(batches[0][1]) is None else self.problem.mask
+        run.extract(
+            [batch for _, batch in batches],
+            self.problem.loss,
+            data_id=lambda batch: numbers[id(batch)],
+            mask=mask,
+            progress=False,
+        )
+        run.finalize()
+        return run, self.model

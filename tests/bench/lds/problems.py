@@ -1,0 +1,262 @@
+"""Three small trainings on real data: a perceptron and a convolutional network on MNIST, a transformer on verses.
+
+Each is a frozen record, so that it travels to worker processes as a few numbers and loads its data there once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from logix_like.examples.images import load_digits
+from logix_like.examples.language_model import LanguageModel, Settings
+from logix_like.examples.text import PADDING, Words, batch_of, gospels
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import logix_like as logix
+from logix_like.objective import Categorical, Objective
+
+Samples = list[int] | range
+
+
+@dataclass(frozen=True)
+class Problem(ABC):
+    """A training whose every sample may be left out, and queries that are measured afterwards."""
+
+    samples: int = 0
+    queries: int = 0
+    epochs: int = 0
+    batch: int = 32
+    lr: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """All that the truth depends on."""
+        numbers = "-".join(str(value) for value in asdict(self).values())
+        return f"{type(self).__name__.lower()}-{numbers}"
+
+    @property
+    @abstractmethod
+    def preset(self) -> str:
+        """Preset of the run's config."""
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Modules that are not tracked."""
+        return ()
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective:
+        """What is trained for; batches are those of :meth:`training` and :meth:`asked`."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new model, by torch's seed."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """A new optimizer."""
+
+    @abstractmethod
+    def training(self, samples: Samples) -> Any:
+        """A batch of training samples."""
+
+    @abstractmethod
+    def asked(self) -> Any:
+        """All queries as one batch."""
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Per-sample losses."""
+        return self.objective.losses(model, batch)
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The batch's loss as it is trained on."""
+
+    def mask(self, batch: Any) -> Tensor | None:
+        """Positions that count."""
+        return None
+
+    def train(self, samples: Samples, seed: int, start: Callable[[nn.Module], logix.Run] | None = None) -> nn.Module:
+        """Train a new model on ``samples``, logged by the run that ``start`` makes; the order is the seed's."""
+        torch.set_num_threads(1)
+        torch.manual_seed(seed)
+        model = self.model()
+        run = None if start is None else start(model)
+        optimizer = self.optimizer(model)
+        order = torch.Generator().manual_seed(seed)
+        for epoch in range(self.epochs):
+            if run is not None:
+                run.epoch(epoch)
+            for ids in self.order(samples, order):
+                batch = self.training(ids)
+                with self.logged(run, ids, batch):
+                    self.loss(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model.eval()
+
+    def order(self, samples: Samples, generator: torch.Generator) -> Iterator[list[int]]:
+        """Batches of one epoch."""
+        chosen = torch.tensor(list(samples))
+        for part in torch.randperm(len(chosen), generator=generator).split(self.batch):
+            yield chosen[part].tolist()
+
+    def logged(self, run: logix.Run | None, ids: list[int], batch: Any) -> AbstractContextManager[Any]:
+        """The run's block around a step."""
+        return nullcontext() if run is None else run(data_id=ids, mask=self.mask(batch))
+
+    def measure(self, model: nn.Module) -> Tensor:
+        """Minus the loss of each query; in float64, since a loss near 0 still has a rank."""
+        with torch.no_grad():
+            outputs = self.objective.forward(model, self.asked()).double()
+        return -self.objective.likelihood.losses(outputs, self.objective.labels(self.asked()))
+
+
+@cache
+def _digits(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data = load_digits(samples, 0.0, torch.Generator().manual_seed(0))
+    return data.images, data.labels, data.test_images, data.test_labels
+
+
+@dataclass(frozen=True)
+class Images(Problem):
+    """A perceptron on images of digits."""
+
+    samples: int = 1000
+    queries: int = 100
+    epochs: int = 20
+    batch: int = 32
+    lr: float = 0.05
+
+    preset = ""  # the library's defaults
+    objective = Objective()
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=self.lr)
+
+    def training(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        images, labels, *_ = _digits(self.samples)
+        chosen = torch.tensor(list(samples))
+        return images[chosen], labels[chosen]
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        *_, images, labels = _digits(self.samples)
+        return images[: self.queries], labels[: self.queries]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@dataclass(frozen=True)
+class Convolutions(Images):
+    """A small convolutional network on the same images."""
+
+    samples: int = 1000
+    queries: int = 100
+    epochs: int = 10
+    batch: int = 32
+    lr: float = 0.1
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 28, 28)),
+            nn.Conv2d(1, 8, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(400, 10),
+        )
+
+
+VOCABULARY = 1000
+
+
+@cache
+def _verses(samples: int, queries: int, length: int) -> tuple[list[Tensor], list[Tensor], int]:
+    texts = list(gospels().values())
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [texts[i] for i in islice(order, samples + queries)]
+    words = Words(chosen[:samples], VOCABULARY)
+    encoded = [words.encode(text, length) for text in chosen]
+    return encoded[:samples], encoded[samples:], words.size
+
+
+Passages = Mapping[str, Tensor]
+"""``inputs`` and ``targets``, both ``[batch, positions]``."""
+
+
+def _logits(model: Any, batch: Passages) -> Tensor:
+    logits: Tensor = model(batch["inputs"])
+    return logits
+
+
+def _targets(batch: Passages) -> Tensor:
+    return batch["targets"].masked_fill(batch["targets"] == PADDING, -100)
+
+
+def _padded(passages: Mapping[int, Tensor]) -> Passages:
+    batch = batch_of([str(i) for i in passages], {str(i): passage for i, passage in passages.items()})
+    return {"inputs": batch.inputs, "targets": batch.targets}
+
+
+@dataclass(frozen=True)
+class Verses(Problem):
+    """A transformer of two layers on verses of the King James Bible."""
+
+    samples: int = 1000
+    queries: int = 50
+    epochs: int = 3
+    batch: int = 16
+    lr: float = 3e-3
+    width: int = 64
+    length: int = 32
+
+    preset = "language_model"
+    exclude = ("*lm_head",)
+    objective = Objective(Categorical(), outputs=_logits, targets=_targets)
+
+    def model(self) -> nn.Module:
+        *_, vocabulary = _verses(self.samples, self.queries, self.length)
+        return LanguageModel(vocabulary, Settings(width=self.width, heads=4, layers=2, length=self.length))
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=self.lr)
+
+    def training(self, samples: Samples) -> Passages:
+        passages, *_ = _verses(self.samples, self.queries, self.length)
+        return _padded({i: passages[i] for i in samples})
+
+    def asked(self) -> Passages:
+        _, passages, _ = _verses(self.samples, self.queries, self.length)
+        return _padded(dict(enumerate(passages)))
+
+    def mask(self, batch: Passages) -> Tensor:
+        return batch["targets"] != PADDING
+
+    def loss(self, model: nn.Module, batch: Passages) -> Tensor:
+        logits = model(batch["inputs"]).transpose(1, 2)
+        return F.cross_entropy(logits, batch["targets"], ignore_index=PADDING)
+
+
+PROBLEMS: Mapping[str, Problem] = {"images": Images(), "convolutions": Convolutions(), "verses": Verses()}
+
+
+def checksum(problem: Problem) -> int:
+    """Of the queries' measurements before training: two machines with other data or code differ."""
+    torch.manual_seed(0)
+    return zlib.crc32(problem.measure(problem.model()).numpy().round(3).tobytes())

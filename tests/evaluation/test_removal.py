@@ -1,0 +1,85 @@
+"""Removing samples from an additive world, in which every drop is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from logix_like.errors import EvaluationError
+from logix_like.evaluation import brittleness, leave_one_out_correlation, query_loss_difference, removal_curve
+from tests.evaluation.additive import Additive
+
+EXACT = 1e-9
+
+
+def test_brittleness_removes_each_querys_own_proponents() -> None:
+    world = Additive(q=5)
+    found = brittleness(world.oracle, world.effects, removed=(3, 10), draws=200)
+    for line, count in enumerate((3, 10)):
+        expected = world.effects.topk(count, dim=1).values.sum(1)
+        torch.testing.assert_close(found.drops[line], expected, rtol=EXACT, atol=EXACT)
+        chance = world.effects.mean(1) * count
+        spread = 5 * world.effects.std(1) * count**0.5 / 200**0.5
+        assert ((found.random[line] - chance).abs() < spread).all()
+        right = world.effects.sum(1) > 0
+        flipped = (world.effects.sum(1) - expected <= 0)[right].double().mean()
+        assert found.flipped[line] == pytest.approx(flipped.item())
+    assert torch.equal(found.differences, found.drops - found.random)
+    assert (found.flipped > found.flipped_random).all()
+    assert str(found).count("\n") == 2
+
+
+def test_no_other_choice_of_samples_drops_a_query_further() -> None:
+    world = Additive(q=5)
+    best = brittleness(world.oracle, world.effects, removed=(4,)).drops
+    other = brittleness(world.oracle, world.effects + torch.randn(5, 60), removed=(4,)).drops
+    assert (best > other).all()
+
+
+def test_query_loss_difference_removes_a_share() -> None:
+    world = Additive(q=5)
+    found = query_loss_difference(world.oracle, world.effects, share=0.05)
+    assert found.removed == (3,)
+    assert (found.differences > 0).all()
+    assert query_loss_difference(world.oracle, world.effects, share=0.0001).removed == (1,)
+
+
+def test_a_removal_curve_in_an_additive_world() -> None:
+    world = Additive(q=1)
+    values = world.effects[0]
+    found = removal_curve(world.oracle, values, shares=(0.1, 0.5), draws=300)
+    total = values.sum()
+    expected = [(total - values.topk(count).values.sum()).item() for count in (6, 30)]
+    assert found.highest_first[:, 0].tolist() == pytest.approx(expected)
+    expected = [(total - values.topk(count, largest=False).values.sum()).item() for count in (6, 30)]
+    assert found.lowest_first[:, 0].tolist() == pytest.approx(expected)
+    for line, count in enumerate((6, 30)):
+        spread = 5 * values.std().item() * count**0.5 / 300**0.5
+        assert found.random[line].mean().item() == pytest.approx((total - values.mean() * count).item(), abs=spread)
+    assert str(found).count("\n") == 2
+
+
+def test_leave_one_out_correlation() -> None:
+    world = Additive(q=5)
+    found = leave_one_out_correlation(world.oracle, world.effects)
+    assert found.pearson == pytest.approx(1)
+    assert found.spearman == pytest.approx(1)
+    torch.testing.assert_close(found.differences, world.effects, rtol=EXACT, atol=EXACT)
+    found = leave_one_out_correlation(world.oracle, -world.effects, samples=[4, 9, 30, 2])
+    assert found.spearman == pytest.approx(-1)
+    assert found.differences.shape == (5, 4)
+    assert "over 4 samples and 5 queries" in str(found)
+
+
+def test_what_is_refused() -> None:
+    world = Additive(q=2)
+    with pytest.raises(EvaluationError, match="between 1 and 59"):
+        brittleness(world.oracle, world.effects, removed=(60,))
+    with pytest.raises(EvaluationError, match=r"shape \(2, 59\)"):
+        brittleness(world.oracle, world.effects[:, 1:], removed=(5,))
+    with pytest.raises(EvaluationError, match="must remove some and leave some"):
+        removal_curve(world.oracle, world.effects[0], shares=(1.0,))
+    with pytest.raises(EvaluationError, match=r"\(60,\) is needed"):
+        removal_curve(world.oracle, world.effects)
+    with pytest.raises(EvaluationError, match="at least 3"):
+        leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])

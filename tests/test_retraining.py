@@ -1,0 +1,216 @@
+"""The oracle: nothing is trained twice, nothing is lost, and what goes wrong is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from logix_like.errors import RetrainingError
+from logix_like.retraining import SubsetOracle
+from logix_like.subsets import all_subsets, coin_subsets, random_subsets, subset_name, without_each
+from tests.games import Ridge
+
+
+def sums(samples: list[int], seed: int) -> Tensor:
+    """A stand-in for training that a worker process can import."""
+    if samples == [0, 1]:
+        raise ValueError("only one class")
+    return torch.tensor([float(sum(samples)), seed + torch.rand(()).item()])
+
+
+def itself(model: Tensor) -> Tensor:
+    return model
+
+
+class Dying(Executor):
+    """Its worker is killed at the third task, as a process pool tells it."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.taken += 1
+        future: Future[Any] = Future()
+        if self.taken < 3:
+            future.set_result(fn(*args, **kwargs))
+        else:
+            future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+        return future
+
+
+@pytest.fixture
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+def test_values_are_what_training_and_measuring_give() -> None:
+    ridge = Ridge()
+    masks = all_subsets(ridge.n)
+    found = ridge.oracle().values(masks)
+    expected = torch.stack([ridge.value(tuple(mask.nonzero().flatten().tolist())) for mask in masks])
+    assert torch.equal(found, expected)
+
+
+def test_nothing_is_trained_twice_in_this_process_or_the_next(tmp_path: Path) -> None:
+    first, again = Ridge(), Ridge()
+    masks = random_subsets(8, 4, 20, torch.Generator().manual_seed(0))
+    values = first.oracle(tmp_path).values(torch.cat([masks, masks]))
+    assert len(first.trained) == len(set(first.trained)) == len(masks.unique(dim=0))
+    assert torch.equal(again.oracle(tmp_path).values(masks), values[:20])
+    assert not again.trained
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    ridge, again = Ridge(), Ridge()
+    masks = without_each(8)
+
+    def interrupted(samples: list[int], seed: int) -> Tensor:
+        if len(ridge.trained) == 5:
+            raise KeyboardInterrupt
+        return ridge.train(samples, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        SubsetOracle(interrupted, ridge.measure, 8, cache=tmp_path).values(masks)
+    again.oracle(tmp_path).values(masks)
+    assert len(ridge.trained) == 5
+    assert len(again.trained) == 3
+    assert not set(ridge.trained) & set(again.trained)
+
+
+def test_a_damaged_result_is_computed_again(tmp_path: Path) -> None:
+    first, again = Ridge(), Ridge()
+    masks = without_each(8)
+    values = first.oracle(tmp_path).values(masks)
+    (tmp_path / f"{subset_name(masks[3])}-0.json").write_text('{"values": [1.0, ')
+    assert torch.equal(again.oracle(tmp_path).values(masks), values)
+    assert len(again.trained) == 1
+
+
+def test_seeds_are_trained_each_and_averaged() -> None:
+    oracle = SubsetOracle(sums, itself, 4, seeds=3)
+    before = torch.random.get_rng_state()
+    found = oracle.measurements(torch.tensor([[True, False, True, True]]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found.values.shape == (1, 3, 2)
+    assert found.values[0, :, 0].tolist() == [5, 5, 5]
+    assert found.values[0, :, 1].floor().tolist() == [0, 1, 2]
+    assert torch.equal(found.means, found.values.mean(1))
+
+
+def test_worker_processes_give_the_same_and_a_function_that_cannot_travel_is_named(pool: ProcessPoolExecutor) -> None:
+    masks = torch.cat([coin_subsets(6, 10, torch.Generator().manual_seed(1)), torch.ones(1, 6, dtype=torch.bool)])
+    alone = SubsetOracle(sums, itself, 6, seeds=2).measurements(masks).values
+    assert torch.equal(SubsetOracle(sums, itself, 6, seeds=2, executor=pool).measurements(masks).values, alone)
+    homebound = SubsetOracle(lambda samples, seed: 0, itself, 3, executor=pool)
+    with pytest.raises(RetrainingError, match=r"3 retrainings failed: .*[pP]ickl"):
+        homebound.values(without_each(3))
+
+
+def test_a_dask_client_is_an_executor() -> None:
+    class Client:
+        def get_executor(self) -> ThreadPoolExecutor:
+            return executor
+
+    with ThreadPoolExecutor(1) as executor:
+        oracle = SubsetOracle(lambda samples, seed: len(samples), float, 5, executor=Client())
+        assert oracle.values(without_each(5)).tolist() == [[4.0]] * 5
+
+
+def test_a_failure_is_reported_and_loses_no_other(tmp_path: Path) -> None:
+    masks = torch.tensor([[True, True, False], [True, False, True], [False, True, True]])
+    oracle = SubsetOracle(sums, itself, 3, cache=tmp_path)
+    found = oracle.measurements(masks)
+    assert [str(failure) for failure in found.failures] == [
+        f"training on 2 samples (subset {subset_name(masks[0])[:8]}, seed 0): ValueError: only one class"
+    ]
+    assert found.values[0].isnan().all()
+    assert found.values[1:, 0, 0].tolist() == [2, 3]
+    with pytest.raises(RetrainingError, match=r"1 retrainings failed: training on 2 samples .* only one class"):
+        oracle.values(masks)
+    with pytest.warns(RuntimeWarning, match=r"1 of 3 subsets are left out: .*only one class"):
+        assert torch.equal(found.complete().masks, masks[1:])
+
+
+def test_if_all_fail_it_is_an_error() -> None:
+    oracle = SubsetOracle(sums, itself, 3)
+    with pytest.raises(RetrainingError, match="all retrainings failed"):
+        oracle.measurements(torch.tensor([[True, True, False]])).complete()
+
+
+def test_a_dead_worker_is_said_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    ridge = Ridge(5)
+    with pytest.raises(RetrainingError, match="a worker process died"):
+        ridge.oracle(tmp_path, executor=Dying()).values(without_each(5))
+    done, again = len(ridge.trained), Ridge(5)
+    again.oracle(tmp_path).values(without_each(5))
+    assert (done, len(again.trained)) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        (torch.tensor([0.0, float("nan")]), r"measure\(\) gave nan for query 1"),
+        (torch.tensor([float("inf")]), r"measure\(\) gave inf for query 0"),
+        (torch.zeros(2, 2), r"shape \(2, 2\)"),
+        (torch.zeros(0), r"shape \(0,\)"),
+    ],
+)
+def test_measurements_that_make_no_sense(measured: Tensor, said: str) -> None:
+    with pytest.raises(RetrainingError, match=said):
+        SubsetOracle(lambda samples, seed: None, lambda model: measured, 3).full()
+
+
+def test_as_many_measurements_from_every_model() -> None:
+    oracle = SubsetOracle(lambda samples, seed: len(samples), torch.zeros, 3)
+    with pytest.raises(RetrainingError, match=r"gave \[2, 3\] numbers"):
+        oracle.values(torch.tensor([[True, True, True], [True, True, False]]))
+
+
+def test_what_no_training_measures_can_be_told() -> None:
+    ridge = Ridge()
+    oracle = ridge.oracle(empty=-7.0)
+    assert oracle.values(torch.zeros(1, 8, dtype=torch.bool)).tolist() == [[-7.0] * 4]
+    assert () not in ridge.trained
+    oracle = ridge.oracle(empty=torch.arange(4))
+    assert oracle.values(torch.zeros(1, 8, dtype=torch.bool)).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
+    Ridge().oracle(tmp_path, name="ridge").full()
+    with pytest.raises(RetrainingError, match="holds results of"):
+        Ridge().oracle(tmp_path, name="another")
+    with pytest.raises(RetrainingError, match="holds results of"):
+        Ridge(9).oracle(tmp_path, name="ridge")
+
+
+def test_arguments_that_make_no_sense() -> None:
+    ridge = Ridge()
+    with pytest.raises(RetrainingError, match="at least 2"):
+        SubsetOracle(ridge.train, ridge.measure, 1)
+    with pytest.raises(RetrainingError, match="at least once"):
+        ridge.oracle(seeds=0)
+    with pytest.raises(RetrainingError, match="concurrent\\.futures"):
+        ridge.oracle(executor=4)
+    with pytest.raises(RetrainingError, match=r"shape \(subsets, 8\)"):
+        ridge.oracle().values(torch.ones(1, 7, dtype=torch.bool))
+
+
+def test_subsets_are_what_they_say() -> None:
+    masks = random_subsets(20, 7, 50, torch.Generator().manual_seed(0))
+    assert (masks.sum(1) == 7).all()
+    assert len(masks.unique(dim=0)) == 50
+    assert len(all_subsets(5).unique(dim=0)) == 32
+    assert len({subset_name(mask) for mask in all_subsets(5)}) == 32
+    with pytest.raises(RetrainingError, match="at most 12"):
+        all_subsets(13)
+    with pytest.raises(RetrainingError, match="subsets of 9"):
+        random_subsets(8, 9, 1)
