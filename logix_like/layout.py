@@ -127,7 +127,8 @@ class Layout(Sequence[ModuleBlock]):
             whole = numbers.new_zeros(*numbers.shape[:-1], block.rank[0] * block.rank[1])
             whole[..., list(block.coordinates)] = numbers
             numbers = whole
-        return numbers.unflatten(-1, block.rank)
+        matrices: Tensor = numbers.unflatten(-1, block.rank)
+        return matrices
 
     def fingerprint(self) -> str:
         """BLAKE2b-128 hex of names, kinds and shapes: the model's structure as it was logged."""
