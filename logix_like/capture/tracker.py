@@ -102,6 +102,7 @@ class Tracker:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
         rule, module = call.tracked.rule, call.tracked.module
