@@ -169,14 +169,6 @@ def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tenso
     return (value, gradient) if bool(keep.all()) else (value[keep], gradient[keep])
 
 
-def _both(first: OnFactors, second: OnFactors) -> OnFactors:
-    def tell(block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
-        first(block, inputs, outputs, shared)
-        second(block, inputs, outputs, shared)
-
-    return tell
-
-
 class Recording:
     """What one block of training code called, and the rows that come of it."""
 

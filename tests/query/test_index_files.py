@@ -190,7 +190,9 @@ def test_a_small_store_is_scored_whole(store: GradientStore, query: QueryGradien
 
 
 def test_a_factory_that_is_none(store: GradientStore, query: QueryGradients) -> None:
-    with pytest.raises(QueryError, match=r"FAISS cannot make an index 'Flut' of 48 numbers from 300 rows \(.*\); known"):
+    with pytest.raises(
+        QueryError, match=r"FAISS cannot make an index 'Flut' of 48 numbers from 300 rows \(.*\); known"
+    ):
         _ask(store, query, index="Flut")
     with pytest.raises(QueryError, match="FAISS cannot make an index 'IVF4096,Flat'"):
         _ask(store, query, index="IVF4096,Flat")
