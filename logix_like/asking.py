@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from logix_like.block import BlockOptions
@@ -18,11 +19,12 @@ from logix_like.layout import DataId, Layout
 from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.tokens import TokenCollector, TokenScores
 from logix_like.store import GradientStore, OnDamage, Place, open_store, projections_digest
 from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
-OPTIONS = ("where", "per", "normalize", "client", "progress")
+OPTIONS = ("where", "per", "normalize", "client", "index", "progress")
 """Options of a question that no config holds."""
 
 
@@ -141,6 +143,27 @@ class Asker:
                 query = self._ask(model, batch, loss_fn, options)
         assert query is not None
         return query
+
+    def token_scores(
+        self,
+        query: QueryGradients,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        options: BlockOptions,
+        settings: Mapping[str, Any],
+    ) -> TokenScores:
+        """Scores of the positions of one batch's samples, from one pass at the present weights."""
+        tracker = self._logbook.tracker
+        self._logbook.require_no_block("token scores inside it would be logged with it")
+        asked = self.engine().preconditioned(query, **settings)
+        collector = TokenCollector(tracker.layout, asked)
+        recording = tracker.recording(len(options.data_id), on_factors=collector)
+        with undisturbed(tracker.model), recording:
+            loss_fn(tracker.model, batch).backward()
+        recording.check()
+        factor = per_token(torch.ones(len(options.data_id), 1), options)[:, 0] * options.factor(options.loss_scale())
+        positions = None if options.mask is None else options.mask.shape[1]
+        return TokenScores(query.data_id, options.data_id, *collector.result(positions, factor))
 
     def engine(self) -> QueryEngine:
         """The engine over all that is committed; it keeps what it has fitted until there are further rows."""

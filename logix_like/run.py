@@ -20,18 +20,23 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
+from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
+from logix_like.layout import DataId
+from logix_like.live import LiveScores
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.groups import GroupInfluence
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.query.tokens import TokenScores
 from logix_like.recording import PathRecorder
 from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
@@ -69,6 +74,7 @@ class Run:
         self._on_damage = on_damage
         self._asker = Asker(path, config.query, self._logbook, on_damage)
         self._recorder: PathRecorder | None = None
+        self._live: list[LiveScores] = []
 
     # What is tracked
 
@@ -185,6 +191,32 @@ class Run:
         """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
         self._progress.step = number
 
+    def track(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        every: int = 20,
+        order: int = 2,
+    ) -> LiveScores:
+        """Score every sample for a batch of queries while training goes on: TracIn (``order=1``) or in-run Shapley (2).
+
+        Their gradients are taken every ``every`` steps; ``loss_fn`` and ``data_id`` as in :meth:`query_fn`.
+
+        Raises:
+            ConfigError: no optimizer was given, or it has no known update rule (lists the known).
+        """
+        optimizer = self._progress.optimizer
+        if optimizer is None or self._logbook.closed or self.config.every != 1:
+            raise ConfigError("queries are tracked while every block is logged; give init(optimizer=..., every=1)")
+        options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        live = LiveScores(self._logbook.tracker, optimizer, batch, loss_fn, options, every=every, order=order)
+        self._live.append(live)
+        self._logbook.on_rows = self._followed
+        return live
+
     def get_log(self) -> QueryGradients:
         """Rows of the last block: ids and projected gradients, usable as a query.
 
@@ -271,6 +303,8 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
+        for live in self._live:
+            live.finish(self._progress.step)
         if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
@@ -398,7 +432,8 @@ class Run:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
             options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
-                config's; ``progress`` to show a bar.
+                config's; ``where``, ``per``, ``normalize``, ``client``, ``index`` and ``progress`` as for
+                :meth:`logix_like.query.engine.QueryEngine.influence`.
 
         Raises:
             EmptyStoreError: nothing was logged.
@@ -425,6 +460,57 @@ class Run:
         settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
         gradients = None if query is None else as_gradients(query)
         return self._asker.engine().self_influence(gradients, **settings)
+
+    def compute_group_influence(
+        self,
+        query: Query | QueryGradients,
+        groups: Mapping[str, Sequence[DataId]] | Sequence[DataId],
+        order: int = 1,
+        **options: Any,
+    ) -> GroupInfluence:
+        """Scores of sets of samples (ids by name, or one list of ids) for each query.
+
+        ``order`` 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples. ``options``
+        are ``preconditioner``, ``damping``, ``reduce`` and ``progress``.
+        """
+        self.commit()
+        settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
+        return self._asker.engine().group_influence(as_gradients(query), groups, order=order, **settings)
+
+    def find_similar(self, data_id: Any, k: int = 10, **options: Any) -> InfluenceResult:
+        """The ``k`` samples whose stored gradients point the same way as those of ``data_id``; cosine unless ``mode=``.
+
+        ``options`` are those of :meth:`compute_influence_all`; without a ``preconditioner`` gradients are compared as
+        they are.
+        """
+        self.commit()
+        chosen = self._asker.settings(options)
+        settings = {"preconditioner": "identity", "mode": "cosine", "reduce": chosen["reduce"], **options}
+        return self._asker.engine().similar(as_data_ids(data_id), k=k, **settings)
+
+    def token_scores(
+        self,
+        query: Query | QueryGradients,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> TokenScores:
+        """How much each position of a batch's samples adds to the samples' scores for each query.
+
+        One forward and backward pass at the present weights: meant for a query's first proponents. ``loss_fn`` and
+        ``data_id`` are as for :meth:`query_fn`; ``options`` are ``preconditioner``, ``damping`` and ``progress``.
+        """
+        self.commit()
+        asked = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        settings = self._asker.settings(options, "preconditioner", "damping", "progress")
+        return self._asker.token_scores(as_gradients(query), batch, loss_fn, asked, settings)
+
+    def _followed(self, rows: ProjectedBatch) -> None:
+        for live in self._live:
+            live.add(rows)
 
     def _stepped(self, step: int) -> None:
         if self._recorder is not None:

@@ -91,11 +91,13 @@ def select_modules(
     types: Sequence[str] = tuple(RULES),
     batch_dim: Mapping[str, int] | None = None,
     frozen: bool = False,
+    meta: bool = False,
 ) -> Selection:
     """Choose modules by type, by ``include`` and ``exclude`` globs on their qualified names.
 
     A module named exactly (without wildcards) is tracked whatever its type. ``frozen`` modules are those with no
-    trainable parameter; they are left out unless asked for.
+    trainable parameter; they are left out unless asked for. With ``meta``, modules whose weights are on the meta device
+    are chosen, too: enough to plan with, not to log.
 
     Raises:
         UnsupportedModuleError: a module named exactly has no rule, or cannot be captured.
@@ -119,7 +121,7 @@ def select_modules(
             elif name in uncalled and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
                 skipped[name] = uncalled[name]
             continue
-        reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact)
+        reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact, meta)
         if reason is None:
             assert kind is not None
             chosen.append((name, module, RULES[kind]))
@@ -267,7 +269,7 @@ def _assemble(
     return Selection(tuple(modules), tuple(blocks.values()), skipped, covered, max(total, covered))
 
 
-def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | None:
+def _reason_against(module: nn.Module, kind: str | None, frozen: bool, meta: bool) -> str | None:
     if kind is None:
         return "its type has no rule"
     parameters = list(module.parameters(recurse=False))
@@ -275,7 +277,7 @@ def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | 
         return "its weight is not a plain parameter"
     if any(isinstance(p, UninitializedParameter) for p in parameters):
         return "its shape is not known before the model has run once"
-    if parameters[0].is_meta:
+    if parameters[0].is_meta and not meta:
         return "its weights are on the meta device: load them first"
     if not frozen and not any(p.requires_grad for p in parameters):
         return "its parameters are frozen (requires_grad=False)"

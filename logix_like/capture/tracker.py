@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.batch import FactorMoments
-from logix_like.capture.factors import FactorReader
+from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
@@ -74,14 +74,21 @@ class Tracker:
         return self._layout
 
     def recording(
-        self, batch: int, *, mask: Tensor | None = None, moments: bool = False, detached: bool = False
+        self,
+        batch: int,
+        *,
+        mask: Tensor | None = None,
+        moments: bool = False,
+        detached: bool = False,
+        on_factors: OnFactors | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
-        graph at the first tracked module (for models whose weights are frozen).
+        graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
+        each call's part as well.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -95,6 +102,7 @@ class Tracker:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
         rule, module = call.tracked.rule, call.tracked.module
@@ -112,6 +120,25 @@ class Tracker:
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
             yield use.block, moments[::-1] if use.transposed else moments
+
+
+def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
+    """By block: the gradient ``[d_out, d_in]`` that the last backward pass left in the parameters.
+
+    Raises:
+        CaptureError: a block's gradient is missing or spread over processes.
+    """
+    found = {}
+    for tracked in selection.modules:
+        use = tracked.uses[-1]
+        if use.block == tracked.name and not use.transposed:
+            matrix = _gradient_matrix(tracked, use)
+            if matrix is not None:
+                found[use.block] = matrix
+    missing = [block.name for block in selection.blocks if block.name not in found]
+    if missing:
+        raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
+    return found
 
 
 def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
@@ -145,7 +172,17 @@ def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tenso
 class Recording:
     """What one block of training code called, and the rows that come of it."""
 
-    def __init__(self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        batch: int,
+        *,
+        mask: Tensor | None,
+        moments: bool,
+        detached: bool,
+        on_factors: OnFactors | None = None,
+    ) -> None:
+        self._on_factors = on_factors
         self._tracker = tracker
         self._batch = batch
         self.mask = mask
@@ -236,7 +273,8 @@ class Recording:
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:
         # Not owned by the recorder: a cycle would keep its rows until Python's collector comes by.
-        return FactorReader(self._tracker.projector, recorder.add_factors, recorder.add_shared_input)
+        told = recorder.add_factors if self._on_factors is None else _both(recorder.add_factors, self._on_factors)
+        return FactorReader(self._tracker.projector, told, recorder.add_shared_input)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
@@ -260,3 +298,11 @@ class Recording:
     def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         assert isinstance(kept, Tensor)
         self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))
+
+
+def _both(first: OnFactors, second: OnFactors) -> OnFactors:
+    def hand_on(block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        first(block, inward, outward, shared)
+        second(block, inward, outward, shared)
+
+    return hand_on

@@ -15,6 +15,7 @@ a cluster.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future
 from contextlib import contextmanager
@@ -136,11 +137,12 @@ def _open(source: RowRange) -> RangeGradients:
 @contextmanager
 def _worker_threads() -> Iterator[None]:
     """Inside a Dask worker as many threads as it was given; elsewhere as many as there are."""
+    dask = sys.modules.get("distributed")  # a Dask worker has imported it; others need not
     try:
-        from distributed import get_worker
-
-        threads = get_worker().state.nthreads
-    except (ImportError, ValueError):
+        threads = None if dask is None else dask.get_worker().state.nthreads
+    except ValueError:
+        threads = None
+    if threads is None:
         yield
         return
     before = torch.get_num_threads()

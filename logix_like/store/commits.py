@@ -68,7 +68,27 @@ class CloseRecord:
     """Marks the line."""
 
 
-Record = RowsRecord | StatisticsRecord | CloseRecord
+@dataclass(frozen=True)
+class ReplacesRecord:
+    """The part holds the rows of others, which are not read any more once it is closed."""
+
+    sequence: int
+    """Number of the line."""
+    replaces: tuple[str, ...]
+    """Names of the others."""
+
+
+@dataclass(frozen=True)
+class GoneRecord:
+    """Stands where a repair took a record out, so that those behind it keep their numbers."""
+
+    sequence: int
+    """Number of the line."""
+    gone: bool = True
+    """Marks the line."""
+
+
+Record = RowsRecord | StatisticsRecord | CloseRecord | ReplacesRecord | GoneRecord
 
 
 @dataclass(frozen=True)
@@ -81,6 +101,8 @@ class Commits:
     """The latest statistics, if any were written."""
     closed: bool = False
     """Whether the writer was closed."""
+    replaces: tuple[str, ...] = ()
+    """Names of the parts in whose place this one stands."""
     torn: bool = False
     """Whether a torn last line was dropped."""
     spoilt: bool = False
@@ -151,7 +173,10 @@ def read_commits(folder: Place) -> Commits:
 
 
 def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
-    """Every record of a part that is as it was written, in order, and what is wrong with the other lines."""
+    """Every record of a part that is as it was written, by its number, and what is wrong with the other lines.
+
+    Between them :class:`GoneRecord` stands for those that are not to be read.
+    """
     records: dict[int, Record] = {}
     findings = []
     lines = files_of(folder).read_records(folder / COMMITS).split(b"\n")
@@ -160,11 +185,13 @@ def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
             continue
         try:
             found = _parse(line, None)
+            if found.sequence > len(lines):
+                raise ValueError(f"it has number {found.sequence}, of {len(lines)} lines")
             if records.setdefault(found.sequence, found) is not found:
                 raise ValueError(f"it has number {found.sequence}, as a line before it")
         except _UNREADABLE as error:
             findings.append(f"line {number} is no record ({error})")
-    return [records[sequence] for sequence in sorted(records)], findings
+    return [records.get(number, GoneRecord(number)) for number in range(1 + max(records, default=-1))], findings
 
 
 def _is_whole(unfinished: bytes, number: int) -> bool:
@@ -178,10 +205,12 @@ def _is_whole(unfinished: bytes, number: int) -> bool:
 
 def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Commits:
     statistics = [record for record in records if isinstance(record, StatisticsRecord)]
+    closed = bool(records) and isinstance(records[-1], CloseRecord)
     return Commits(
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
-        closed=bool(records) and isinstance(records[-1], CloseRecord),
+        closed=closed,
+        replaces=tuple(name for one in records if closed and isinstance(one, ReplacesRecord) for name in one.replaces),
         torn=torn,
         spoilt=spoilt,
         length=len(records),
@@ -199,6 +228,10 @@ def _parse(line: bytes, number: int | None) -> Record:
         raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
     if "closed" in entry:
         return CloseRecord(number)
+    if "replaces" in entry:
+        return ReplacesRecord(number, tuple(map(str, entry["replaces"])))
+    if "gone" in entry:
+        return GoneRecord(number)
     if "generation" in entry:
         return StatisticsRecord(number, _count(entry, "generation"), _count(entry, "watermark"))
     return _rows_record(entry, number)

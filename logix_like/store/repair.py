@@ -8,7 +8,7 @@ commit: a damaged chunk takes its own commit with it and no other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,8 +19,10 @@ from logix_like.errors import StoreError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
 from logix_like.store.checkpoints import damaged_checkpoints
+from logix_like.store.codecs import CODECS, UNCOMPRESSED
 from logix_like.store.commits import (
     CloseRecord,
+    GoneRecord,
     Record,
     RowsRecord,
     StatisticsRecord,
@@ -38,6 +40,7 @@ from logix_like.store.schema import (
     CHECKPOINTS,
     COMMITS,
     DOCUMENT,
+    JOURNAL,
     MEAN_VIEWS,
     PROJECTIONS,
     QUARANTINE,
@@ -65,7 +68,7 @@ class RepairReport:
     done: tuple[str, ...]
     """What was done about it, a line for each act."""
     rows: int
-    """How many committed rows are in the store no more."""
+    """Rows of the commits that were taken out; a line of a record that cannot be read does not tell how many."""
     quarantine: Path | None
     """Where everything that was taken out lies; None where nothing had to be."""
     after: VerifyReport
@@ -87,8 +90,9 @@ class RepairReport:
 def repair(path: str | PathLike[str] | Place, progress: Progress | None = None) -> RepairReport:
     """Take what is damaged out of the store at ``path``; ``progress`` is told of the reading before and after.
 
-    Afterwards the store opens, answers queries and verifies clean, but for a damaged manifest or projection, which
-    nothing in the store can replace: those are named and left.
+    Afterwards the store opens, answers queries and verifies clean, but for what nothing in the store can replace: a
+    damaged projection, or a damaged retraction (without which rows that were taken back would count again). Those
+    are named and left.
 
     Raises:
         StoreError: A process writes to the store, or it is not in a folder of this machine.
@@ -107,7 +111,7 @@ def repair(path: str | PathLike[str] | Place, progress: Progress | None = None) 
         work = _Repair(store, manifest)
         work.run(before.damages)
     after = verify(store, progress)
-    return RepairReport(store, before.damages, tuple(work.done), before.rows - after.rows, work.quarantine, after)
+    return RepairReport(store, before.damages, tuple(work.done), work.rows, work.quarantine, after)
 
 
 class _Repair:
@@ -118,12 +122,16 @@ class _Repair:
         self._manifest = manifest
         self.quarantine = _new_folder(store / QUARANTINE)
         self.done: list[str] = []
+        self.rows = 0
 
     def run(self, damages: tuple[Damage, ...]) -> None:
         """Work through what is damaged; the report is written first and again at the end."""
         self._record(damages)
         places = [Path(str(damage.file)).relative_to(self._store).parts for damage in damages]
         documents = [self._store.joinpath(*place) for place in places if place[-1] == DOCUMENT]
+        for place in places:
+            if place[0] == JOURNAL:
+                self._aside(self._store.joinpath(*place), "a recorded path, which can be replayed no more")
         for name in sorted({place[1] for place in places if place[0] == WRITERS and len(place) > 2}):
             folder = self._store / WRITERS / name
             self._writer(folder, [file for file in documents if folder in file.parents])
@@ -144,14 +152,13 @@ class _Repair:
         records, unreadable = salvage_records(folder)
         rows = [record for record in records if isinstance(record, RowsRecord)]
         left_out = [record for record in rows if self._is_damaged(folder, record)]
+        self.rows += sum(record.rows for record in left_out)
         whole = [record for record in rows if record not in left_out]
-        statistics = self._statistics(folder, records)
-        kept: list[Record] = [*whole, *statistics, *(one for one in records if isinstance(one, CloseRecord))]
+        kept = _with_statistics(records, left_out, self._statistics(folder, records))
         self.done += [f"{folder / COMMITS}: {finding}: left out" for finding in unreadable]
-        if unreadable or left_out or _latest(records) != _latest(statistics):
+        if unreadable or kept != records:
             self._copy(folder / COMMITS)
-            lines = [format_record(replace(one, sequence=number)) + b"\n" for number, one in enumerate(kept)]
-            write_file(folder / COMMITS, lines, sync=True)
+            write_file(folder / COMMITS, [format_record(record) + b"\n" for record in kept], sync=True)
         for record in left_out:  # only now: until the record is written anew, the store is as it was
             for array in record.crc:
                 self._move(Path(str(array_file(folder, record, array))))
@@ -167,8 +174,8 @@ class _Repair:
             self.done.append(f"{_finding(error)}: the commit of its {record.rows:,} rows is left out")
         return bool(found)
 
-    def _statistics(self, folder: Path, records: list[Record]) -> list[StatisticsRecord]:
-        """The record of the latest statistics if they can be read, else none; also of those whose record is gone."""
+    def _statistics(self, folder: Path, records: list[Record]) -> StatisticsRecord | None:
+        """The record of the latest statistics that can be read, also of some whose own record is gone."""
         generations = [record.generation for record in records if isinstance(record, StatisticsRecord)][-1:]
         present = [int(name) for name in names_in(folder / STATISTICS_FOLDER) if name.isdecimal()]
         for generation in dict.fromkeys([*generations, *sorted(present, reverse=True)]):
@@ -182,8 +189,8 @@ class _Repair:
                 )
                 self._move(where)
             else:
-                return [StatisticsRecord(0, generation, rows)]
-        return []
+                return StatisticsRecord(0, generation, rows)
+        return None
 
     def _documents(self, folder: Path, records: list[RowsRecord]) -> None:
         """Write a part's Zarr documents anew: the record says what is in them."""
@@ -200,6 +207,7 @@ class _Repair:
                 encoding,
                 chunk_rows=own[0].rows,
                 column_names=WRITER_COLUMNS,
+                codec=CODECS.get(own[0].codec, UNCOMPRESSED),
             )
             arrays.restore_documents(max(one.start + one.rows for one in own), own[0].crc)
         attempt, rank = parse_writer_name(folder.name) or (0, 0)
@@ -258,9 +266,24 @@ def _finding(error: BaseException) -> str:
     return str(error).partition(";")[0]
 
 
-def _latest(records: Iterable[Record]) -> int | None:
-    """The generation of the statistics that hold."""
-    return next((one.generation for one in reversed(list(records)) if isinstance(one, StatisticsRecord)), None)
+def _with_statistics(
+    records: list[Record], left_out: list[RowsRecord], statistics: StatisticsRecord | None
+) -> list[Record]:
+    """The record to write: what is taken out keeps its number, since retractions name commits by theirs."""
+    named = [one for one in records if isinstance(one, StatisticsRecord)]
+    kept: list[Record] = [
+        GoneRecord(one.sequence) if one in left_out or (statistics is None and one in named) else one for one in records
+    ]
+    if statistics is None or (named and _told(named[-1]) == _told(statistics)):
+        return kept
+    close = [one for one in kept if isinstance(one, CloseRecord)]
+    kept = [one for one in kept if not isinstance(one, CloseRecord)]
+    kept.append(replace(statistics, sequence=len(kept)))
+    return [*kept, *(CloseRecord(len(kept)) for _ in close)]
+
+
+def _told(record: StatisticsRecord) -> tuple[int, int]:
+    return record.generation, record.watermark
 
 
 def _writers(store: Place) -> Iterator[tuple[int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
 from logix_like.store.codecs import UNCOMPRESSED, Codec
-from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
+from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
@@ -59,6 +61,10 @@ class RowWriter:
         start = chunk * self._chunk_rows
         codec = self._codec.name
         self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec))
+
+    def record_replaced(self, parts: Sequence[str]) -> None:
+        """Say that this part, once it is sealed, stands in the place of others."""
+        self._log.append(ReplacesRecord(self._log.sequence, tuple(parts)))
 
     def record_statistics(self, generation: int, watermark: int) -> None:
         """Switch to a generation of statistics that is written."""

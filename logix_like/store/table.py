@@ -77,6 +77,11 @@ class RowTable:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.gradients.chunks()
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """All columns of numbers as they are stored, float64 ``[n, columns]``."""
+        return self._numbers
+
     def number(self, name: str) -> np.ndarray:
         """A column of numbers by name, float64 ``[n]``."""
         return self._numbers[:, self.column_names.index(name)]

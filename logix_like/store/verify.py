@@ -161,8 +161,12 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
-    for _, folder in sorted((order, folder) for order, folder in named if order is not None):
-        commits = _record(folder, damages)
+    started = sorted((order, folder) for order, folder in named if order is not None)
+    parts = [(folder, _record(folder, damages)) for _, folder in started]
+    replaced = {name for _, commits in parts for name in commits.replaces}
+    for folder, commits in parts:
+        if folder.name in replaced:
+            continue
         checks += [_document(folder), *_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
         rows += commits.total
     for folder in _inside(store / MEAN_VIEWS):

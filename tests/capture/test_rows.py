@@ -73,7 +73,7 @@ def test_an_output_size_that_the_layer_does_not_say_is_refused() -> None:
         model(torch.randn(BATCH, 2, 4), output_size=[10]).sum().backward()
 
 
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pca"])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pca", "eigen"])
 @pytest.mark.parametrize("case", ZOO, ids=str)
 def test_projected_rows_are_the_projected_gradients(case: Case, init: str) -> None:
     model, batch = build(case)
@@ -87,7 +87,9 @@ def test_projected_rows_are_the_projected_gradients(case: Case, init: str) -> No
     for block in tracker.settle():
         projection = tracker.projector.projection(block.name)
         inward, outward = projection.input.double(), projection.output.double()
-        expected = outward @ gradients[block.name] @ inward.T
+        expected = tracker.layout.pick(block.name, outward @ gradients[block.name] @ inward.T).unflatten(
+            -1, block.matrix
+        )
         found = tracker.layout.split(rows)[block.name]
         scale = max(float(gradients[block.name].norm()), 1e-3)
         assert float((found - expected).abs().max()) < 10 * case.tolerance * scale, block.name
