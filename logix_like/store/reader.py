@@ -17,7 +17,7 @@ from logix_like.layout import Layout
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.commits import Commits, StatisticsRecord, read_commits
+from logix_like.store.commits import CommitReader, Commits, StatisticsRecord, read_commits
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
@@ -85,9 +85,9 @@ class WriterInfo:
         """What was wrong with the record's last line, which is left out then; empty where nothing was."""
         if self.commits.spoilt:
             return "its last record is damaged, and the rows of that commit are left out"
-        return (
-            "its last record is torn, as a kill leaves it: those rows were never committed" if self.commits.torn else ""
-        )
+        if self.commits.torn:
+            return "its last record is torn, as a kill leaves it: those rows were never committed"
+        return ""
 
     @property
     def state(self) -> str:
@@ -143,7 +143,8 @@ class GradientStore:
         self.path: Place = as_place(path)
         """The store's folder."""
         self._intact = IntactRows() if on_damage == "skip" else None
-        self._snapshot = _read(self.path, self._intact)
+        self._commits = CommitReader()
+        self._snapshot = _read(self.path, self._commits, self._intact)
         self._tell_damages()
 
     def __len__(self) -> int:
@@ -154,7 +155,7 @@ class GradientStore:
 
     def refresh(self) -> Self:
         """See what was committed since; returns the store itself."""
-        snapshot = _read(self.path, self._intact)
+        snapshot = _read(self.path, self._commits, self._intact)
         known_state = (self.writers, self.manifest, self.retractions)
         if known_state != (snapshot.writers, snapshot.manifest, snapshot.retractions):
             known, self._snapshot = self.damages, snapshot
@@ -370,17 +371,17 @@ def build_view(path: str | PathLike[str] | Place) -> Place | None:
     For the process that owns the store (a reader's views go to its cache folder). Returns the view's
     folder, or None when no sample has two visits, where the rows themselves are the view.
     """
-    return _read(as_place(path)).views.build()
+    return _read(as_place(path), CommitReader()).views.build()
 
 
-def _read(path: Place, intact: IntactRows | None = None) -> _Snapshot:
+def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) -> _Snapshot:
     manifest = read_manifest(path)
     if manifest.layout is not None and manifest.encoding not in ENCODINGS:
         raise StoreDamagedError(
             f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
             f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
         )
-    committed = _read_writers(path)
+    committed = _read_writers(path, records)
     writers = committed if intact is None else _without_damage(committed, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
@@ -402,23 +403,23 @@ def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tupl
     return tuple(kept)
 
 
-def _read_writers(path: Place) -> tuple[WriterInfo, ...]:
+def _read_writers(path: Place, records: CommitReader) -> tuple[WriterInfo, ...]:
     folder = path / WRITERS
     listed = names_in(folder)
     while True:
-        parts = _read_parts(folder, listed)
+        parts = _read_parts(folder, listed, records)
         known, listed = listed, names_in(folder)
         if listed == known:  # else a merge may just have put one part in the place of others
             return parts
 
 
-def _read_parts(folder: Place, listed: Sequence[str]) -> tuple[WriterInfo, ...]:
+def _read_parts(folder: Place, listed: Sequence[str], records: CommitReader) -> tuple[WriterInfo, ...]:
     names = {name: parse_writer_name(name) for name in listed}
     if not names:  # there is at least the group's document
         raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
     started = sorted((order, name) for name, order in names.items() if order is not None)
     parts = [
-        WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name)) for (attempt, rank), name in started
+        WriterInfo(name, rank, attempt, folder / name, records.read(folder / name)) for (attempt, rank), name in started
     ]
     replaced = {name for part in parts for name in part.commits.replaces}
     return tuple(part for part in parts if part.name not in replaced)

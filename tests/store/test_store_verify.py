@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,7 @@ def test_every_flipped_bit_is_found_and_none_gives_another_answer(tmp_path: Path
         spoilt = file.name == "commits"  # a bad last record is dropped as torn: fewer rows, and verify says so
         assert spoilt or found == expected, f"{where} changed an answer"
         shutil.copyfile(kept / file.relative_to(original), file)
+    sys.stdout.write(f"\n{flips} single bits flipped in {len(files)} files, seed {SEED}: all found, 0 other answers\n")
 
 
 def test_a_flipped_bit_in_a_gradient_is_found_at_its_first_reading(tmp_path: Path) -> None:
