@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from logix_like.statistics import Statistics
 from logix_like.store.attempts import WriterInfo, read_writers, without_damage
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import CommitReader, StatisticsRecord, read_commits
+from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
@@ -227,6 +229,11 @@ class GradientStore:
     def gradients(self) -> GradientReader:
         """Rows by slice, numbers or mask: decoded tensors ``[n, width]``."""
         return self.table.gradients
+
+    @property
+    def cache(self) -> Path:
+        """A folder of the user's for what others make of this store, such as indexes; it need not be there."""
+        return cache_folder(self.path, self.manifest.created, "indexes")
 
     def chunks(self) -> Iterator[RowChunk]:
         """All rows in order, chunk by chunk, mapped and not copied."""
