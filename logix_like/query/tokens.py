@@ -30,7 +30,7 @@ class TokenScores:
     scores: Tensor
     """``[queries, samples, positions]``."""
     rest: Tensor
-    """``[queries, samples]``: what modules add that are used at other positions (a pooled head, an expert)."""
+    """``[queries, samples]``: what modules add that are used at other positions (a pooled head)."""
 
     def marks(self, query: int, sample: int, tokens: Sequence[Any]) -> list[tuple[Any, float]]:
         """Pairs of token and score for one sample; ``tokens`` are those of its first positions."""
@@ -49,16 +49,12 @@ class TokenCollector:
         self._queries = queries
         self._positions: Counter[int] = Counter()
         self._sums: dict[int, Tensor] = {}
-        self._rest: Tensor | float = 0.0
 
     def __call__(self, name: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
         """Take in factors ``[samples, positions, rank]`` of one call of the module ``name``."""
         block = self._layout[name]
         asked = self._queries[:, block.columns].reshape(-1, *block.rank).to(outward)
         scores = torch.einsum("bto,qoi,bti->qbt", outward, asked, inward).cpu()
-        if "expert" in block.kind:  # its positions are those that were routed to it
-            self._rest = self._rest + scores.sum(2)
-            return
         count = scores.shape[2]
         self._positions[count] += 1
         self._sums[count] = self._sums[count] + scores if count in self._sums else scores
@@ -72,6 +68,6 @@ class TokenCollector:
         if chosen is None or chosen not in self._sums:
             known = ", ".join(map(str, self._sums)) or "none"
             raise QueryError(f"no tracked module was used at {chosen} positions of each sample; there are {known}")
-        rest = torch.zeros(()) + self._rest + sum(s.sum(2) for count, s in self._sums.items() if count != chosen)
+        rest = torch.zeros(()) + sum(s.sum(2) for count, s in self._sums.items() if count != chosen)
         scores = self._sums[chosen]
         return scores * factor[:, None], rest.expand(scores.shape[:2]) * factor

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -17,8 +18,8 @@ from logix_like.layout import Layout
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.compaction import cache_folder
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
+from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from logix_like.examples.text import gospels
 from torch import Tensor, nn
 
 import logix_like as logix
-from logix_like.examples.text import gospels
 from logix_like.query.gradients import QueryGradients
 from tests.bench import w1
 
