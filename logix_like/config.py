@@ -89,12 +89,12 @@ class ProjectionConfig(_Section):
 
     ``auto``: 16, and 32 where a layer is 512 wide or more.
     """
-    init: Literal["orthogonal", "gaussian", "pca", "identity"] = "orthogonal"
+    init: Literal["orthogonal", "gaussian", "pca", "eigen", "identity"] = "orthogonal"
     """Kind of matrix; ``identity`` stores full gradients."""
     seed: Natural = 0
     """Seed of the random kinds."""
     warmup: Positive = 64
-    """Samples that ``pca`` looks at before it fixes its matrices."""
+    """Samples that ``pca`` and ``eigen`` look at before they fix their matrices."""
 
 
 class StoreConfig(_Section):

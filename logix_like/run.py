@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.capture.tracker import Tracker
 from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
+from logix_like.live import LiveScores
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
 from logix_like.objective import Objective
@@ -71,6 +74,7 @@ class Run:
         self._on_damage = on_damage
         self._asker = Asker(path, config.query, self._logbook, on_damage)
         self._recorder: PathRecorder | None = None
+        self._live: list[LiveScores] = []
 
     # What is tracked
 
@@ -88,9 +92,13 @@ class Run:
             return
         store = self.store if self._session is None else self._session.resumed
         if store is not None and store.layout is not None:
-            tracker = tracker_of_store(model, self.config, store)
+            self.follow(tracker_of_store(model, self.config, store))
         else:
-            tracker = new_tracker(model, self.config)
+            self.follow(new_tracker(model, self.config))
+
+    def follow(self, tracker: Tracker) -> None:
+        """Track what ``tracker`` says, made for this run's config; :meth:`watch` is this with a tracker of its own."""
+        model = tracker.model
         self._logbook.tracker = tracker
         optimizer = self._progress.optimizer
         if self.config.record == "path" and self._session is not None and optimizer is not None:
@@ -183,6 +191,32 @@ class Run:
         """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
         self._progress.step = number
 
+    def track(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        every: int = 20,
+        order: int = 2,
+    ) -> LiveScores:
+        """Score every sample for a batch of queries while training goes on: TracIn (``order=1``) or in-run Shapley (2).
+
+        Their gradients are taken every ``every`` steps; ``loss_fn`` and ``data_id`` as in :meth:`query_fn`.
+
+        Raises:
+            ConfigError: no optimizer was given, or it has no known update rule (lists the known).
+        """
+        optimizer = self._progress.optimizer
+        if optimizer is None or self._logbook.closed or self.config.every != 1:
+            raise ConfigError("queries are tracked while every block is logged; give init(optimizer=..., every=1)")
+        options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        live = LiveScores(self._logbook.tracker, optimizer, batch, loss_fn, options, every=every, order=order)
+        self._live.append(live)
+        self._logbook.on_rows = self._followed
+        return live
+
     def get_log(self) -> QueryGradients:
         """Rows of the last block: ids and projected gradients, usable as a query.
 
@@ -269,6 +303,8 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
+        for live in self._live:
+            live.finish(self._progress.step)
         if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
@@ -471,6 +507,10 @@ class Run:
         asked = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
         settings = self._asker.settings(options, "preconditioner", "damping", "progress")
         return self._asker.token_scores(as_gradients(query), batch, loss_fn, asked, settings)
+
+    def _followed(self, rows: ProjectedBatch) -> None:
+        for live in self._live:
+            live.add(rows)
 
     def _stepped(self, step: int) -> None:
         if self._recorder is not None:

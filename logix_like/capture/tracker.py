@@ -102,10 +102,11 @@ class Tracker:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
         rule, module = call.tracked.rule, call.tracked.module
-        value, gradient = _finite(call.value, call.gradient)
+        value, gradient = _finite(call.value, call.gradient, recording.mask if rule.by_position else None)
         wide = value if value.is_floating_point() else gradient
         for use in call.tracked.uses:
             inward, outward = self.projector.raw_sides(use, wide.dtype, wide.device)
@@ -119,6 +120,25 @@ class Tracker:
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
             yield use.block, moments[::-1] if use.transposed else moments
+
+
+def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
+    """By block: the gradient ``[d_out, d_in]`` that the last backward pass left in the parameters.
+
+    Raises:
+        CaptureError: a block's gradient is missing or spread over processes.
+    """
+    found = {}
+    for tracked in selection.modules:
+        use = tracked.uses[-1]
+        if use.block == tracked.name and not use.transposed:
+            matrix = _gradient_matrix(tracked, use)
+            if matrix is not None:
+                found[use.block] = matrix
+    missing = [block.name for block in selection.blocks if block.name not in found]
+    if missing:
+        raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
+    return found
 
 
 def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
@@ -137,9 +157,15 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
     return torch.cat(columns, 1) if columns else None
 
 
-def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the samples of which a number is not finite: they would spoil every moment."""
+def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both without the samples of which a number is not finite: they would spoil every moment.
+
+    Positions that ``mask`` leaves out are not there either; the others are samples of their own then.
+    """
     keep = value.flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
+    if mask is not None and mask.shape == value.shape[:2] == gradient.shape[:2]:
+        counted = mask.bool().to(keep.device) & keep.unsqueeze(1)
+        return value[counted], gradient[counted]
     return (value, gradient) if bool(keep.all()) else (value[keep], gradient[keep])
 
 
@@ -159,7 +185,8 @@ class Recording:
         self._on_factors = on_factors
         self._tracker = tracker
         self._batch = batch
-        self._mask = mask
+        self.mask = mask
+        """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
         self.factor = 1.0
         """What the captured gradients are to be multiplied by; set when the block ends."""
@@ -246,15 +273,14 @@ class Recording:
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:
         # Not owned by the recorder: a cycle would keep its rows until Python's collector comes by.
-        others = self._on_factors
-        on_factors = recorder.add_factors if others is None else _both(recorder.add_factors, others)
-        return FactorReader(self._tracker.projector, on_factors, recorder.add_shared_input)
+        told = recorder.add_factors if self._on_factors is None else _both(recorder.add_factors, self._on_factors)
+        return FactorReader(self._tracker.projector, told, recorder.add_shared_input)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
             self._tracker.layout,
             self._batch,
-            mask=self._mask,
+            mask=self.mask,
             moments=self._with_moments,
             dtype=self._tracker.dtype,
             device=self._tracker.device,

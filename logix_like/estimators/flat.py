@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
@@ -75,13 +76,49 @@ class FlatModel:
 
     def sample_gradients(self, theta: Tensor, batch: Batch) -> Tensor:
         """``[batch, parameters]``: each sample's own gradient."""
-        plain, dims = _batched(batch)
         single = torch.func.grad(lambda t, one: self.losses(t, _as_batch(one)).sum())
-        try:
-            rows: Tensor = torch.func.vmap(single, in_dims=(None, dims))(theta, plain)
-            return rows
-        except RuntimeError:  # an operation of the model has no batching rule: one sample at a time
-            return torch.stack([self.gradient(theta, sample) for sample in _samples(plain)])
+        return _by_sample(lambda one: single(theta, one), batch)
+
+    def jacobians(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[batch, outputs, parameters]``: derivatives of each sample's outputs, flattened."""
+
+        def single(t: Tensor, one: Any) -> Tensor:
+            return self.outputs(t, _as_batch(one)).reshape(-1)
+
+        jacobian = torch.func.jacrev(single)
+        return _by_sample(lambda one: jacobian(theta, one), batch)
+
+    def gauss_newton(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[parameters, parameters]``: the sum over the batch of ``J^T (loss's Hessian in the outputs) J``."""
+        jacobians, products = self._weighed_jacobians(theta, batch)
+        return jacobians.flatten(0, 1).T @ products.flatten(0, 1)
+
+    def gauss_newton_diagonal(self, theta: Tensor, batch: Batch) -> Tensor:
+        """``[parameters]``: the diagonal of :meth:`gauss_newton`."""
+        jacobians, products = self._weighed_jacobians(theta, batch)
+        return (jacobians * products).sum((0, 1))
+
+    def outputs_along(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
+        """``[batch, ...]``: derivative of each sample's outputs along its own direction ``[batch, parameters]``."""
+
+        def single(one: Any, direction: Tensor) -> Tensor:
+            outputs, pull = torch.func.vjp(lambda t: self.outputs(t, _as_batch(one))[0], theta)[:2]
+            # Backwards twice is forwards, for every operation that can be derived twice.
+            return cast(Tensor, torch.func.vjp(pull, outputs)[1]((direction,))[0])
+
+        return _by_sample(single, batch, directions)
+
+    def _weighed_jacobians(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``J`` and ``(loss's Hessian) J``, both ``[batch, outputs, parameters]``."""
+        jacobians, outputs = self.jacobians(theta, batch), self.outputs(theta, batch)
+        targets = self.objective.labels(batch)
+
+        def weighed(column: Tensor) -> Tensor:
+            vector = column.view(outputs.shape)
+            return self.objective.likelihood.hessian_product(outputs, targets, vector).reshape(column.shape)
+
+        products = torch.func.vmap(weighed, in_dims=2, out_dims=2)(jacobians)
+        return jacobians, products
 
     def curvature_products(self, theta: Tensor, batches: Sequence[tuple[Batch, float]]) -> Callable[[Tensor], Tensor]:
         """``vectors [n, parameters] -> [n, parameters]``: the Hessian of the weighted sum of losses times each."""
@@ -94,13 +131,12 @@ class FlatModel:
 
     def sample_curvature_products(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
         """``[batch, parameters]``: each sample's own Hessian times ``vector [parameters]``."""
-        plain, dims = _batched(batch)
 
         def single(one: Any) -> Tensor:
             gradient = torch.func.grad(lambda t: self.losses(t, _as_batch(one)).sum())
             return cast(Tensor, torch.func.vjp(gradient, theta)[1](vector)[0])
 
-        return torch.func.vmap(single, in_dims=(dims,))(plain)
+        return _by_sample(single, batch)
 
 
 @contextmanager
@@ -108,6 +144,19 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and with an attention that can be derived twice; all is as before afterwards."""
     with frozen(model), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def trained_parameters(model: nn.Module, globs: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters that require a gradient and fit one of the globs.
+
+    Raises:
+        ConfigError: a glob fits none.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in trained):
+            raise ConfigError(f"no trained parameter is called {glob!r}; there are {', '.join(trained[:8])}")
+    return tuple(name for name in trained if any(fnmatchcase(name, glob) for glob in globs))
 
 
 def batch_size(batch: Batch) -> int:
@@ -123,18 +172,33 @@ def _plain(batch: Batch) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def _batched(batch: Batch) -> tuple[Any, Any]:
-    """The batch and, in its form, 0 for each tensor with one row a sample."""
+def _by_sample(single: Callable[..., Tensor], batch: Batch, *rows: Tensor) -> Tensor:
+    """``single(sample, row, ...)`` for each sample and its row of each of ``rows``, stacked.
+
+    All at once where every operation of the model has a batching rule, else one after another.
+    """
     plain = _plain(batch)
-    return plain, pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, plain)
+    dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, plain)
+    try:
+        together: Tensor = torch.func.vmap(single, in_dims=(dims, *(0 for _ in rows)))(plain, *rows)
+        return together
+    except RuntimeError:
+        samples = [pytree.tree_map(_squeezed, sample) for sample in sliced(plain, 1)]
+        return torch.stack([single(*arguments) for arguments in zip(samples, *rows, strict=True)])
+
+
+def _squeezed(leaf: Any) -> Any:
+    return leaf[0] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
 def _as_batch(one: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, one)
 
 
-def _samples(batch: Any) -> Iterator[Any]:
-    for number in range(batch_size(batch)):
+def sliced(batch: Batch, size: int) -> Iterator[Any]:
+    """The batch in parts of up to ``size`` samples."""
+    plain = _plain(batch)
+    for start in range(0, batch_size(plain), size):
         yield pytree.tree_map(
-            lambda leaf, at=number: leaf[at : at + 1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch
+            lambda leaf, at=start: leaf[at : at + size] if isinstance(leaf, Tensor) and leaf.ndim else leaf, plain
         )

@@ -57,13 +57,14 @@ class LastLayer:
             )
         self.name = chosen
         self.module = linear[chosen]
+        self._bias: Tensor | None = linear[chosen].bias
         self.model = model
         self.objective = objective
 
     @property
     def weight(self) -> Tensor:
         """``[outputs, inputs]``, the bias as the last column."""
-        weight, bias = self.module.weight.detach(), self.module.bias
+        weight, bias = self.module.weight.detach(), self._bias
         return weight if bias is None else torch.cat([weight, bias.detach().unsqueeze(1)], 1)
 
     def factors(self, batch: Batch) -> Factors:
@@ -90,7 +91,7 @@ class LastLayer:
                 "name another layer"
             )
         features = kept[0][0]
-        if self.module.bias is not None:
+        if self._bias is not None:
             features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
         return Factors(features, self.objective.likelihood.residual(outputs, self.objective.labels(batch)), outputs)
 

@@ -30,6 +30,7 @@ from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,
+    COMMITS,
     DOCUMENT,
     PROJECTIONS,
     STATISTICS_FOLDER,
@@ -80,6 +81,15 @@ class WriterInfo:
     def statistics_rows(self) -> int:
         """How many of the rows the written statistics cover."""
         return self.commits.statistics.watermark if self.commits.statistics else 0
+
+    @property
+    def dropped(self) -> str:
+        """What was wrong with the record's last line, which is left out then; empty where nothing was."""
+        if self.commits.spoilt:
+            return "its last record is damaged, and the rows of that commit are left out"
+        return (
+            "its last record is torn, as a kill leaves it: those rows were never committed" if self.commits.torn else ""
+        )
 
     @property
     def state(self) -> str:
@@ -167,6 +177,9 @@ class GradientStore:
         return self._snapshot.damaged_rows
 
     def _tell_damages(self) -> None:
+        for writer in self.writers:
+            if writer.commits.spoilt:
+                _log.warning("%s: %s; restore %s from a copy", self.path, writer.dropped, writer.folder / COMMITS)
         if self.damages:
             lines = "\n  ".join(self.damages)
             _log.warning("%s: %d damaged rows are left out:\n  %s", self.path, self.damaged_rows, lines)
