@@ -154,7 +154,7 @@ def projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -
             matrix = matrix @ projection.input.to(rows).T
         if projection.output is not None:
             matrix = projection.output.to(rows) @ matrix
-        found[name] = matrix
+        found[name] = tracker.layout.pick(name, matrix).view(tracker.layout[name].matrix)
     return found
 
 

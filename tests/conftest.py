@@ -12,7 +12,7 @@ import torch
 
 # Threads that other libraries start once and keep: zarr's event loop and its pool, tqdm's monitor, starlette's
 # workers, and the stand-ins for threads that Python did not start.
-KEPT_BY_OTHERS = ("zarr_", "asyncio_", "Dummy-", "Thread-tqdm", "AnyIO worker")
+KEPT_BY_OTHERS = ("zarr_", "asyncio_", "Dummy-", "Thread-tqdm", "AnyIO worker", "Dask-Offload")
 GRACE_SECONDS = 2.0
 
 

@@ -50,7 +50,6 @@ LAYERS = (
     ("logix_like.estimators",),
     ("logix_like.sensitivity",),
     ("logix_like.evaluation",),
-    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -59,6 +58,7 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
+    ("logix_like.workflows",),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -131,7 +132,9 @@ def select_modules(
             )
         elif next(module.parameters(), None) is not None:
             skipped[name] = reason
-    _check_patterns(list(candidates), include)
+    _check_patterns(list(candidates), include, "include")
+    _check_patterns(list(candidates), list(batch_dim or ()), "batch_dim")
+    _warn_of_patterns(list(candidates), exclude)
     if not chosen:
         raise ConfigError(
             f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
@@ -295,12 +298,25 @@ def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:
     return any(isinstance(module, getattr(nn, name)) for name in types if hasattr(nn, name))
 
 
-def _check_patterns(names: Sequence[str], include: Sequence[str]) -> None:
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"modules.include: {pattern!r} fits no module of the model; its modules are {_some(names)}"
-            )
+def _check_patterns(names: Sequence[str], patterns: Sequence[str], setting: str) -> None:
+    for pattern in _idle(names, patterns):
+        raise ConfigError(f"modules.{setting}: {pattern!r} fits no module of the model; its modules are {_some(names)}")
+
+
+def _warn_of_patterns(names: Sequence[str], exclude: Sequence[str]) -> None:
+    # One config may serve several models: "*head" says "if there is any", a whole path does not.
+    for pattern in _idle(names, [pattern for pattern in exclude if not pattern.startswith("*")]):
+        warnings.warn(
+            f"modules.exclude: {pattern!r} fits no module of the model, so nothing is left out by it; its modules are "
+            f"{_some(names)}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _idle(names: Sequence[str], patterns: Sequence[str]) -> Iterator[str]:
+    """Patterns that fit none of the names."""
+    yield from (pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names))
 
 
 def _dim_for(name: str, batch_dim: Mapping[str, int]) -> int:
