@@ -7,7 +7,10 @@ sampler is watched for the samples' indices. All is removed when training ends.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -17,12 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 import logix_like as logix
 from logix_like.block import Block
+from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
 from logix_like.errors import CaptureError, MissingDependencyError
 
-from .loss import LossReader, loss_of
+from .logits import cross_entropy_factor
+from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
-from .starting import settings_of, start_run
+from .starting import Setup, begun, refuse_second_training
 
 try:
     from transformers import TrainerCallback
@@ -62,13 +67,12 @@ class LogixCallback(TrainerCallback):
         verbose: bool = True,
         **overrides: Any,
     ) -> None:
-        self._config = settings_of(project, config, overrides)
-        self._named_by = data_id
-        self._dataset = dataset
-        self._overwrite = overwrite
-        self._verbose = verbose
+        self._setup = Setup.of(
+            project, config, overrides, named_by=data_id, dataset=dataset, overwrite=overwrite, verbose=verbose
+        )
         self._run: logix.Run | None = None
         self._session: _Training | None = None
+        self._eager = ExitStack()
 
     @property
     def run(self) -> logix.Run:
@@ -77,12 +81,11 @@ class LogixCallback(TrainerCallback):
         Raises:
             CaptureError: training has not begun.
         """
-        if self._run is None:
-            raise CaptureError("there is no run yet: it begins with trainer.train()")
-        return self._run
+        return begun(self._run, "trainer.train()")
 
     def close(self) -> None:
         """End logging, also after a training that was broken off; calling it again does nothing."""
+        self._eager.close()
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -95,28 +98,40 @@ class LogixCallback(TrainerCallback):
             CaptureError: this callback has logged a training already, or the way of training cannot be logged.
         """
         self._require_fit(args, state)
-        model, loader, optimizer = kwargs["model"], kwargs["train_dataloader"], kwargs["optimizer"]
-        names = SampleNames(self._named_by, loader, self._dataset)
-        try:
-            self._run = start_run(
-                self._config,
-                model,
-                getattr(optimizer, "optimizer", optimizer),  # accelerate wraps the one that steps
-                steps=state.global_step,
-                overwrite=self._overwrite or (self._run is not None and not state.global_step),
-                verbose=self._verbose,
+        if args.torch_compile:
+            warnings.warn(
+                "torch_compile=True: training steps are logged, and so run, eagerly; what lies between is compiled",
+                RuntimeWarning,
+                stacklevel=2,
             )
+        model, loader, optimizer = kwargs["model"], kwargs["train_dataloader"], kwargs["optimizer"]
+        names = self._setup.names(loader)
+        try:
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the one that steps
+            again = self._run is not None and not state.global_step
+            self._run = self._setup.start(model, optimizer, steps=state.global_step, again=again)
         except BaseException:
             names.close()
             raise
         if names.order is not None and not args.ignore_data_skip:
             names.order.skip(_batches_to_skip(state.global_step, len(loader), args.gradient_accumulation_steps))
-        self._session = _Training(self._run, model, names, epoch=int(state.epoch or 0))
+        self._session = _Training(
+            self._run, model, names, epoch=int(state.epoch or 0), smoothing=args.label_smoothing_factor
+        )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the run of the epoch."""
         if self._session is not None:
             self._session.begin_epoch()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A compiled model is to run eagerly, which alone calls the hooks that see its batches."""
+        if self._session is not None and args.torch_compile:
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What comes between steps may be compiled."""
+        self._eager.close()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A micro-batch has ended without an optimizer step."""
@@ -127,6 +142,11 @@ class LogixCallback(TrainerCallback):
         """The last micro-batch of a step has ended."""
         if self._session is not None:
             self._session.end_batch()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""
+        if self._session is not None:
+            self.run.commit()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run."""
@@ -142,14 +162,7 @@ class LogixCallback(TrainerCallback):
         if self._session is not None:  # broken off before the first batch was logged, e.g. to find a batch size
             self.close()
         elif self._run is not None and not state.global_step:
-            raise CaptureError(
-                "this callback has logged a training already; give the next train() a LogixCallback of its own "
-                "(another project, or overwrite=True), or resume from a checkpoint"
-            )
-        if getattr(args, "torch_compile", False):
-            raise CaptureError(
-                "torch_compile=True: a compiled model does not call the hooks that see its batches; train without it"
-            )
+            refuse_second_training("train()", "from a checkpoint")
         if args.n_gpu > 1:
             raise CaptureError(
                 f"the Trainer spreads each batch over {args.n_gpu} GPUs in one process (DataParallel), which cannot "
@@ -160,17 +173,18 @@ class LogixCallback(TrainerCallback):
 class _Training:
     """One training: hooks on the model, the loader's order, and the block that is open."""
 
-    def __init__(self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int) -> None:
+    def __init__(self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int, smoothing: float) -> None:
         self._run = run
         self._names = names
         self._epoch = epoch - 1
         self._reader = LossReader(model)
+        self._smoothing = smoothing
         self._open: _OpenBatch | None = None
         self.batches = 0
         """Batches that were logged."""
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
+            model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
         ]
 
     def begin_epoch(self) -> None:
@@ -223,10 +237,12 @@ class _Training:
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._open is not None and model.training and torch.is_grad_enabled():
-            loss = loss_of(outputs)
+            loss, logits = loss_of(outputs), logits_of(outputs)
             if loss is not None and loss.requires_grad:
                 divisor = self._reader.divisor(kwargs, outputs, len(self._open.block.options.data_id))
                 self._open.returned(loss, divisor)
+            elif loss is None and logits is not None and logits.requires_grad:
+                self._open.gave(logits, self._smoothing)
 
 
 class _OpenBatch:
@@ -243,6 +259,10 @@ class _OpenBatch:
         self._divisor = divisor
         loss.register_hook(self._seen)
 
+    def gave(self, logits: Tensor, smoothing: float) -> None:
+        """The model returned no loss: it got no labels, since the Trainer computes the loss from the logits itself."""
+        logits.register_hook(partial(self._seen_by_logits, logits.detach(), smoothing))
+
     def end(self) -> None:
         """Close the block.
 
@@ -252,9 +272,8 @@ class _OpenBatch:
         if self._scale is None:
             self.block.drop()
             raise CaptureError(
-                "the loss that was trained on is not the one that the model returned (compute_loss_func, label "
-                "smoothing, or a compute_loss of one's own), so rows could not be scaled; have the model return its "
-                "loss, or log in a loop of your own"
+                "the loss that was trained on is not the one that the model returned (a compute_loss of one's own), so "
+                "rows could not be scaled; have the model return its loss, or log in a loop of your own"
             )
         try:
             self.block.measured(float(self._scale), self._divisor)
@@ -265,6 +284,15 @@ class _OpenBatch:
 
     def _seen(self, gradient: Tensor) -> None:
         self._scale = gradient.detach()
+
+    def _seen_by_logits(self, logits: Tensor, smoothing: float, gradient: Tensor) -> None:
+        if self.block.options.per_token and logits.ndim > 2:
+            raise CaptureError(
+                "per_token: true divides a row by the sample's counted tokens, which the labels tell; with a loss "
+                "outside the model (compute_loss_func, label smoothing) these do not reach it: set per_token: false"
+            )
+        self._scale = torch.tensor(cross_entropy_factor(logits, gradient, smoothing), dtype=torch.float64)
+        self._divisor = 1.0
 
 
 def _batches_to_skip(steps: int, batches: int, accumulated: int) -> int:

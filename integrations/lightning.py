@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 import logix_like as logix
 from logix_like.block import Block
 from logix_like.config import Config
-from logix_like.errors import CaptureError, MissingDependencyError
+from logix_like.errors import MissingDependencyError
 
 from .naming import NamedBy, SampleNames
-from .starting import settings_of, start_run
+from .starting import Setup, begun, refuse_second_training
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -63,13 +63,11 @@ class LogixCallback(Callback):
         verbose: bool = True,
         **overrides: Any,
     ) -> None:
-        self._config = settings_of(project, config, overrides)
-        self._named_by = data_id
-        self._dataset = dataset
+        self._setup = Setup.of(
+            project, config, overrides, named_by=data_id, dataset=dataset, overwrite=overwrite, verbose=verbose
+        )
         self._mask = mask
         self._scale = scale
-        self._overwrite = overwrite
-        self._verbose = verbose
         self._run: logix.Run | None = None
         self._names: SampleNames | None = None
         self._loader: Any = None
@@ -83,9 +81,7 @@ class LogixCallback(Callback):
         Raises:
             CaptureError: training has not begun.
         """
-        if self._run is None:
-            raise CaptureError("there is no run yet: it begins with trainer.fit()")
-        return self._run
+        return begun(self._run, "trainer.fit()")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Watch the loader before its workers start, where it is known so early.
@@ -96,10 +92,7 @@ class LogixCallback(Callback):
         if stage != "fit":
             return
         if self._run is not None and getattr(trainer, "ckpt_path", None) is None:
-            raise CaptureError(
-                "this callback has logged a training already; give the next fit() a LogixCallback of its own "
-                "(another project, or overwrite=True), or resume with ckpt_path"
-            )
+            refuse_second_training("fit()", "with ckpt_path")
         loader = trainer.fit_loop._data_source.instance
         # With several processes the Trainer will build another loader from this one.
         if isinstance(loader, DataLoader) and trainer.world_size == 1 and not trainer.overfit_batches:
@@ -113,14 +106,8 @@ class LogixCallback(Callback):
             assert self._names is not None
             if self._names.order is not None:
                 self._names.order.join(_first_pass(trainer))
-        self._run = start_run(
-            self._config,
-            pl_module,
-            trainer.optimizers[0],
-            steps=trainer.global_step,
-            overwrite=self._overwrite,
-            verbose=self._verbose,
-        )
+        self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=trainer.global_step)
+        self._run.epoch(trainer.current_epoch)  # the start of an epoch that is resumed in its midst is not told
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the run of the epoch."""
@@ -150,6 +137,11 @@ class LogixCallback(Callback):
         """What was opened for a further backward pass is not needed."""
         self._drop()
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""
+        if self._names is not None and self._run is not None:
+            self._run.commit()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the run."""
         self.close()
@@ -174,7 +166,7 @@ class LogixCallback(Callback):
     def _watch(self, loader: Any) -> None:
         if self._names is not None:
             self._names.close()
-        self._names, self._loader = SampleNames(self._named_by, loader, self._dataset), loader
+        self._names, self._loader = self._setup.names(loader), loader
 
     def _open(self) -> None:
         self._block = self.run(**self._batch)

@@ -76,7 +76,7 @@ def shifts_labels(model: nn.Module) -> bool:
 
 def _divides_by(step: float, own: float, outputs: Any, targets: Tensor) -> bool:
     """Whether the loss is the sum divided by ``step`` rather than by ``own``."""
-    loss, logits = loss_of(outputs), _logits_of(outputs)
+    loss, logits = loss_of(outputs), logits_of(outputs)
     if loss is None or logits is None or logits.shape[:-1] != targets.shape:
         return True  # what the trainer asks of models that it gives the count to
     with torch.no_grad():
@@ -102,7 +102,8 @@ def loss_of(outputs: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() else None
 
 
-def _logits_of(outputs: Any) -> Tensor | None:
+def logits_of(outputs: Any) -> Tensor | None:
+    """The logits that a model returned, None if it returned none."""
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits")
     else:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from logix_like.block import BlockOptions
@@ -18,9 +19,13 @@ from logix_like.layout import DataId, Layout
 from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.store import Place, open_store, projections_digest
+from logix_like.query.tokens import TokenCollector, TokenScores
+from logix_like.store import GradientStore, OnDamage, Place, open_store, projections_digest
 from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
+
+OPTIONS = ("where", "per", "normalize", "client", "index", "progress")
+"""Options of a question that no config holds."""
 
 
 class Query:
@@ -77,8 +82,10 @@ class _Averages:
 class Asker:
     """Captures queries with a logbook's tracker and holds the engine over its store."""
 
-    def __init__(self, path: Place, settings: QueryConfig, logbook: Logbook) -> None:
+    def __init__(self, path: Place, settings: QueryConfig, logbook: Logbook, on_damage: OnDamage = "raise") -> None:
         self._path = path
+        self._on_damage: OnDamage = on_damage
+        self._store: GradientStore | None = None
         self._settings = settings
         self._logbook = logbook
         self._engine: QueryEngine | None = None
@@ -108,7 +115,7 @@ class Asker:
 
     def at_checkpoints(self, which: str | Sequence[int]) -> Generator[nn.Module, None, None]:
         """The model at its checkpoints, one after another; the weights are restored at the end."""
-        store, model = open_store(self._path), self._logbook.tracker.model
+        store, model = self._opened(), self._logbook.tracker.model
         chosen = _chosen([record.number for record in store.checkpoints], which)
         with restored_weights(model):
             self._averaged = _Averages()
@@ -137,9 +144,30 @@ class Asker:
         assert query is not None
         return query
 
+    def token_scores(
+        self,
+        query: QueryGradients,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        options: BlockOptions,
+        settings: Mapping[str, Any],
+    ) -> TokenScores:
+        """Scores of the positions of one batch's samples, from one pass at the present weights."""
+        tracker = self._logbook.tracker
+        self._logbook.require_no_block("token scores inside it would be logged with it")
+        asked = self.engine().preconditioned(query, **settings)
+        collector = TokenCollector(tracker.layout, asked)
+        recording = tracker.recording(len(options.data_id), on_factors=collector)
+        with undisturbed(tracker.model), recording:
+            loss_fn(tracker.model, batch).backward()
+        recording.check()
+        factor = per_token(torch.ones(len(options.data_id), 1), options)[:, 0] * options.factor(options.loss_scale())
+        positions = None if options.mask is None else options.mask.shape[1]
+        return TokenScores(query.data_id, options.data_id, *collector.result(positions, factor))
+
     def engine(self) -> QueryEngine:
         """The engine over all that is committed; it keeps what it has fitted until there are further rows."""
-        store = open_store(self._path)
+        store = self._opened()
         if self._engine is None or self._engine_key != store.key:
             self._engine, self._engine_key = QueryEngine(store), store.key
         return self._engine
@@ -150,13 +178,20 @@ class Asker:
         Raises:
             ConfigError: an option is unknown (lists the known).
         """
-        known = {**self._settings.model_dump(), "progress": None}
+        known: dict[str, Any] = {**self._settings.model_dump(), **dict.fromkeys(OPTIONS)}
         if only:
             known = {name: known[name] for name in only}
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             raise ConfigError(f"unknown query option {unknown!r}; known are {', '.join(known)}")
-        return {**known, **given}
+        return {name: value for name, value in {**known, **given}.items() if name not in OPTIONS or name in given}
+
+    def _opened(self) -> GradientStore:
+        """The store with all that is committed; kept, so that with ``skip`` each chunk is checked once."""
+        if self._store is None:
+            self._store = open_store(self._path, on_damage=self._on_damage)
+            return self._store
+        return self._store.refresh()
 
     def _ask(
         self,
@@ -178,7 +213,7 @@ class Asker:
         if self._warned:
             return
         self._warned = True
-        store = open_store(self._path)
+        store = self._opened()
         weights = store.manifest.fingerprints.get("weights")
         known = {weights, *(record.fingerprint for record in store.checkpoints)} - {None}
         if known and fingerprint(model) not in known:

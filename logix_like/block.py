@@ -76,6 +76,12 @@ class BlockOptions:
         """What captured gradients are multiplied by to be those of each sample's own loss."""
         return self._batch_factor() / loss_scale
 
+    def of_one(self, number: int) -> float:
+        """What the loss of sample ``number`` alone, reduced as the block's, is multiplied by to be its own loss."""
+        if self.reduction != "token_mean":
+            return 1.0
+        return float(self._required_mask("loss_reduction: token_mean")[number].sum())
+
     def row_divisors(self) -> Tensor | None:
         """``[batch, 1]`` token counts that rows are divided by, if they are to be."""
         if not self.per_token:

@@ -68,7 +68,9 @@ class ModulesConfig(_Section):
     """A module is tracked if a glob here fits its name; one named without wildcards is, whatever its type."""
     exclude: Names = ()
     """Globs of modules to leave out; they win over ``include``."""
-    types: Names = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
+    types: Names = (
+        "Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+    )  # fmt: skip
     """Class names of the modules that globs choose among."""
     batch_dim: Annotated[dict[str, Natural], Field(description="a mapping from globs to whole numbers, 0 or more")] = {}
     """Which dimension counts the samples, by glob: 1 for sequence-first modules. 0 where none fits."""
@@ -87,12 +89,12 @@ class ProjectionConfig(_Section):
 
     ``auto``: 16, and 32 where a layer is 512 wide or more.
     """
-    init: Literal["orthogonal", "gaussian", "pca", "identity"] = "orthogonal"
+    init: Literal["orthogonal", "gaussian", "pca", "eigen", "identity"] = "orthogonal"
     """Kind of matrix; ``identity`` stores full gradients."""
     seed: Natural = 0
     """Seed of the random kinds."""
     warmup: Positive = 64
-    """Samples that ``pca`` looks at before it fixes its matrices."""
+    """Samples that ``pca`` and ``eigen`` look at before they fix their matrices."""
 
 
 class StoreConfig(_Section):
@@ -100,6 +102,8 @@ class StoreConfig(_Section):
 
     dtype: Literal["bfloat16", "float32", "float16", "float64", "int8", "int4", "sign"] = "bfloat16"
     """Type of the stored numbers."""
+    codec: Literal["none", "blosc-lz4", "zstd"] = "none"
+    """Lossless compression of the rows; costs time to write and to read."""
     chunk_mib: PositiveNumber = 4.0
     """Size of one chunk of rows, in MiB."""
     durability: Literal["process", "commit"] = "process"
@@ -112,13 +116,22 @@ class StoreConfig(_Section):
     """Rows are committed at least this often, in seconds."""
 
 
+class AbsoluteDamping(_Section):
+    """Damping that is the same in every module."""
+
+    absolute: NonNegativeNumber
+
+
 class QueryConfig(_Section):
     """What a query does unless it is told otherwise."""
 
     preconditioner: Literal["auto", "identity", "diagonal", "covariance", "kfac", "ekfac"] = "auto"
     """Curvature that scores are taken in; ``auto``: covariance where there are rows enough, else kfac."""
-    damping: NonNegativeNumber = 0.1
-    """Damping, as a share of the mean eigenvalue of each module's own block."""
+    damping: Annotated[
+        NonNegativeNumber | Literal["auto"] | AbsoluteDamping,
+        Field(description="a number, 0 or more, auto, or {absolute: x} with such a number x"),
+    ] = 0.1
+    """Damping, as a share of the mean eigenvalue of each module's own block; ``auto``; or ``{absolute: x}``."""
     mode: Literal["dot", "cosine", "relatif", "l2"] = "dot"
     """How two gradients are compared."""
     reduce: Literal["mean", "sum", "last", "none"] = "mean"

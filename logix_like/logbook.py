@@ -48,6 +48,8 @@ class Logbook:
         """Blocks that have ended."""
         self.on_block: Callable[[BlockOptions, bool | None], None] | None = None
         """Told of each block of the training, stored or not, and whether its step will be skipped."""
+        self.on_rows: Callable[[ProjectedBatch], None] | None = None
+        """Told of each batch of rows, once it is known whether its step will be skipped."""
 
     @property
     def tracker(self) -> Tracker:
@@ -212,6 +214,7 @@ class Logbook:
             loss=None if options.loss is None else options.loss.float().cpu(),
             overflow=overflowed(self.tracker.model, options.scaler),
             metadata=options.metadata,
+            weight=1 / options.factor(options.scale),
         )
 
     def _store(self, batch: ProjectedBatch) -> None:
@@ -220,6 +223,8 @@ class Logbook:
         if not self._session.begun:
             self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
         self._session.put(batch)
+        if self.on_rows is not None:
+            self.on_rows(batch)
 
 
 def per_token(rows: Tensor, options: BlockOptions) -> Tensor:

@@ -1,8 +1,8 @@
 """Preconditioners: fitted once from statistics, applied often to rows.
 
 A preconditioner is the damped inverse ``(F + lambda I)^-1`` of a curvature ``F``, block-diagonal over
-modules. ``lambda`` of a module is ``damping`` times the mean eigenvalue of that module's own block, so
-that one setting means the same in every module:
+modules. ``lambda`` of a module is ``damping`` times the mean eigenvalue of that module's own block (or another
+amount, see :mod:`logix_like.damping`), so that one setting means the same in every module:
 
 ========== ===================================================== ========================================
 name       F of one module                                       mean eigenvalue
@@ -22,16 +22,15 @@ block is zero (it was never used) gets the preconditioner 0: it takes no part in
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from logix_like.damping import Damping, DampingSetting, Spectrum
 from logix_like.errors import QueryError, StatisticsError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.linalg.eigen import Eigen, symmetric_eigen
@@ -146,42 +145,63 @@ class Curvature:
         return int(self.statistics.sums[block.name][field].item())
 
 
-def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
     return ModuleFit("identity", 0.0, Identity())
 
 
-def _fit_diagonal(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _fit_diagonal(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
     values = curvature.statistics.second_moment(block.name)
-    shift = damping * values.mean().item()
     rows = curvature.counted(block, "rows")
+    shift = damping.shift(_spectrum(values, rows))
     return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
-def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
     covariance = curvature.statistics.covariance(block.name)
-    shift = damping * covariance.diagonal().mean().item()
     rows = curvature.counted(block, "rows")
+    squares = covariance.square().sum().item() if damping.kind == "auto" else 0.0
+    shift = damping.shift(Spectrum(block.size, covariance.diagonal().sum().item(), squares, rows))
     return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
 
 
-def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    if block.coordinates is not None:  # of an eigenbasis: the factors are diagonal there
+        factors = curvature.statistics.kronecker(block.name)
+        for factor in (factors.output, factors.input):
+            require_finite(factor, block.name)
+        products = product_eigenvalues(factors.output.diagonal(), factors.input.diagonal())
+        values = products.flatten()[list(block.coordinates)]
+        return _in_eigenbasis("kfac", values, damping, block, curvature.counted(block, "samples"))
     output, input_ = curvature.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
-    shift = damping * values.mean().item()  # the mean of products of all pairs is the product of the means
+    samples = curvature.counted(block, "samples")
+    shift = damping.shift(_spectrum(values, samples))
     weights = damped_reciprocal(values, shift, block.name)
-    basis = Eigenbasis(output.vectors, input_.vectors, weights)
-    return ModuleFit("kfac", shift, basis, curvature.counted(block, "samples"))
+    return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights), samples)
 
 
-def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _in_eigenbasis(kind: str, values: Tensor, damping: Damping, block: ModuleBlock, rows: int) -> ModuleFit:
+    shift = damping.shift(_spectrum(values, rows))
+    return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
+
+
+def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    if block.coordinates is not None:
+        values = curvature.statistics.corrected_values(block.name).flatten()
+        return _in_eigenbasis("ekfac", values, damping, block, curvature.counted(block, "corrected_rows"))
     corrected = curvature.corrected(block)
-    shift = damping * corrected.values.mean().item()
+    rows = curvature.counted(block, "corrected_rows")
+    shift = damping.shift(_spectrum(corrected.values, rows))
     weights = damped_reciprocal(corrected.values, shift, block.name)
-    basis = Eigenbasis(corrected.output_basis, corrected.input_basis, weights)
-    return ModuleFit("ekfac", shift, basis, curvature.counted(block, "corrected_rows"))
+    return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights), rows)
 
 
-def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: float) -> ModuleFit:
+def _spectrum(values: Tensor, rows: int) -> Spectrum:
+    """Of a block whose eigenvalues are ``values``."""
+    return Spectrum(values.numel(), values.sum().item(), values.square().sum().item(), rows)
+
+
+def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
     statistics = curvature.statistics
     gathered = statistics.has(block.name, "outer_sum")
     if gathered and statistics.sums[block.name]["rows"].item() >= 2 * block.size:
@@ -202,7 +222,7 @@ def has_kronecker(statistics: Statistics, block: ModuleBlock) -> bool:
     return statistics.has(block.name, "output_outer_sum") and statistics.has(block.input_group, "input_outer_sum")
 
 
-PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, float], ModuleFit]] = MappingProxyType(
+PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, Damping], ModuleFit]] = MappingProxyType(
     {
         "identity": _fit_identity,
         "diagonal": _fit_diagonal,
@@ -218,7 +238,7 @@ PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, float], ModuleFi
 class FittedPreconditioner:
     """A preconditioner for whole rows, made by :func:`fit_preconditioner`."""
 
-    def __init__(self, name: str, damping: float, layout: Layout, fit: Callable[[ModuleBlock], ModuleFit]) -> None:
+    def __init__(self, name: str, damping: Damping, layout: Layout, fit: Callable[[ModuleBlock], ModuleFit]) -> None:
         self.name = name
         self.damping = damping
         self.layout = layout
@@ -230,7 +250,7 @@ class FittedPreconditioner:
         self._groups = {torch.float32: self._materialise(torch.float32)}
 
     def __repr__(self) -> str:
-        return f"FittedPreconditioner({self.name}, damping {self.damping:g}: {self.summary()})"
+        return f"FittedPreconditioner({self.name}, damping {self.damping}: {self.summary()})"
 
     def apply(self, rows: Tensor) -> Tensor:
         """``rows [n, width]`` times the damped inverse, module by module; ``rows`` is not changed.
@@ -309,7 +329,7 @@ def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[
     groups: dict[tuple[str, tuple[int, int]], list[ModuleBlock]] = {}
     for block in layout:
         kind = type(leaves[block.name]).__name__
-        groups.setdefault((kind, block.rank), []).append(block)
+        groups.setdefault((kind, block.matrix), []).append(block)
     return list(groups.values())
 
 
@@ -326,19 +346,17 @@ def _cast(leaf: Preconditioner, dtype: torch.dtype) -> Preconditioner:
     return type(leaf)(*(tensor.to(dtype) for tensor in _tensors(leaf)))
 
 
-def require_preconditioner(name: object, damping: object) -> None:
-    """Raise :class:`QueryError` unless ``name`` is known and ``damping`` is a number of at least 0."""
+def require_preconditioner(name: object) -> None:
+    """Raise :class:`QueryError` unless ``name`` is known."""
     if not isinstance(name, str) or name not in PRECONDITIONERS:
         raise QueryError(f"unknown preconditioner {name!r}; known: {', '.join(PRECONDITIONERS)}")
-    if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 <= float(damping) < math.inf:
-        raise QueryError(f"damping is {damping!r}; it must be a number of at least 0 (0.1 is the default)")
 
 
 def fit_preconditioner(
     name: str,
     statistics: Statistics,
     layout: Layout,
-    damping: float,
+    damping: DampingSetting | Damping,
     *,
     curvature: Curvature | None = None,
 ) -> FittedPreconditioner:
@@ -348,17 +366,18 @@ def fit_preconditioner(
         name: A key of :data:`PRECONDITIONERS`.
         statistics: Sums over the rows that are to be preconditioned.
         layout: The module table of those rows.
-        damping: Added to each module's eigenvalues, as a multiple of their mean.
+        damping: Added to each module's eigenvalues, in one of the ways of :mod:`logix_like.damping`.
         curvature: Eigenbases of the same statistics from an earlier fit, used again.
 
     Raises:
         QueryError: unknown name or a negative damping.
         StatisticsError: a statistic that is needed is missing, or a block is singular; names the module.
     """
-    require_preconditioner(name, damping)
+    require_preconditioner(name)
+    checked = Damping.of(damping)
     layout.require_same(statistics.layout)
     if curvature is None or curvature.statistics is not statistics:
         curvature = Curvature(statistics)
     fit = PRECONDITIONERS[name]
     eigenbases = curvature
-    return FittedPreconditioner(name, damping, layout, lambda block: fit(eigenbases, block, damping))
+    return FittedPreconditioner(name, checked, layout, lambda block: fit(eigenbases, block, checked))

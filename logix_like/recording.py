@@ -69,6 +69,7 @@ class PathRecorder:
         return {
             f"{OPTIMIZER}{self._names[parameter]}/{key}": whole(value)
             for parameter, state in self._optimizer.state.items()
+            if parameter in self._names  # some keep counts of their own beside
             for key, value in state.items()
             if isinstance(value, Tensor)
         }

@@ -20,20 +20,28 @@ from tqdm import tqdm
 
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.capture.tracker import Tracker
 from logix_like.config import AtSteps, Config, EverySteps
+from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
+from logix_like.layout import DataId
+from logix_like.live import LiveScores
 from logix_like.logbook import Logbook
 from logix_like.logtypes import statistics_from_setup
+from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.groups import GroupInfluence
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.query.tokens import TokenScores
 from logix_like.recording import PathRecorder
 from logix_like.resuming import stand_of
 from logix_like.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import GradientStore, Place, open_store
+from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
@@ -54,6 +62,7 @@ class Run:
         *,
         optimizer: Optimizer | None = None,
         verbose: bool = True,
+        on_damage: OnDamage = "raise",
     ) -> None:
         self.config = config
         self.path = path
@@ -62,8 +71,10 @@ class Run:
         self._progress = Progress(optimizer, **stand_of(session))
         self._progress.on_step = self._stepped
         self._logbook = Logbook(config, session, self._progress)
-        self._asker = Asker(path, config.query, self._logbook)
+        self._on_damage = on_damage
+        self._asker = Asker(path, config.query, self._logbook, on_damage)
         self._recorder: PathRecorder | None = None
+        self._live: list[LiveScores] = []
 
     # What is tracked
 
@@ -81,9 +92,13 @@ class Run:
             return
         store = self.store if self._session is None else self._session.resumed
         if store is not None and store.layout is not None:
-            tracker = tracker_of_store(model, self.config, store)
+            self.follow(tracker_of_store(model, self.config, store))
         else:
-            tracker = new_tracker(model, self.config)
+            self.follow(new_tracker(model, self.config))
+
+    def follow(self, tracker: Tracker) -> None:
+        """Track what ``tracker`` says, made for this run's config; :meth:`watch` is this with a tracker of its own."""
+        model = tracker.model
         self._logbook.tracker = tracker
         optimizer = self._progress.optimizer
         if self.config.record == "path" and self._session is not None and optimizer is not None:
@@ -176,6 +191,32 @@ class Run:
         """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
         self._progress.step = number
 
+    def track(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        every: int = 20,
+        order: int = 2,
+    ) -> LiveScores:
+        """Score every sample for a batch of queries while training goes on: TracIn (``order=1``) or in-run Shapley (2).
+
+        Their gradients are taken every ``every`` steps; ``loss_fn`` and ``data_id`` as in :meth:`query_fn`.
+
+        Raises:
+            ConfigError: no optimizer was given, or it has no known update rule (lists the known).
+        """
+        optimizer = self._progress.optimizer
+        if optimizer is None or self._logbook.closed or self.config.every != 1:
+            raise ConfigError("queries are tracked while every block is logged; give init(optimizer=..., every=1)")
+        options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        live = LiveScores(self._logbook.tracker, optimizer, batch, loss_fn, options, every=every, order=order)
+        self._live.append(live)
+        self._logbook.on_rows = self._followed
+        return live
+
     def get_log(self) -> QueryGradients:
         """Rows of the last block: ids and projected gradients, usable as a query.
 
@@ -262,6 +303,8 @@ class Run:
         dropped = self._logbook.abort()
         self._progress.close()
         self._logbook.flush(force=True)
+        for live in self._live:
+            live.finish(self._progress.step)
         if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
         self._logbook.closed = True
@@ -294,7 +337,7 @@ class Run:
     @property
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
-        return open_store(self.path)
+        return open_store(self.path, on_damage=self._on_damage)
 
     @property
     def training_path(self) -> TrainingPath:
@@ -358,6 +401,28 @@ class Run:
         options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
         return self._asker.query_fn(batch, loss_fn, options, checkpoints)
 
+    def fit_curvature(
+        self, loader: Iterable[Any], objective: Objective | None = None, *, name: str = "default", **options: Any
+    ) -> Curvature:
+        """Curvature of the tracked modules at full size, at the model's present weights, kept in the store as ``name``.
+
+        A fit that was interrupted goes on when it is called again. ``options`` are those of
+        :func:`logix_like.curvature.fit_curvature`; ``at=lambda: run.at_checkpoints("all")`` averages over checkpoints.
+        """
+        file, tracker = stored_curvature(self.path, name), self._logbook.tracker
+        options = {"selection": tracker.selection, "resume_from": file.with_suffix(".partial"), **options}
+        curvature = fit_curvature(tracker.model, loader, objective, **options)
+        save_curvature(curvature, file)
+        return curvature
+
+    def curvature(self, name: str = "default") -> Curvature:
+        """What :meth:`fit_curvature` kept.
+
+        Raises:
+            StoreNotFoundError: there is no curvature of that name.
+        """
+        return load_curvature(stored_curvature(self.path, name))
+
     def compute_influence_all(
         self, query: Query | QueryGradients, k: int | None = None, **options: Any
     ) -> InfluenceResult:
@@ -367,7 +432,8 @@ class Run:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
             options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
-                config's; ``progress`` to show a bar.
+                config's; ``where``, ``per``, ``normalize``, ``client``, ``index`` and ``progress`` as for
+                :meth:`logix_like.query.engine.QueryEngine.influence`.
 
         Raises:
             EmptyStoreError: nothing was logged.
@@ -394,6 +460,57 @@ class Run:
         settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
         gradients = None if query is None else as_gradients(query)
         return self._asker.engine().self_influence(gradients, **settings)
+
+    def compute_group_influence(
+        self,
+        query: Query | QueryGradients,
+        groups: Mapping[str, Sequence[DataId]] | Sequence[DataId],
+        order: int = 1,
+        **options: Any,
+    ) -> GroupInfluence:
+        """Scores of sets of samples (ids by name, or one list of ids) for each query.
+
+        ``order`` 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples. ``options``
+        are ``preconditioner``, ``damping``, ``reduce`` and ``progress``.
+        """
+        self.commit()
+        settings = self._asker.settings(options, "preconditioner", "damping", "reduce", "progress")
+        return self._asker.engine().group_influence(as_gradients(query), groups, order=order, **settings)
+
+    def find_similar(self, data_id: Any, k: int = 10, **options: Any) -> InfluenceResult:
+        """The ``k`` samples whose stored gradients point the same way as those of ``data_id``; cosine unless ``mode=``.
+
+        ``options`` are those of :meth:`compute_influence_all`; without a ``preconditioner`` gradients are compared as
+        they are.
+        """
+        self.commit()
+        chosen = self._asker.settings(options)
+        settings = {"preconditioner": "identity", "mode": "cosine", "reduce": chosen["reduce"], **options}
+        return self._asker.engine().similar(as_data_ids(data_id), k=k, **settings)
+
+    def token_scores(
+        self,
+        query: Query | QueryGradients,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        data_id: Any = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> TokenScores:
+        """How much each position of a batch's samples adds to the samples' scores for each query.
+
+        One forward and backward pass at the present weights: meant for a query's first proponents. ``loss_fn`` and
+        ``data_id`` are as for :meth:`query_fn`; ``options`` are ``preconditioner``, ``damping`` and ``progress``.
+        """
+        self.commit()
+        asked = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
+        settings = self._asker.settings(options, "preconditioner", "damping", "progress")
+        return self._asker.token_scores(as_gradients(query), batch, loss_fn, asked, settings)
+
+    def _followed(self, rows: ProjectedBatch) -> None:
+        for live in self._live:
+            live.add(rows)
 
     def _stepped(self, step: int) -> None:
         if self._recorder is not None:

@@ -98,6 +98,7 @@ class StoreSession:
             layout,
             settings.dtype,
             rank=self._ranks.rank,
+            codec=settings.codec,
             chunk_mib=settings.chunk_mib,
             commit_seconds=settings.commit_seconds,
             durability=settings.durability,

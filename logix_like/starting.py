@@ -14,7 +14,7 @@ from logix_like.errors import ConfigError
 from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run import Run
 from logix_like.session import StoreSession
-from logix_like.store import Place, as_place, is_store, open_store
+from logix_like.store import OnDamage, Place, as_place, is_store, open_store
 from logix_like.tracking import new_tracker
 
 
@@ -62,27 +62,36 @@ def init(
         raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
     if optimizer is None and settings.record == "path":
         raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
-    if model is not None and not resume:
-        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
+    # What is wrong with the choice of modules is said before a store is touched.
+    tracker = None if model is None or resume else new_tracker(model, settings)
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
     warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
     if resume_step is not None:
         run.step(resume_step)
-    if model is not None:
+    if tracker is not None:
+        run.follow(tracker)
+    elif model is not None:
         run.watch(model)
     return run
 
 
-def load(path: str | PathLike[str] | Place, model: nn.Module | None = None) -> Run:
+def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:
     """Open a finished (or still growing) store for queries, by folder or URL; it needs no config and never writes.
+
+    Args:
+        path: the store's folder or URL (``s3://bucket/key``).
+        model: the model to ask with.
+        on_damage: ``raise``: a query that meets a damaged file fails; ``skip``: damaged chunks are left out, and
+            every answer's note says how many rows.
 
     Raises:
         StoreNotFoundError: there is no store at ``path``.
+        StoreDamagedError: what a store cannot be opened without is damaged.
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
     path = as_place(path)
-    run = Run(stored_config(open_store(path)), path, None, verbose=False)
+    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
     if model is not None:
         run.watch(model)
     return run

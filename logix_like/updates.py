@@ -31,6 +31,9 @@ class UpdateRule(ABC):
     refused: ClassVar[tuple[str, ...]] = ("amsgrad", "centered", "maximize")
     """Settings that must be off."""
 
+    adaptive: ClassVar[bool] = False
+    """Whether each weight has a step size of its own, from its second moment."""
+
     @abstractmethod
     def step(
         self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
@@ -47,6 +50,14 @@ class UpdateRule(ABC):
 
         ``taken`` counts the steps that ``moments`` come from.
         """
+
+    @abstractmethod
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        """What step number ``taken`` moves the weights for a unit of the gradient of ``age`` steps ago, unscaled."""
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        """``[parameters]`` by which an adaptive optimizer multiplies what :meth:`impulse` says; None for the others."""
+        return None
 
     def check(self, hyper: Hyper) -> None:
         """Raise :class:`ConfigError` if a setting is on that the rule does not know."""
@@ -80,11 +91,21 @@ class SGDRule(UpdateRule):
         momentum = hyper["momentum"]
         return float(hyper["lr"] * ((1 - hyper["dampening"]) / (1 - momentum) if momentum else 1.0))
 
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        momentum = hyper["momentum"]
+        if not momentum:
+            return float(hyper["lr"]) if age == 0 else 0.0
+        part = (1 - hyper["dampening"]) * momentum**age
+        if hyper["nesterov"]:
+            part = momentum * part + (age == 0)
+        return float(hyper["lr"] * part)
+
 
 class AdamRule(UpdateRule):
     """``torch.optim.Adam`` and ``AdamW``."""
 
     moments = ("exp_avg", "exp_avg_sq")
+    adaptive = True
 
     def __init__(self, *, decoupled: bool) -> None:
         self._decoupled = decoupled
@@ -109,11 +130,21 @@ class AdamRule(UpdateRule):
         rate: Tensor = hyper["lr"] / (corrected.sqrt() + hyper["eps"])
         return rate
 
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        first = hyper["betas"][0]
+        return float(hyper["lr"] * (1 - first) * first**age / (1 - first ** (taken + 1)))
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
+        scale: Tensor = 1 / (corrected.sqrt() + hyper["eps"])
+        return scale
+
 
 class RMSpropRule(UpdateRule):
     """``torch.optim.RMSprop``, with momentum, not centred."""
 
     moments = ("square_avg", "momentum_buffer")
+    adaptive = True
 
     def step(
         self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
@@ -127,6 +158,13 @@ class RMSpropRule(UpdateRule):
     def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
         rate: Tensor = hyper["lr"] / (1 - hyper["momentum"]) / (moments["square_avg"].sqrt() + hyper["eps"])
         return rate
+
+    def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
+        return float(hyper["lr"] * hyper["momentum"] ** age)
+
+    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+        scale: Tensor = 1 / (moments["square_avg"].sqrt() + hyper["eps"])
+        return scale
 
 
 RULES: Mapping[str, UpdateRule] = {

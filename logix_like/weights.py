@@ -28,21 +28,30 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module is in eval mode; all is as before afterwards."""
     training = [m for m in model.modules() if m.training]
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
         for module in training:
             module.training = False
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model):
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -23,7 +23,10 @@ EXACT = 1e-9
 FLOAT32_INSIDE = 1e-5
 """The model itself computes parts in float32 (LLaMA's norms and rotary embedding), whatever its dtype."""
 
-EVERY_TYPE = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Embedding", "LayerNorm", "RMSNorm")
+EVERY_TYPE = (
+    "Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+    "Embedding", "LayerNorm", "RMSNorm", "GroupNorm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,37 @@ def conv3d() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, 2, dilation=2, padding=1), nn.Tanh(), nn.Flatten(), nn.LazyLinear(CLASSES))
 
 
+def autoencoder() -> nn.Module:
+    """Down and up again: strides, paddings, dilations and groups of transposed convolutions, and group norms."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.GroupNorm(4, 8),
+        nn.Tanh(),
+        nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1),
+        nn.GroupNorm(3, 6),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 4, (2, 3), dilation=2, groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4, bias=False),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.GroupNorm(2, 16),
+        nn.Linear(16, CLASSES),
+    )
+
+
+def upsampling(dimensions: int) -> Callable[[], nn.Module]:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose3d)[dimensions // 2]
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            kind(4, 6, 3, stride=2, groups=2, padding=1), nn.Tanh(), kind(6, 2, 2, dilation=2), nn.Flatten(),
+            nn.LazyLinear(CLASSES),
+        )  # fmt: skip
+
+    return make
+
+
 def partly_frozen() -> nn.Module:
     model = mlp()
     model[0].weight.requires_grad_(False)
@@ -251,6 +285,9 @@ ZOO = (
     Case("cnn", cnn, features(4, 9, 8), classify),
     Case("conv1d", conv1d, features(4, 9), classify),
     Case("conv3d", conv3d, features(2, 4, 4, 5), classify),
+    Case("autoencoder", autoencoder, features(3, 6, 8), classify),
+    Case("upsampling_1d", upsampling(1), features(4, 5), classify),
+    Case("upsampling_3d", upsampling(3), features(4, 2, 3, 2), classify),
     Case("transformer", Transformer, tokens, transform),
     Case("rms_norm", lambda: Transformer(nn.RMSNorm), tokens, transform),
     Case("tied", lambda: Transformer(tied=True), tokens, transform),

@@ -46,6 +46,9 @@ def _matrix(model: nn.Module, block: ModuleBlock, names: dict[int, str], gradien
         weight = gradient[names[id(module.weight)]]
         if type(module).__name__ in ("Embedding", "Conv1D"):
             weight = weight.T
+        if type(module).__name__.startswith("ConvTranspose"):
+            own = weight.shape[0] // module.groups  # [in, out / groups, kernel]: each group's part by itself
+            weight = torch.cat([part.transpose(0, 1) for part in weight.split(own)])
         columns.append(weight.reshape(block.shape[0], -1))
     if columns == [] or columns[0].shape[1] < block.shape[1]:
         columns.append(gradient[names[id(module.bias)]].reshape(-1, 1))

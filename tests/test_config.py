@@ -180,7 +180,7 @@ def test_an_unknown_key_is_answered_with_file_line_and_the_nearest(tmp_path: Pat
     path = _write(tmp_path, "project: a\nstore:\n  dtype: float32\n  chunk_mb: 4\n")
     assert _message(path) == (
         f"{path}, line 4: unknown setting 'store.chunk_mb'; did you mean 'store.chunk_mib'? "
-        "The settings of 'store' are: dtype, chunk_mib, durability, url, on_error, commit_seconds"
+        "The settings of 'store' are: dtype, codec, chunk_mib, durability, url, on_error, commit_seconds"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
             "'projection.init' is 'ortogonal'",
             "did you mean 'orthogonal'?",
         ),
-        ({"projection": {"init": 3}}, "is 3", "one of orthogonal, gaussian, pca, identity"),
+        ({"projection": {"init": 3}}, "is 3", "one of orthogonal, gaussian, pca, eigen, identity"),
         (
             {"projection": {"rank": 0}},
             "'projection.rank' is 0",
@@ -249,7 +249,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
         ({"query": {"damping": float("nan")}}, "is nan", "a number, 0 or more"),
         ({"store": {"chunk_mib": 0}}, "is 0", "a number above 0"),
         ({"store": {"commit_seconds": float("inf")}}, "is inf", "a number above 0"),
-        ({"store": "float32"}, "'store' is 'float32'", "a mapping of settings: dtype, chunk_mib"),
+        ({"store": "float32"}, "'store' is 'float32'", "a mapping of settings: dtype, codec, chunk_mib"),
         ({"root": ""}, "'root' is ''", "the path of a folder"),
         ({"root": None}, "'root' is None", "the path of a folder"),
     ],

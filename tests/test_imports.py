@@ -24,6 +24,7 @@ LAYERS = (
     # name that fits a module decides; "logix_like" itself is only the package's face.
     ("logix_like.errors", "logix_like.configs"),
     (
+        "logix_like.damping",
         "logix_like.layout",
         "logix_like.ids",
         "logix_like.ranks",
@@ -47,6 +48,7 @@ LAYERS = (
     ("logix_like.report",),
     ("logix_like.subsets", "logix_like.retraining"),
     ("logix_like.estimators",),
+    ("logix_like.sensitivity",),
     ("logix_like.evaluation",),
     (
         "logix_like.block",
@@ -58,10 +60,11 @@ LAYERS = (
     ),
     ("logix_like.workflows",),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
-    ("logix_like.asking",),
+    ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),
-    ("logix_like.starting",),
-    ("logix_like", "logix_like.cli", "logix_like.examples", "logix_like.integrations"),
+    ("logix_like.planning", "logix_like.scalars", "logix_like.starting"),
+    ("logix_like", "logix_like.explorer"),
+    ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )
 
 ALLOWED_UPWARDS = {("logix_like.query.result", "logix_like.report")}
@@ -75,9 +78,11 @@ ONLY_IN = {
     "distributed": ("logix_like.query.distributed", "logix_like.retraining"),
     "transformers": ("logix_like.integrations", "logix_like.examples"),
     "lightning": ("logix_like.integrations", "logix_like.examples"),
+    "starlette": ("logix_like.explorer",),
+    "uvicorn": ("logix_like.explorer",),
 }
 
-NOT_AT_START = "transformers lightning faiss dask pandas matplotlib sklearn jinja2"
+NOT_AT_START = "starlette uvicorn transformers lightning faiss dask pandas matplotlib sklearn jinja2"
 
 
 @dataclass(frozen=True)

@@ -86,3 +86,33 @@ def test_what_is_not_known_is_said() -> None:
         rule_of("LBFGS")
     with pytest.raises(ConfigError, match="amsgrad=True, which cannot be replayed"):
         rule_of("Adam").check({"amsgrad": True})
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_impulses_are_what_later_steps_still_hold_of_a_gradient(name: str, settings: dict[str, Any]) -> None:
+    rule = rule_of(name)
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = getattr(torch.optim, name)([weight], lr=0.05, **{**settings, "weight_decay": 0.0})
+    hyper = settings_of(optimizer)[0]
+    theta, moments = weight.detach().clone(), {key: torch.zeros(1, dtype=torch.float64) for key in rule.moments}
+    for taken in range(3):  # a past, so that nothing is special about the first step
+        theta, moments = rule.step(theta, torch.ones(1, dtype=torch.float64), moments, taken, hyper)
+    units = torch.eye(4, dtype=torch.float64)
+
+    def moved(gradients: torch.Tensor) -> torch.Tensor:
+        at, kept = theta, moments
+        found = []
+        for age in range(4):
+            after, kept = rule.step(at, 1 + gradients[age : age + 1], kept, 3 + age, hyper, fixed_scale=True)
+            found.append(after - at)
+            at = after
+        return torch.cat(found)
+
+    effects = torch.func.vjp(moved, torch.zeros(4, dtype=torch.float64))[1](units[3])[0]
+    at, kept = theta, moments
+    for age in range(4):
+        at, kept = rule.step(at, torch.ones(1, dtype=torch.float64), kept, 3 + age, hyper)
+    scale = rule.scale(kept, 7, hyper)
+    factor = 1.0 if scale is None else scale.item()
+    for age in range(1 if name == "RMSprop" else 4):  # RMSprop scales a gradient when it enters, not when it moves
+        assert -effects[3 - age].item() == pytest.approx(rule.impulse(age, 6, hyper) * factor, rel=1e-9)

@@ -47,5 +47,7 @@ class ProjectedBatch:
     """Further columns of the user's, one value for each sample."""
     overflow: bool | None = None
     """Whether a gradient scaler skips the step, None if it cannot be skipped."""
+    weight: float = 1.0
+    """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""

@@ -120,24 +120,27 @@ class Attention(Composite):
 class Experts(Composite):
     """The fused experts of transformers 5: ``gate_up_proj [experts, 2 i, h]``, ``down_proj [experts, h, i]``.
 
-    Each expert's two weights are blocks of their own. Tokens arrive flattened, with the experts that the router chose
-    for them; a token that an expert does not see has a zero gradient there.
+    Without a gate the first is ``up_proj [experts, i, h]``; matrices may be transposed, and there may be biases, as the
+    module's own attributes say. Each expert's two weights are blocks of their own. Tokens arrive flattened, with the
+    experts that the router chose for them; a token that an expert does not see has a zero gradient there.
     """
 
     def parts(self, module: Any) -> dict[str, nn.Module]:
+        names = (_first_weight(module), "down_proj")
         return {
-            f"{expert}.{name}": Part(nn.Parameter(weight.detach()[expert], requires_grad=weight.requires_grad))
+            f"{expert}.{name}": _expert_part(module, name, expert)
             for expert in range(len(module.down_proj))
-            for name, weight in (("gate_up_proj", module.gate_up_proj), ("down_proj", module.down_proj))
+            for name in names
         }
 
     def reason_against(self, module: Any) -> str | None:
-        plain = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
-        other = [name for name, usual in plain.items() if getattr(module, name, usual) != usual]
-        return f"its fused experts differ from the usual layout ({', '.join(other)})" if other else None
+        if getattr(module, "has_post_expert_norm", False):
+            return "its fused experts differ from the usual layouts (has_post_expert_norm)"
+        return None
 
     def replay(self, module: Any, call: ModuleCall, batch: int, on_part: Call) -> Tensor:
-        hidden, chosen, weights = (_argument(call, i, name) for i, name in enumerate(_EXPERT_ARGUMENTS))
+        given = inspect.signature(type(module).forward).bind(module, *call.args, **call.kwargs)
+        hidden, chosen, weights = tuple(given.arguments.values())[1:4]
         if len(hidden) % batch:
             raise CaptureError(
                 f"the experts received {len(hidden)} tokens for {batch} samples, which is not a whole number for each; "
@@ -153,22 +156,39 @@ class Experts(Composite):
         return total.view_as(hidden)
 
     def _expert(self, module: Any, expert: int, value: Tensor, token: Tensor, on_part: Call) -> Tensor:
-        seen = value.flatten(0, 1)[token]
-        first = _spread(_linear(seen, module.gate_up_proj[expert]), token, value).requires_grad_()
-        first = on_part(f"{expert}.gate_up_proj", value, first)
-        inner = module._apply_gate(first.flatten(0, 1)[token])
-        last = _spread(_linear(inner, module.down_proj[expert]), token, value)
+        name, seen = _first_weight(module), value.flatten(0, 1)[token]
+        first = _spread(_linear(seen, *_expert_weights(module, name, expert)), token, value).requires_grad_()
+        first = on_part(f"{expert}.{name}", value, first).flatten(0, 1)[token]
+        inner = module._apply_gate(first) if name == "gate_up_proj" else module.act_fn(first)
+        last = _spread(_linear(inner, *_expert_weights(module, "down_proj", expert)), token, value)
         return on_part(f"{expert}.down_proj", _spread(inner, token, value), last)
 
 
-_EXPERT_ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+def _first_weight(module: Any) -> str:
+    return "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+
+
+def _expert_weights(module: Any, name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+    """``[d_out, d_in]`` and the bias ``[d_out]`` of one expert."""
+    weight, bias = getattr(module, name)[expert], module._parameters.get(f"{name}_bias")
+    return weight.T if getattr(module, "is_transposed", False) else weight, None if bias is None else bias[expert]
+
+
+def _expert_part(module: Any, name: str, expert: int) -> Part:
+    """One expert's layer, trained if the experts' weights are."""
+    weight, bias = _expert_weights(module, name, expert)
+    trained = getattr(module, name).requires_grad
+    if bias is None:
+        return Part(nn.Parameter(weight.detach(), trained))
+    trained_bias = getattr(module, f"{name}_bias").requires_grad
+    return Part(nn.Parameter(weight.detach(), trained), nn.Parameter(bias.detach(), trained_bias))
 
 
 def composite_for(module: nn.Module) -> Composite | None:
     """How ``module`` is taken apart, None if it is no composite."""
     if isinstance(module, nn.MultiheadAttention):
         return Attention()
-    fused = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    fused = [module._parameters.get(name) for name in (_first_weight(module), "down_proj")]
     if all(weight is not None and weight.ndim == 3 for weight in fused) and hasattr(module, "_apply_gate"):
         return Experts()
     return None
@@ -221,10 +241,6 @@ def _spread(rows: Tensor, token: Tensor, like: Tensor) -> Tensor:
     batch, positions = like.shape[:2]
     empty = torch.zeros(batch * positions, rows.shape[-1], dtype=rows.dtype, device=rows.device)
     return empty.index_copy(0, token, rows).view(batch, positions, -1)
-
-
-def _argument(call: ModuleCall, place: int, name: str) -> Any:
-    return call.args[place] if place < len(call.args) else call.kwargs[name]
 
 
 def parts_of(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

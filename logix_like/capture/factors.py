@@ -20,7 +20,7 @@ per-sample gradient grows by ``outputs^T inputs``), and whether the inputs were 
 """
 
 OnInput = Callable[[str, Tensor], None]
-"""Told once, while it is read, of an input that the modules of a group share: the group, ``[batch, positions, rank]``."""
+"""Told once, when it is read, of an input that the modules of a group share: group and ``[batch, positions, rank]``."""
 
 
 @dataclass(slots=True)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logix_like.errors import CaptureError
+
 
 @dataclass(frozen=True)
 class Side:
@@ -69,6 +71,8 @@ class Rule(ABC):
     """Whether the module's ``weight`` is stored as ``[d_in, d_out]``."""
     shares_input = False
     """Whether several modules that read one tensor may share its projection."""
+    by_position = False
+    """Whether what is between the first and the last dimension counts positions that have nothing to do with others."""
 
     @abstractmethod
     def shape(self, module: Any) -> tuple[int, int]:
@@ -88,6 +92,12 @@ class Rule(ABC):
         """Why this very module cannot be captured, or None if it can."""
         return None
 
+    def matrix(self, module: Any, gradient: Tensor) -> Tensor:
+        """The weight's gradient as its matrix ``[d_out, d_in]``."""
+        if gradient.ndim == 1:
+            return gradient.unsqueeze(1)
+        return (gradient.T if self.transposed else gradient).flatten(1)
+
     def input_moment(self, module: Any, value: Tensor, side: Side) -> Tensor:
         """Sum of ``a a^T`` over the positions of ``value``, or its diagonal where all else is zero."""
         kept = self.read_input(module, value, side)
@@ -100,6 +110,7 @@ class LinearRule(Rule):
 
     kind = "linear"
     shares_input = True
+    by_position = True
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
@@ -139,18 +150,22 @@ class ConvRule(Rule):
         return module.out_channels, module.in_channels // module.groups * prod(module.kernel_size)
 
     def read_input(self, module: Any, value: Tensor, side: Side) -> Tensor:
+        matrix, groups = _explicit(side, value), module.groups
+        kernel = matrix.view(len(matrix), -1, *module.kernel_size)
+        bias = None if side.bias is None else side.bias.repeat(groups)
+        places = self._places(module, value, kernel, bias)
+        return places.reshape(len(value), groups, len(matrix), -1).transpose(2, 3).flatten(1, 2)
+
+    def _places(self, module: Any, value: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """``value`` convolved with ``kernel [rank, d_in of a group, ...]``: ``[batch, groups x rank, ...]``."""
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(module.kernel_size) - 1]
-        groups, padding = module.groups, module.padding
+        padding = module.padding
         if module.padding_mode != "zeros":
             value = F.pad(value, module._reversed_padding_repeated_twice, mode=module.padding_mode)
             padding = 0
-        matrix = _explicit(side, value)
-        rank = len(matrix)
-        kernel = matrix.view(rank, -1, *module.kernel_size)
-        kernel = kernel.repeat(groups, *(1,) * (kernel.ndim - 1))
-        bias = None if side.bias is None else side.bias.repeat(groups)
-        places = convolve(value, kernel, bias, module.stride, padding, module.dilation, groups)
-        return places.reshape(len(value), groups, rank, -1).transpose(2, 3).flatten(1, 2)
+        kernel = kernel.repeat(module.groups, *(1,) * (kernel.ndim - 1))
+        places: Tensor = convolve(value, kernel, bias, module.stride, padding, module.dilation, module.groups)
+        return places
 
     def read_gradient(
         self, module: Any, kept: Tensor, gradient: Tensor, input_side: Side, output_side: Side
@@ -162,11 +177,43 @@ class ConvRule(Rule):
         return kept, (places.transpose(2, 3) @ matrix).flatten(1, 2)
 
 
+class ConvTransposeRule(ConvRule):
+    """``nn.ConvTranspose1d/2d/3d``: a convolution whose patches have zeros between the input's numbers.
+
+    The matrix is ``[out, in / groups x kernel]`` as for any convolution, though the weight is stored as
+    ``[in, out / groups, kernel]``; the projection is convolved with in the module's own, transposed way.
+    """
+
+    def _places(self, module: Any, value: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(module.kernel_size) - 1]
+        kernel = kernel.transpose(0, 1).repeat(module.groups, *(1,) * (kernel.ndim - 1))
+        settings = module.stride, module.padding, module.output_padding, module.groups, module.dilation
+        places: Tensor = convolve(value, kernel, bias, *settings)
+        return places
+
+    def read_gradient(
+        self, module: Any, kept: Tensor, gradient: Tensor, input_side: Side, output_side: Side
+    ) -> tuple[Tensor, Tensor]:
+        inward, outward = super().read_gradient(module, kept, gradient, input_side, output_side)
+        if inward.shape[1] != outward.shape[1]:
+            raise CaptureError(
+                f"{type(module).__name__} was called with an output_size that its output_padding does not give: its "
+                f"output has {outward.shape[1]} places for {inward.shape[1]}; set output_padding, or exclude the module"
+            )
+        return inward, outward
+
+    def matrix(self, module: Any, gradient: Tensor) -> Tensor:
+        groups = gradient.unflatten(0, (module.groups, -1))
+        joined: Tensor = groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        return joined
+
+
 class EmbeddingRule(Rule):
     """``nn.Embedding``: the input is a one-hot vector, so its projection is looked up."""
 
     kind = "embedding"
     transposed = True
+    by_position = True
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings
@@ -198,15 +245,16 @@ class EmbeddingRule(Rule):
 
 
 class NormRule(Rule):
-    """LayerNorm and RMSNorm: elementwise weight (and bias).
+    """LayerNorm, RMSNorm and GroupNorm: elementwise weight (and bias).
 
     The per-sample gradient of the weight, ``sum_t d_t * x^_t``, and of the bias, ``sum_t d_t``, are the
     columns of a matrix ``[d, 1 or 2]``; each column counts as a position whose ``a`` is its unit vector.
     """
 
-    def __init__(self, kind: str, normalize: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, kind: str, normalize: Callable[[Any, Tensor], Tensor], *, channels_first: bool = False) -> None:
         self.kind = kind
         self._normalize = normalize
+        self._channels_first = channels_first
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.weight.numel(), 1
@@ -220,17 +268,27 @@ class NormRule(Rule):
     def read_gradient(
         self, module: Any, kept: Tensor, gradient: Tensor, input_side: Side, output_side: Side
     ) -> tuple[Tensor, Tensor]:
-        batch, width = len(gradient), module.weight.numel()
-        gradient = gradient.reshape(batch, -1, width)
+        batch = len(gradient)
+        gradient = self._vectors(module, gradient)
         columns, units = [], []
         if input_side.weight:
-            columns.append((gradient * kept.reshape(batch, -1, width)).sum(1))
+            columns.append((gradient * self._vectors(module, kept)).sum(1))
             units.append(_explicit(input_side, gradient)[:, 0])
         if input_side.bias is not None:
             columns.append(gradient.sum(1))
             units.append(input_side.bias)
         outputs = output_side.project(torch.stack(columns, 1).to(gradient.dtype))
         return torch.stack(units).expand(batch, -1, -1), outputs
+
+    def _vectors(self, module: Any, value: Tensor) -> Tensor:
+        """``[batch, positions, width]``."""
+        if self._channels_first:
+            return value.flatten(2).transpose(1, 2) if value.ndim > 2 else value.unsqueeze(1)
+        return value.reshape(len(value), -1, module.weight.numel())
+
+
+def _group_norm(module: Any, value: Tensor) -> Tensor:
+    return F.group_norm(value, module.num_groups, eps=module.eps)
 
 
 def _layer_norm(module: Any, value: Tensor) -> Tensor:
@@ -263,9 +321,13 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "Conv1d": ConvRule(),
         "Conv2d": ConvRule(),
         "Conv3d": ConvRule(),
+        "ConvTranspose1d": ConvTransposeRule(),
+        "ConvTranspose2d": ConvTransposeRule(),
+        "ConvTranspose3d": ConvTransposeRule(),
         "Embedding": EmbeddingRule(),
         "LayerNorm": NormRule("layer_norm", _layer_norm),
         "RMSNorm": NormRule("rms_norm", _rms_norm),
+        "GroupNorm": NormRule("group_norm", _group_norm, channels_first=True),
     }
 )
 """Rules by the type name that a config's ``modules.types`` uses."""

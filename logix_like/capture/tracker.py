@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.batch import FactorMoments
-from logix_like.capture.factors import FactorReader
+from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
@@ -74,14 +74,21 @@ class Tracker:
         return self._layout
 
     def recording(
-        self, batch: int, *, mask: Tensor | None = None, moments: bool = False, detached: bool = False
+        self,
+        batch: int,
+        *,
+        mask: Tensor | None = None,
+        moments: bool = False,
+        detached: bool = False,
+        on_factors: OnFactors | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
-        graph at the first tracked module (for models whose weights are frozen).
+        graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
+        each call's part as well.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -95,10 +102,11 @@ class Tracker:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
         rule, module = call.tracked.rule, call.tracked.module
-        value, gradient = _finite(call.value, call.gradient)
+        value, gradient = _finite(call.value, call.gradient, recording.mask if rule.by_position else None)
         wide = value if value.is_floating_point() else gradient
         for use in call.tracked.uses:
             inward, outward = self.projector.raw_sides(use, wide.dtype, wide.device)
@@ -114,6 +122,25 @@ class Tracker:
             yield use.block, moments[::-1] if use.transposed else moments
 
 
+def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
+    """By block: the gradient ``[d_out, d_in]`` that the last backward pass left in the parameters.
+
+    Raises:
+        CaptureError: a block's gradient is missing or spread over processes.
+    """
+    found = {}
+    for tracked in selection.modules:
+        use = tracked.uses[-1]
+        if use.block == tracked.name and not use.transposed:
+            matrix = _gradient_matrix(tracked, use)
+            if matrix is not None:
+                found[use.block] = matrix
+    missing = [block.name for block in selection.blocks if block.name not in found]
+    if missing:
+        raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
+    return found
+
+
 def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
     """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
     columns = []
@@ -126,26 +153,40 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
         gradient = parameter.grad.detach()
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        if part == "bias" or gradient.ndim == 1:
-            columns.append(gradient.reshape(-1, 1))
-        else:
-            columns.append((gradient.T if tracked.rule.transposed else gradient).flatten(1))
+        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
     return torch.cat(columns, 1) if columns else None
 
 
-def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the samples of which a number is not finite: they would spoil every moment."""
+def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both without the samples of which a number is not finite: they would spoil every moment.
+
+    Positions that ``mask`` leaves out are not there either; the others are samples of their own then.
+    """
     keep = value.flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
+    if mask is not None and mask.shape == value.shape[:2] == gradient.shape[:2]:
+        counted = mask.bool().to(keep.device) & keep.unsqueeze(1)
+        return value[counted], gradient[counted]
     return (value, gradient) if bool(keep.all()) else (value[keep], gradient[keep])
 
 
 class Recording:
     """What one block of training code called, and the rows that come of it."""
 
-    def __init__(self, tracker: Tracker, batch: int, *, mask: Tensor | None, moments: bool, detached: bool) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        batch: int,
+        *,
+        mask: Tensor | None,
+        moments: bool,
+        detached: bool,
+        on_factors: OnFactors | None = None,
+    ) -> None:
+        self._on_factors = on_factors
         self._tracker = tracker
         self._batch = batch
-        self._mask = mask
+        self.mask = mask
+        """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
         self.factor = 1.0
         """What the captured gradients are to be multiplied by; set when the block ends."""
@@ -232,13 +273,14 @@ class Recording:
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:
         # Not owned by the recorder: a cycle would keep its rows until Python's collector comes by.
-        return FactorReader(self._tracker.projector, recorder.add_factors, recorder.add_shared_input)
+        told = recorder.add_factors if self._on_factors is None else _both(recorder.add_factors, self._on_factors)
+        return FactorReader(self._tracker.projector, told, recorder.add_shared_input)
 
     def _new_recorder(self) -> BlockRecorder:
         return BlockRecorder(
             self._tracker.layout,
             self._batch,
-            mask=self._mask,
+            mask=self.mask,
             moments=self._with_moments,
             dtype=self._tracker.dtype,
             device=self._tracker.device,
@@ -256,3 +298,11 @@ class Recording:
     def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         assert isinstance(kept, Tensor)
         self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))
+
+
+def _both(first: OnFactors, second: OnFactors) -> OnFactors:
+    def hand_on(block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        first(block, inward, outward, shared)
+        second(block, inward, outward, shared)
+
+    return hand_on

@@ -12,9 +12,9 @@ from logix_like import load
 from logix_like.cli.app import app
 from logix_like.cli.options import AsJson, StorePath, as_json, choice
 from logix_like.preconditioner import PRECONDITIONERS
-from logix_like.query.engine import ENGINES, REDUCTIONS
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
+from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.query.result import InfluenceResult, Ranking
 from logix_like.query.table import influence_table
 
@@ -91,7 +91,7 @@ def query(
         typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: Path, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
+def _answer(path: str, queries: Path, k: int | None, options: Mapping[str, Any]) -> InfluenceResult:
     """The first of both sides; the engine shows its progress on stderr."""
     run = load(path)
     store = run.store

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a store: <root>/<project>.")]
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="A store: its folder <root>/<project>, or its URL (s3://...).")
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -1,4 +1,4 @@
-"""Commands that show results in a browser: ``report``."""
+"""Commands that show results in a browser: ``report`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -47,9 +47,51 @@ def report(
     typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: Path, gradients: QueryGradients, k: int) -> InfluenceResult:
+def _answer(path: str, gradients: QueryGradients, k: int) -> InfluenceResult:
     """All scores where memory allows, else the extremes alone."""
     run = load(path)
     held = len(gradients) * len(run.store) <= PAIRS_HELD
     options: dict[str, Any] = {} if held else {"k": k}
     return run.compute_influence_all(gradients, **options)
+
+
+@app.command(epilog="Example: logix-like serve logix/mnist --data mydata:text_of --model mymodel:trained")
+def serve(
+    store: StorePath,
+    data: DataOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function in one of your modules that returns (model, loss_fn); loss_fn(model, text) is the loss of "
+            "a typed query.",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; any but this machine's own shows the store to "
+            "everybody there who has the token."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8799,
+) -> None:
+    """Look into a store in a browser: its samples, what influenced what, how the run is doing. Ends with Ctrl-C."""
+    from logix_like.explorer.server import serve as run_server
+    from logix_like.explorer.state import Explorer
+
+    explorer = Explorer(store, load_object(data), _model(model))
+    try:
+        run_server(explorer, host, port, lambda address: typer.echo(f"open {address}", err=True))
+    finally:
+        explorer.close()
+
+
+def _model(name: str | None) -> Any:
+    """The model and the loss of a text that the user's function returns."""
+    if name is None:
+        return None
+    made = load_object(name)()
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
+        raise typer.BadParameter(f"{name} returned a {type(made).__name__}; it must return (model, loss_fn)")
+    return made

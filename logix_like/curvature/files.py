@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
+from logix_like.errors import ConfigError, StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
-from logix_like.store.files import checksum, sync_folder, temporary_name
+from logix_like.store.files import Place, checksum, sync_folder, temporary_name
 
 FORMAT = 1
 SIDES = ("input", "output")
@@ -63,18 +64,36 @@ def load_curvature(path: str | Path) -> Curvature:
         raise StoreDamagedError(f"{path} lacks a part of its curvature ({error!r}); fit it again") from error
 
 
+def stored_curvature(store: Place, name: str) -> Path:
+    """The file of the curvature ``name`` in the folder of a store.
+
+    Raises:
+        ConfigError: the name is not that of a file, or the store is no folder.
+    """
+    if not isinstance(store, Path):
+        raise ConfigError(
+            f"{store} is an object store, and a curvature is kept in a file; use "
+            "logix_like.curvature.fit_curvature and save_curvature with a path of your own"
+        )
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
+    return store / "curvature" / f"{name}.safetensors"
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
     """Write ``tensors`` and plain data ``about`` them, with a checksum over both."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = json.dumps(about)
     temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(whole, temporary, metadata={"about": document, "crc": _seal(whole, document)})
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}; see to the disk, or name another place") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

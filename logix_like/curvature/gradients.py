@@ -11,6 +11,7 @@ from torch import Tensor
 from logix_like.curvature.sweep import Blocks, Sink, widened
 from logix_like.errors import CaptureError
 from logix_like.linalg.basis import Basis
+from logix_like.linalg.lowrank import LowRank
 from logix_like.linalg.products import Precision, products
 
 
@@ -31,38 +32,44 @@ class InnerProducts(Sink):
     """Inner products of per-sample gradients with vectors, taken from the factors.
 
     A gradient is formed only where that costs less: for ``q`` vectors and ``t`` positions, ``(t + q) d_in d_out``
-    products a sample against ``t q d_in d_out`` (which is less for a single position), or
-    ``t q r (d_in + d_out)`` with vectors of rank ``r``.
+    products a sample against ``t q d_in d_out`` (less for a single position), or ``t q r (d_in + d_out)`` with
+    vectors of rank ``r``.
     """
 
-    def __init__(self, vectors: Blocks, precision: Precision = "highest") -> None:
-        self._vectors = {name: vector.contiguous() for name, vector in vectors.items()}
+    def __init__(self, vectors: Mapping[str, Tensor | LowRank], precision: Precision = "highest") -> None:
+        self._vectors = dict(vectors)
         self._precision: Precision = precision
-        self._samples = 0
         self.modules: dict[str, Tensor] = {}
-        """By block: ``[vectors, samples]`` of the last batch."""
+        """By block: ``[vectors, samples]`` of the last batch; vectors' blocks that got no gradient are missing."""
 
     def begin(self, samples: int, mask: Tensor | None) -> None:
-        self._samples = samples
         self.modules = {}
 
     def add_factors(self, block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
-        vectors = self._vectors[block]
+        vectors = self._vectors.get(block)
+        if vectors is None:
+            return
         with products(self._precision):
-            found = _inner_products(widened(inputs), widened(outputs), vectors)
+            found = inner_products(widened(inputs), widened(outputs), vectors)
         known = self.modules.get(block)
         self.modules[block] = found if known is None else known + found
 
 
-def _inner_products(inputs: Tensor, outputs: Tensor, vectors: Tensor) -> Tensor:
-    vectors = vectors.to(inputs)
-    samples, positions, d_in = inputs.shape
-    count, d_out, _ = vectors.shape
+def inner_products(inputs: Tensor, outputs: Tensor, vectors: Tensor | LowRank) -> Tensor:
+    """``[q, n]``: ``sum_t d_t^T V_q a_t`` for ``inputs [n, t, d_in]``, ``outputs [n, t, d_out]`` and q vectors."""
+    (_, positions, d_in), d_out = inputs.shape, outputs.shape[2]
+    if isinstance(vectors, LowRank):
+        count, _, rank = vectors.left.shape
+        if positions * count * rank * (d_in + d_out) < (positions + count) * d_in * d_out:
+            mapped = torch.einsum("nti,qri->nqtr", inputs, vectors.right.to(inputs))
+            return torch.einsum("nqtr,nto,qor->qn", mapped, outputs, vectors.left.to(inputs))
+        whole = vectors.whole().to(inputs)
+    else:
+        whole = vectors.to(inputs)
+    count = len(whole)
     if positions * count > positions + count:
-        gradients = outputs.mT @ inputs
-        return vectors.flatten(1) @ gradients.flatten(1).T
-    # [n t, d_in] x [d_in, q d_out], then against the outputs
-    mapped = (inputs.reshape(-1, d_in) @ vectors.reshape(-1, d_in).T).view(samples, positions, count, d_out)
+        return whole.flatten(1) @ (outputs.mT @ inputs).flatten(1).T
+    mapped = (inputs.reshape(-1, d_in) @ whole.reshape(-1, d_in).T).view(*inputs.shape[:2], count, d_out)
     return torch.einsum("ntqo,nto->qn", mapped, outputs)
 
 
@@ -75,6 +82,7 @@ class EigenSink(Sink):
 
     def __init__(self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision) -> None:
         self._bases = dict(bases)
+        self._cast: dict[int, Basis] = {}
         self._precision: Precision = precision
         self._single: frozenset[str] | None = None
         self._taken: set[str] = set()
@@ -90,7 +98,7 @@ class EigenSink(Sink):
 
     def add_factors(self, block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
         with products(self._precision):
-            rotated = self._rotated_input(block, inputs), self._bases[block][1].rotate(widened(outputs))
+            rotated = self._rotated_input(block, inputs), self._rotated(self._bases[block][1], outputs)
             if self._single is not None and block in self._single and block not in self._waiting:
                 self._single_call(block, rotated)
             else:
@@ -119,8 +127,15 @@ class EigenSink(Sink):
         # Modules that share an input go backward one after another: the last one's is kept.
         basis = self._bases[block][0]
         if self._last is None or self._last[0] is not inputs:
-            self._last = inputs, basis.rotate(widened(inputs))
+            self._last = inputs, self._rotated(basis, inputs)
         return self._last[1]
+
+    def _rotated(self, basis: Basis, factor: Tensor) -> Tensor:
+        factor = widened(factor)
+        cast = self._cast.get(id(basis))
+        if cast is None or cast.parts[0].dtype != factor.dtype or cast.parts[0].device != factor.device:
+            cast = self._cast[id(basis)] = basis.to(factor)
+        return cast.rotate(factor)
 
 
 class SquareSums(EigenSink):

@@ -35,10 +35,10 @@ class Sink(ABC):
     A sample's gradient of a block is ``sum over calls of outputs^T inputs``.
     """
 
-    def begin(self, samples: int, mask: Tensor | None) -> None:
+    def begin(self, samples: int, mask: Tensor | None) -> None:  # noqa: B027
         """A batch of ``samples`` begins; ``mask [samples, positions]`` says which positions count, None all."""
 
-    def add_input(self, group: str, inputs: Tensor) -> None:
+    def add_input(self, group: str, inputs: Tensor) -> None:  # noqa: B027 (most have no need of it)
         """``inputs [samples, positions, d_in]`` that all modules of a group read; told once."""
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Sink(ABC):
         ``shared`` inputs were told to :meth:`add_input` before.
         """
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027
         """The batch has ended."""
 
 
@@ -60,6 +60,7 @@ class Sweep:
         objective: What the model is trained for.
         selection: Its tracked modules.
         mask: ``mask(batch) -> [batch, positions]``; without it, the ``attention_mask`` of a batch that has one.
+        projector: Makes factors small; without it they have full size.
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class Sweep:
         selection: Selection,
         *,
         mask: Callable[[Batch], Tensor | None] | None = None,
+        projector: Projector | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
         self.selection = selection
         self._mask = mask or _attention_mask
-        self._projector = Projector(selection.blocks, INITS["identity"], rank=1, seed=0)
+        self._projector = projector or Projector(selection.blocks, INITS["identity"], rank=1, seed=0)
 
     @property
     def layout(self) -> Layout:

@@ -2,75 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError
+from logix_like.damping import Damping, DampingSetting
+from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.layout import DataId
 from logix_like.preconditioner import FittedPreconditioner, require_preconditioner
-from logix_like.query.completion import QueryStore
+from logix_like.query.completion import QueryStore, require_answerable
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.index import FlatIndex
+from logix_like.query.groups import GroupInfluence, named_groups, second_order
+from logix_like.query.index import Vectors, load_faiss
+from logix_like.query.indexing import IndexSearch
+from logix_like.query.keeping import IndexKey
+from logix_like.query.labels import id_array, labels, ranking
 from logix_like.query.modes import MODES
-from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence, is_count
+from logix_like.query.parts import Parts, parts_of
+from logix_like.query.question import REDUCTIONS, Question
+from logix_like.query.result import InfluenceResult, SelfInfluence, is_count
 from logix_like.query.scan import Candidates
-from logix_like.query.scoring import Extremes, Task, every_score, exact_extremes, indexed_extremes
-
-REDUCTIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "mean": "samples, each the mean of its visits",
-        "sum": "samples, each the sum of its visits",
-        "last": "samples, each its last visit",
-        "none": "visits, each by itself",
-    }
+from logix_like.query.scoring import (
+    Extremes,
+    Sides,
+    Task,
+    every_part,
+    every_score,
+    exact_extremes,
+    parts_of_extremes,
 )
-"""How visits of one sample are combined, in words."""
-
-ENGINES = ("exact", "faiss")
-"""``exact`` reads every row; ``faiss`` asks an index in memory and scores its candidates exactly."""
-
+from logix_like.query.selection import Where, select
+from logix_like.query.sieve import Scorer
 
 KEPT_BYTES = 32 * 2**20
 """How much of a small store is kept in memory, decoded, from one question to the next."""
-
-Steps = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Question:
-    """The options of a query; a wrong one is a :class:`QueryError` that lists the right ones."""
-
-    k: int | None
-    preconditioner: str
-    damping: float
-    mode: str
-    reduce: str
-    engine: str
-
-    def __post_init__(self) -> None:
-        """Check every option that needs no store to be checked."""
-        require_preconditioner(self.preconditioner, self.damping)
-        for what, name, known in (
-            ("mode", self.mode, tuple(MODES)),
-            ("reduce", self.reduce, tuple(REDUCTIONS)),
-            ("engine", self.engine, ENGINES),
-        ):
-            if name not in known:
-                raise QueryError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-        if self.k is not None and not is_count(self.k):
-            raise QueryError(f"k is {self.k!r}; it must be a whole number, or None for the scores of all samples")
-        if self.k is not None and self.k < 1:
-            raise QueryError(f"k is {self.k}; it must be at least 1, or None for the scores of all samples")
-        if self.k is None and self.engine == "faiss":
-            raise QueryError("engine='faiss' finds the first k only: give k=, or ask with engine='exact'")
 
 
 class QueryEngine:
@@ -91,7 +60,7 @@ class QueryEngine:
         self._fitter = Fitter(store)
         self._candidates: Recent[Candidates] = Recent(2)
         self._lengths: Recent[Tensor] = Recent(4)
-        self._indexes: Recent[FlatIndex] = Recent(1)
+        self._search = IndexSearch()
 
     def influence(
         self,
@@ -99,11 +68,16 @@ class QueryEngine:
         *,
         k: int | None = None,
         preconditioner: str = "auto",
-        damping: float = 0.1,
+        damping: DampingSetting = 0.1,
         mode: str = "dot",
         reduce: str = "mean",
         engine: str = "exact",
+        where: Where | None = None,
         data_id: Sequence[DataId] | None = None,
+        per: str | None = None,
+        normalize: bool = False,
+        client: object = None,
+        index: str = "Flat",
         progress: bool | None = None,
     ) -> InfluenceResult:
         """Score every sample of the store for every query: ``g_q^T (F + lambda I)^-1 g_i``.
@@ -116,11 +90,19 @@ class QueryEngine:
             k: Hold only the k highest and the k lowest scores of each query: memory then does not grow with
                 the store. None holds all scores.
             preconditioner: A key of :data:`logix_like.preconditioner.PRECONDITIONERS`.
-            damping: lambda as a multiple of the mean eigenvalue of each module's block.
+            damping: lambda as a multiple of the mean eigenvalue of each module's block, ``"auto"``, or
+                ``{"absolute": lambda}``; see :mod:`logix_like.damping`.
             mode: A key of :data:`logix_like.query.modes.MODES`.
-            reduce: A key of :data:`REDUCTIONS`.
-            engine: One of :data:`ENGINES`.
+            reduce: A key of :data:`logix_like.query.question.REDUCTIONS`.
+            engine: One of :data:`logix_like.query.question.ENGINES`.
+            where: Rank only some samples: ``{column: value or values}`` (columns are ``data_id``, ``step``,
+                ``epoch`` and the user's metadata), ids, or a mask over the rows of ``store.view(reduce)``.
             data_id: Rank only the samples with these ids; the result has them in the store's order.
+            per: Split scores by ``"module"`` or by ``"layer"`` (a module's name up to its last number).
+            normalize: Ask with each query's gradient at length 1 (in the preconditioner's geometry), so that scores
+                of different queries can be compared.
+            client: For ``engine="dask"``: a Dask client or an executor; see :mod:`logix_like.query.distributed`.
+            index: For ``engine="faiss"``: a factory string of FAISS; see :mod:`logix_like.query.index`.
             progress: Show a progress bar: always, never, or (None) on a terminal when it takes long.
 
         Raises:
@@ -129,24 +111,27 @@ class QueryEngine:
             EmptyStoreError: the store has no row to rank.
             StatisticsError: a statistic is missing and cannot be computed, or a block is singular.
         """
-        question = Question(k, preconditioner, damping, mode, reduce, engine)
-        candidates = self._select(reduce, data_id)
-        self._require_answerable(query, candidates)
+        question = Question(k, preconditioner, Damping.of(damping), mode, reduce, engine, per, normalize)
+        candidates = select(select(self._every(reduce), where), data_id)
+        require_answerable(query, candidates.rows.layout, self._store)
         if k is not None and k > candidates.count:
             raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
-        fit = self._fitter.fit(preconditioner, damping, progress)
+        fit = self._fitter.fit(preconditioner, question.damping, progress)
         task = self._task(question, query, candidates, fit, progress)
+        parts = None if per is None else parts_of(candidates.rows.layout, per)
+        answer, remark = self._answer(question, task, fit, parts, client, index)
         return InfluenceResult(
             query_id=tuple(query.data_id),
             samples=candidates.count,
             mode=mode,
             preconditioner=preconditioner,
-            damping=damping,
+            damping=question.damping.setting,
             reduce=reduce,
             engine=engine,
-            note=self._note(question, candidates, fit, query),
+            note=self._note(question, candidates, fit, query, remark),
             source=str(getattr(self._store, "path", "")),
-            **self._answer(question, task, fit),
+            part_names=() if parts is None else parts.names,
+            **answer,
         )
 
     def self_influence(
@@ -154,8 +139,9 @@ class QueryEngine:
         query: QueryGradients | None = None,
         *,
         preconditioner: str = "auto",
-        damping: float = 0.1,
+        damping: DampingSetting = 0.1,
         reduce: str = "mean",
+        where: Where | None = None,
         data_id: Sequence[DataId] | None = None,
         progress: bool | None = None,
     ) -> SelfInfluence:
@@ -163,28 +149,113 @@ class QueryEngine:
 
         Options and errors are those of :meth:`influence`.
         """
-        question = Question(None, preconditioner, damping, "dot", reduce, "exact")
-        candidates = self._select(reduce, data_id)
+        question = Question(None, preconditioner, Damping.of(damping), "dot", reduce)
+        candidates = select(select(self._every(reduce), where), data_id)
         if query is not None:
-            self._require_answerable(query, candidates)
-        fit = self._fitter.fit(preconditioner, damping, progress)
-        note = self._note(question, candidates, fit, query)
+            require_answerable(query, candidates.rows.layout, self._store)
+        fit = self._fitter.fit(preconditioner, question.damping, progress)
+        settings = preconditioner, question.damping.setting, reduce, self._note(question, candidates, fit, query)
         if query is not None:
             gradients = query.gradients.detach().to("cpu", candidates.dtype)
             scores = _squared_lengths(gradients, fit.preconditioner)
-            return SelfInfluence(_id_array(query.data_id), scores, preconditioner, damping, reduce, note)
+            return SelfInfluence(id_array(query.data_id), scores, *settings, rows=fit.rows)
         factor = _factor(candidates)
         positions = candidates.positions()
         scores = self._row_lengths(candidates, fit, progress)[positions]
         scores = scores if factor is None else scores * factor[positions].square()
-        ids, step = _labels(candidates, positions, reduce)
-        return SelfInfluence(ids, scores, preconditioner, damping, reduce, note, step)
+        ids, step = labels(candidates, positions, reduce)
+        return SelfInfluence(ids, scores, *settings, step, fit.rows)
 
-    def preconditioner(self, name: str = "auto", damping: float = 0.1) -> FittedPreconditioner:
+    def group_influence(
+        self,
+        query: QueryGradients,
+        groups: Mapping[str, Sequence[DataId]] | Sequence[DataId],
+        *,
+        order: int = 1,
+        preconditioner: str = "auto",
+        damping: DampingSetting = 0.1,
+        reduce: str = "mean",
+        progress: bool | None = None,
+    ) -> GroupInfluence:
+        """Score sets of samples as wholes; other options and errors are those of :meth:`influence`.
+
+        Args:
+            query: What to ask with.
+            groups: Ids by the set's name; or one list of ids.
+            order: 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples, whose
+                curvature lacks that of the set (:func:`logix_like.query.groups.second_order`). Order 2 is the better
+                the larger the set's share in any direction; both agree for small sets.
+            preconditioner, damping, reduce, progress: As in :meth:`influence`.
+        """
+        if order not in (1, 2):
+            raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (one Newton step)")
+        question = Question(None, preconditioner, Damping.of(damping), "dot", reduce)
+        named, every = named_groups(groups), self._every(reduce)
+        require_answerable(query, every.rows.layout, self._store)
+        fit = self._fitter.fit(preconditioner, question.damping, progress)
+        preconditioned = fit.preconditioner.apply(query.gradients.detach().cpu())
+        scores, sizes = [], []
+        for ids in named.values():
+            chosen = select(every, ids)
+            total = _total(chosen, progress)
+            score = preconditioned.double() @ total
+            if order == 2:
+                visits = select(self._every("none"), ids)
+                held = visits.fetch(visits.positions())
+                score += second_order(chosen.rows.layout, fit.preconditioner, preconditioned, total, held, fit.rows)
+            scores.append(score)
+            sizes.append(chosen.count)
+        note = f"{'sum of scores' if order == 1 else 'one Newton step'}; {fit.described}; {REDUCTIONS[reduce]}"
+        names = tuple(named)
+        return GroupInfluence(tuple(query.data_id), names, tuple(sizes), torch.stack(scores, 1).float(), order, note)
+
+    def similar(
+        self,
+        data_id: Sequence[DataId],
+        *,
+        k: int = 10,
+        mode: str = "cosine",
+        preconditioner: str = "identity",
+        reduce: str = "mean",
+        **options: Any,
+    ) -> InfluenceResult:
+        """The samples whose stored gradients are most like those of ``data_id``, each sample itself left out.
+
+        A cosine near 1 tells of a near-duplicate for the model, however different the data look. ``options`` are those of
+        :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
+        """
+        every = self._every(reduce)
+        asked = select(every, data_id)
+        if not is_count(k) or not 1 <= k < every.count:
+            raise QueryError(f"k is {k!r}; it must be between 1 and {every.count - 1}, all samples but the one itself")
+        positions = asked.positions()
+        ids, _ = labels(asked, positions, reduce)
+        query = QueryGradients(tuple(ids.tolist()), asked.fetch(positions), every.rows.layout, "stored rows")
+        more = min(every.count, k + int(max(_repeats(ids.tolist()), 1)))
+        result = self.influence(query, k=more, mode=mode, preconditioner=preconditioner, reduce=reduce, **options)
+        assert result.top is not None and result.bottom is not None
+        top, bottom = (side.without(result.query_id, k) for side in (result.top, result.bottom))
+        return replace(result, top=top, bottom=bottom)
+
+    def preconditioned(
+        self,
+        query: QueryGradients,
+        *,
+        preconditioner: str = "auto",
+        damping: DampingSetting = 0.1,
+        progress: bool | None = None,
+    ) -> Tensor:
+        """``(F + lambda I)^-1 g_q`` of each query, ``[queries, width]``: its product with any row is a score."""
+        require_preconditioner(preconditioner)
+        require_answerable(query, self._every("none").rows.layout, self._store)
+        fit = self._fitter.fit(preconditioner, Damping.of(damping), progress)
+        return fit.preconditioner.apply(query.gradients.detach().cpu())
+
+    def preconditioner(self, name: str = "auto", damping: DampingSetting = 0.1) -> FittedPreconditioner:
         """The preconditioner that a query with these settings uses; fitted now if it was not yet."""
-        require_preconditioner(name, damping)
+        require_preconditioner(name)
         self._require_rows()
-        return self._fitter.fit(name, damping, None).preconditioner
+        return self._fitter.fit(name, Damping.of(damping), None).preconditioner
 
     def _require_rows(self) -> None:
         if not len(self._store):
@@ -193,63 +264,74 @@ class QueryEngine:
                 "before asking"
             )
 
-    def _require_answerable(self, query: QueryGradients, candidates: Candidates) -> None:
-        if not isinstance(query, QueryGradients):
-            raise QueryError(
-                f"the query is a {type(query).__name__}; it must be QueryGradients: those of 'with run.query(...) as "
-                "q' are q.gradients, saved ones come from QueryGradients.load(...)"
-            )
-        if query.layout != candidates.rows.layout:
-            candidates.rows.layout.require_same(query.layout)
-        known = self._store.projections_digest if query.projections else ""
-        if known and query.projections != known:
-            raise ModelMismatchError(
-                f"the queries were projected with other matrices ({query.projections}) than the rows ({known}): "
-                "another seed or another basis, so that no number of theirs means the same; capture the queries with "
-                "the store's projections (resume the run, or load them from the store)"
-            )
-        query.require_answerable()
-
-    def _select(self, reduce: str, data_id: Sequence[DataId] | None) -> Candidates:
+    def _every(self, reduce: str) -> Candidates:
+        """All rows of a view that can be ranked."""
         self._require_rows()
-        candidates = self._candidates.get(
+        return self._candidates.get(
             (self._store.key, reduce), lambda: Candidates.valid(self._store.view(reduce), self._keep_bytes)
         )
-        if data_id is None:
-            return candidates
-        if not isinstance(data_id, str | int | Iterable):
-            raise QueryError(f"data_id is {data_id!r}; it must be a list of the ids (str or int) to rank")
-        return candidates.restrict([data_id] if isinstance(data_id, str | int) else list(data_id))
 
     def _task(
-        self,
-        question: Question,
-        query: QueryGradients,
-        candidates: Candidates,
-        fit: Fit,
-        progress: bool | None,
+        self, question: Question, query: QueryGradients, candidates: Candidates, fit: Fit, progress: bool | None
     ) -> Task:
         mode, factor = MODES[question.mode], _factor(candidates)
         gradients = query.gradients.detach().to("cpu", candidates.dtype)
         preconditioned = fit.preconditioner.apply(gradients)
         query_lengths = lengths = torch.empty(0)
-        if mode.uses_lengths:
+        if mode.uses_lengths or question.normalize:
             query_lengths = (gradients * preconditioned).sum(dim=1)
+        if question.normalize:
+            scale = query_lengths.clamp_min(torch.finfo(query_lengths.dtype).tiny).rsqrt()
+            preconditioned = preconditioned * scale[:, None]
+            query_lengths = (query_lengths > 0).to(query_lengths.dtype)
+        if mode.uses_lengths:
             lengths = self._row_lengths(candidates, fit, progress)
             lengths = lengths if factor is None else lengths * factor.square()
-        return Task(candidates, mode, preconditioned, query_lengths, lengths, factor, progress)
+        return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, factor), progress)
 
-    def _answer(self, question: Question, task: Task, fit: Fit) -> dict[str, Any]:
-        """The fields of a result that hold scores."""
-        candidates, k, reduce = task.candidates, question.k, question.reduce
-        if k is None:
-            ids, step = _labels(candidates, candidates.positions(), reduce)
-            return {"data_id": ids, "scores": every_score(task), "step": step}
-        if question.engine == "faiss":
-            top, bottom = indexed_extremes(task, self._index(question, task, fit), k)
-        else:
-            top, bottom = exact_extremes(task, k)
-        return {"top": _ranking(candidates, top, reduce), "bottom": _ranking(candidates, bottom, reduce)}
+    def _answer(
+        self, question: Question, task: Task, fit: Fit, parts: Parts | None, client: object, index: str
+    ) -> tuple[dict[str, Any], str]:
+        """The fields of a result that hold scores, and a remark on how they were found."""
+        candidates, reduce = task.candidates, question.reduce
+        if question.k is None:
+            ids, step = labels(candidates, candidates.positions(), reduce)
+            split = None if parts is None else every_part(task, parts)
+            scores = every_score(task) if split is None else split.sum(dim=2)
+            return {"data_id": ids, "scores": scores, "step": step, "parts": split}, ""
+        (top, bottom), remark = self._extremes(question, question.k, task, fit, client, index)
+
+        def named(side: Extremes) -> Any:
+            return ranking(candidates, side, reduce, None if parts is None else parts_of_extremes(task, side, parts))
+
+        return {"top": named(top), "bottom": named(bottom)}, remark
+
+    def _extremes(
+        self, question: Question, k: int, task: Task, fit: Fit, client: object, index: str
+    ) -> tuple[Sides, str]:
+        if question.engine == "dask":
+            from logix_like.query.distributed import distributed_extremes
+
+            return distributed_extremes(task, question.mode, k, client), ""
+        if question.engine == "exact":
+            return exact_extremes(task, k), ""
+        every = self._every(question.reduce)
+        if every.fits_in_memory:
+            load_faiss()  # what is missing is said whatever the store's size
+            return exact_extremes(task, k), "the store is so small that scoring every row is faster than an index"
+        scaled = f"{fit.key}" if task.scorer.mode.uses_lengths else ""
+        key = IndexKey(index, question.reduce, question.mode, scaled)
+        cache = getattr(self._store, "cache", None)
+        return self._search.extremes(task, k, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
+
+    def _vectors(self, every: Candidates, task: Task, fit: Fit) -> Vectors:
+        """All rows that can be ranked, laid out for an index, whichever of them are asked for."""
+        scorer = task.scorer
+        lengths = torch.zeros(len(every.rows), dtype=every.dtype)
+        if scorer.mode.uses_lengths:
+            lengths = self._row_lengths(every, fit, task.progress)
+            lengths = lengths if scorer.factor is None else lengths * scorer.factor.square()
+        return Vectors(every, scorer.mode, lengths, scorer.factor, task.progress)
 
     def _row_lengths(self, candidates: Candidates, fit: Fit, progress: bool | None) -> Tensor:
         """``[rows]``: squared lengths of the rows themselves, 0 for those that are not wanted."""
@@ -266,25 +348,14 @@ class QueryEngine:
             return compute()
         return self._lengths.get((candidates.rows.key, fit.key), compute)
 
-    def _index(self, question: Question, task: Task, fit: Fit) -> FlatIndex:
-        """The index of all valid rows, whichever of them are asked for."""
-        every = self._select(question.reduce, None)
-
-        def build() -> FlatIndex:
-            lengths = torch.zeros(len(every.rows), dtype=every.dtype)
-            if task.mode.uses_lengths:
-                lengths = self._row_lengths(every, fit, task.progress)
-                lengths = lengths if task.factor is None else lengths * task.factor.square()
-            return FlatIndex(every, task.mode, lengths, task.factor, task.progress)
-
-        return self._indexes.get((every.rows.key, question.reduce, fit.key, question.mode), build)
-
-    def _note(self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None) -> str:
+    def _note(
+        self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None, remark: str = ""
+    ) -> str:
         parts = [
             f"{candidates.count:,} {REDUCTIONS[question.reduce]}",
-            f"{question.mode} score" if query is not None else "self-influence",
+            question.described if query is not None else "self-influence",
             fit.described,
-            f"{question.engine} engine",
+            f"{question.engine} engine" + (f" ({remark})" if remark else ""),
         ]
         left_out = len(self._store) - fit.rows
         if left_out:
@@ -304,21 +375,15 @@ def _factor(candidates: Candidates) -> Tensor | None:
     return None if factor is None else torch.as_tensor(factor).to(candidates.dtype)
 
 
-def _id_array(ids: Sequence[DataId]) -> Ids:
-    array = np.empty(len(ids), dtype=object)
-    array[:] = list(ids)
-    return array
+def _total(candidates: Candidates, progress: bool | None) -> Tensor:
+    """``[width]``, float64: the sum of all candidates."""
+    total, factor = torch.zeros(candidates.rows.layout.width, dtype=torch.float64), _factor(candidates)
+    for tile in candidates.tiles(progress, "group"):
+        rows = tile.values.double()
+        total += rows.sum(0) if factor is None else factor[tile.positions].double() @ rows
+    return total
 
 
-def _labels(candidates: Candidates, positions: Tensor, reduce: str) -> tuple[Ids, Steps | None]:
-    """Ids, and for single visits the steps, of the rows at ``positions`` (of any shape)."""
-    flat, shape = positions.flatten().numpy(), tuple(positions.shape)
-    ids = np.asarray(candidates.rows.data_id[flat], dtype=object).reshape(shape)
-    if reduce != "none":
-        return ids, None
-    return ids, np.asarray(candidates.rows.step[flat], dtype=np.int64).reshape(shape)
-
-
-def _ranking(candidates: Candidates, extremes: Extremes, reduce: str) -> Ranking:
-    ids, step = _labels(candidates, extremes.positions, reduce)
-    return Ranking(ids, extremes.scores, step)
+def _repeats(ids: list[DataId]) -> int:
+    """How often the most frequent of ``ids`` stands there."""
+    return max(ids.count(one) for one in set(ids))

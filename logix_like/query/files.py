@@ -33,7 +33,7 @@ from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
 FORMAT = {"format": "logix_like.influence", "version": 1}
 QUERY_FORMAT = {"format": "logix_like.queries", "version": 1}
 SELF_FORMAT = {"format": "logix_like.self_influence", "version": 1}
-SELF_PLAIN = ("preconditioner", "damping", "reduce", "note")
+SELF_PLAIN = ("preconditioner", "damping", "reduce", "note", "rows")
 PLAIN = ("samples", "mode", "preconditioner", "damping", "reduce", "engine", "note")
 DTYPES = ("float32", "float64", "int64", "object")
 """Kinds of arrays in a file; objects are data ids."""
@@ -73,7 +73,7 @@ def _self_influence(header: dict[str, Any], arrays: Arrays) -> SelfInfluence:
     ids, scores, step = arrays["data_id"], arrays["scores"], arrays.get("step")
     if scores.ndim != 1 or any(other.shape != scores.shape for other in (ids, step) if other is not None):
         raise ValueError(f"ids of shape {ids.shape} do not fit scores of shape {scores.shape}")
-    plain = {name: header[name] for name in SELF_PLAIN}
+    plain = {"rows": None} | {name: header[name] for name in SELF_PLAIN if name != "rows" or name in header}
     return SelfInfluence(ids, torch.from_numpy(np.ascontiguousarray(scores)), step=step, **plain)
 
 
@@ -183,15 +183,18 @@ _UNREADABLE = (
 def _take_apart(result: InfluenceResult) -> Parts:
     arrays: Arrays = {"query_id": _object_array(list(result.query_id))}
     if result.scores is not None and result.data_id is not None:
-        arrays |= _ranking_arrays("", Ranking(result.data_id, result.scores, result.step))
+        arrays |= _ranking_arrays("", Ranking(result.data_id, result.scores, result.step, result.parts))
     for side, ranking in (("top.", result.top), ("bottom.", result.bottom)):
         if ranking is not None:
             arrays |= _ranking_arrays(side, ranking)
-    return FORMAT | {name: getattr(result, name) for name in (*PLAIN, "source")}, arrays
+    header = FORMAT | {name: getattr(result, name) for name in (*PLAIN, "source")}
+    return header | ({"part_names": list(result.part_names)} if result.part_names else {}), arrays
 
 
 def _ranking_arrays(prefix: str, ranking: Ranking) -> Arrays:
     arrays: Arrays = {f"{prefix}ids": ranking.ids, f"{prefix}scores": ranking.scores.numpy()}
+    if ranking.parts is not None:
+        arrays[f"{prefix}parts"] = ranking.parts.numpy()
     return arrays if ranking.step is None else arrays | {f"{prefix}step": ranking.step}
 
 
@@ -206,6 +209,8 @@ def _put_together(header: dict[str, Any], arrays: Arrays) -> InfluenceResult:
         data_id=None if every is None else every.ids,
         scores=None if every is None else every.scores,
         step=None if every is None else every.step,
+        parts=None if every is None else every.parts,
+        part_names=tuple(header.get("part_names", ())),
         top=top,
         bottom=bottom,
         source=str(header.get("source", "")),
@@ -219,7 +224,11 @@ def _ranking_from(prefix: str, arrays: Arrays) -> Ranking | None:
     ids, scores, step = arrays[f"{prefix}ids"], arrays[f"{prefix}scores"], arrays.get(f"{prefix}step")
     if scores.ndim != 2 or ids.shape not in (scores.shape, scores.shape[1:]):
         raise ValueError(f"ids of shape {ids.shape} do not fit scores of shape {scores.shape}")
-    return Ranking(ids, torch.from_numpy(np.ascontiguousarray(scores)), step)
+    parts = arrays.get(f"{prefix}parts")
+    if parts is not None and parts.shape[:2] != scores.shape:
+        raise ValueError(f"parts of shape {parts.shape} do not fit scores of shape {scores.shape}")
+    split = None if parts is None else torch.from_numpy(np.ascontiguousarray(parts))
+    return Ranking(ids, torch.from_numpy(np.ascontiguousarray(scores)), step, split)
 
 
 def _write_json(parts: Parts, file: BinaryIO) -> None:

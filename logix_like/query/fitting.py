@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from logix_like.damping import Damping
 from logix_like.preconditioner import Curvature, FittedPreconditioner, fit_preconditioner
 from logix_like.query.completion import QueryStore, statistics_for
 
@@ -39,7 +40,7 @@ class Fit:
     """What it is and what it was fitted to, in words."""
     rows: int
     """How many of the stored rows are valid."""
-    key: tuple[str, str, float]
+    key: tuple[str, str, Damping]
     """Identifies the rows, the preconditioner and its damping."""
 
 
@@ -55,12 +56,12 @@ class Fitter:
         self._curvatures: Recent[Curvature] = Recent(2)
         self._fits: Recent[Fit] = Recent(4)
 
-    def fit(self, name: str, damping: float, progress: bool | None) -> Fit:
+    def fit(self, name: str, damping: Damping, progress: bool | None) -> Fit:
         """The preconditioner ``name`` with ``damping``; a missing statistic is computed from the store."""
-        key = (self._store.key, name, float(damping))
+        key = (self._store.key, name, damping)
         return self._fits.get(key, lambda: self._make(key, progress))
 
-    def _make(self, key: tuple[str, str, float], progress: bool | None) -> Fit:
+    def _make(self, key: tuple[str, str, Damping], progress: bool | None) -> Fit:
         _, name, damping = key
         curvature = self._curvatures.get(key[:2], lambda: Curvature(statistics_for(name, self._store, progress)))
         statistics = curvature.statistics
@@ -69,7 +70,7 @@ class Fitter:
         rows = int(self._store.valid.sum())
         described = f"preconditioner {fitted.summary()}"
         if name != "identity":
-            described += f", damping {damping:g}, empirical Fisher over {_covered(fitted, rows)} rows"
+            described += f", damping {damping}, empirical Fisher over {_covered(fitted, rows)} rows"
         if statistics.superseded and "kfac" in fitted.summary():
             described += f", Kronecker factors also of {statistics.superseded:,} rows that were taken back since"
         return Fit(fitted, described, rows, key)

@@ -30,10 +30,19 @@ class Mode(ABC):
 
     uses_lengths: bool
     """Whether the rows' own squared lengths are needed."""
+    proportional: bool = True
+    """Whether a score is its product times a positive number."""
 
     @abstractmethod
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
-        """Scores ``[queries, n]`` from products of that shape and squared lengths ``[queries]``, ``[n]``."""
+        """Scores from products and the squared lengths of both sides, number by number.
+
+        The lengths have shapes that fit the products': ``[queries, 1]`` and ``[n]`` for ``[queries, n]``.
+        """
+
+    @abstractmethod
+    def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
+        """How far a score moves when its product moves by 1; shapes as for :meth:`scores`."""
 
     @abstractmethod
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
@@ -53,6 +62,10 @@ class Dot(Mode):
         """Give the products themselves."""
         return products
 
+    def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
+        """Give 1."""
+        return torch.ones(())
+
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows themselves."""
         return rows
@@ -71,6 +84,10 @@ class Relatif(Mode):
         """Divide by the rows' lengths."""
         return products * _inverse_root(row_lengths)
 
+    def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
+        """Give what the products are multiplied by."""
+        return _inverse_root(row_lengths)
+
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows at length 1."""
         return rows * _inverse_root(row_lengths)[:, None]
@@ -87,7 +104,11 @@ class Cosine(Mode):
 
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Divide by both lengths."""
-        return products * _inverse_root(row_lengths) * _inverse_root(query_lengths)[:, None]
+        return products * _inverse_root(row_lengths) * _inverse_root(query_lengths)
+
+    def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
+        """Give what the products are multiplied by."""
+        return _inverse_root(row_lengths) * _inverse_root(query_lengths)
 
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows at length 1."""
@@ -102,10 +123,15 @@ class L2(Mode):
     """Minus the squared distance."""
 
     uses_lengths = True
+    proportional = False
 
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Expand the square."""
-        return 2 * products - query_lengths[:, None] - row_lengths
+        return 2 * products - query_lengths - row_lengths
+
+    def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
+        """Give 2."""
+        return torch.full((), 2.0)
 
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows doubled, with minus their squared length as one more number."""

@@ -18,12 +18,23 @@ class RunningTop:
         self._scores: Tensor | None = None
         self._positions: Tensor | None = None
 
+    @property
+    def threshold(self) -> Tensor | None:
+        """``[queries]``: the k-th best score (its negative, where the smallest are kept); None until there are k."""
+        full = self._scores is not None and self._scores.shape[1] == self._k
+        return self._scores[:, -1] if full and self._scores is not None else None
+
     def update(self, scores: Tensor, positions: Tensor) -> None:
-        """Take in ``scores [queries, n]`` of the rows at ``positions [n]``, which follow all rows before."""
+        """Take in ``scores [queries, n]`` of the rows at ``positions``, which follow all rows before.
+
+        Positions ascend; they are ``[n]``, or ``[queries, n]`` where each query has rows of its own (filled up with
+        rows of the worst possible score).
+        """
         signed = scores if self._sign > 0 else -scores
+        positions = positions.expand(scores.shape)
         if self._scores is None or self._positions is None:
             self._scores, chosen = stable_top(signed, self._k)
-            self._positions = positions[chosen]
+            self._positions = positions.gather(1, chosen)
             return
         rising = torch.ones(len(signed), dtype=torch.bool)
         if self._scores.shape[1] == self._k:
@@ -37,7 +48,7 @@ class RunningTop:
         assert self._scores is not None and self._positions is not None
         best, chosen = stable_top(signed[queries], self._k)
         joined = torch.cat([self._scores[queries], best], dim=1)
-        places = torch.cat([self._positions[queries], positions[chosen]], dim=1)
+        places = torch.cat([self._positions[queries], positions[queries].gather(1, chosen)], dim=1)
         best, chosen = stable_top(joined, self._k)
         if len(queries) == len(self._scores):  # always so until k scores are held: the width grows
             self._scores, self._positions = best, places.gather(1, chosen)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logix_like.damping import DampingSetting
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.layout import DataId
 from logix_like.query.ranking import stable_top
@@ -45,6 +47,8 @@ class Ranking:
     """``[queries, k]``."""
     step: NDArray[np.int64] | None = None
     """``[queries, k]``: the step of the visit, when every visit was ranked by itself."""
+    parts: Tensor | None = None
+    """``[queries, k, parts]``: what each part of the model adds to the score, when that was asked for."""
 
     @property
     def k(self) -> int:
@@ -53,7 +57,18 @@ class Ranking:
 
     def first(self, k: int) -> Ranking:
         """The first ``k`` of each query."""
-        return Ranking(self.ids[:, :k], self.scores[:, :k], None if self.step is None else self.step[:, :k])
+        step = None if self.step is None else self.step[:, :k]
+        parts = None if self.parts is None else self.parts[:, :k]
+        return Ranking(self.ids[:, :k], self.scores[:, :k], step, parts)
+
+    def without(self, ids: Sequence[DataId], k: int) -> Ranking:
+        """The first ``k`` of each query that are not ``ids[query]``; each query must have so many others."""
+        others = np.stack([np.flatnonzero(line != own)[:k] for line, own in zip(self.ids, ids, strict=True)])
+        lines, chosen = np.arange(len(ids))[:, None], torch.from_numpy(others)
+        rows = torch.from_numpy(lines)
+        step = None if self.step is None else self.step[lines, others]
+        parts = None if self.parts is None else self.parts[rows, chosen]
+        return Ranking(self.ids[lines, others], self.scores[rows, chosen], step, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +87,12 @@ class InfluenceResult:
     """``dot``, ``cosine``, ``relatif`` or ``l2``."""
     preconditioner: str
     """The preconditioner that was asked for."""
-    damping: float
-    """Its damping, as a multiple of each block's mean eigenvalue."""
+    damping: DampingSetting
+    """Its damping, as it was given; a number is a multiple of each block's mean eigenvalue."""
     reduce: str
     """How the visits of one sample were combined: ``mean``, ``sum``, ``last`` or ``none``."""
     engine: str
-    """``exact`` or ``faiss``."""
+    """``exact``, ``faiss`` or ``dask``."""
     note: str
     """What was computed, in words."""
     data_id: Ids | None = None
@@ -92,6 +107,10 @@ class InfluenceResult:
     """The opponents that were asked for with ``k=``, the lowest score first."""
     source: str = ""
     """Folder of the store that was asked; empty: not known."""
+    part_names: tuple[str, ...] = ()
+    """The parts of the model that scores were split into, with ``per=``; else empty."""
+    parts: Tensor | None = None
+    """``[queries, samples, parts]``: the scores split so; they sum to the scores."""
 
     @property
     def held(self) -> int:
@@ -117,7 +136,10 @@ class InfluenceResult:
         best, chosen = stable_top(self.scores if largest else -self.scores, k)
         columns = chosen.numpy()
         step = None if self.step is None else self.step[columns]
-        return Ranking(self.data_id[columns], best if largest else -best, step)
+        parts = None
+        if self.parts is not None:
+            parts = self.parts.gather(1, chosen[:, :, None].expand(-1, -1, self.parts.shape[2]))
+        return Ranking(self.data_id[columns], best if largest else -best, step, parts)
 
     def __str__(self) -> str:
         """Show a table of the first proponents and opponents of each query."""
@@ -209,14 +231,27 @@ class SelfInfluence:
     """``[samples]``."""
     preconditioner: str
     """The preconditioner that was asked for."""
-    damping: float
-    """Its damping, as a multiple of each block's mean eigenvalue."""
+    damping: DampingSetting
+    """Its damping, as it was given; a number is a multiple of each block's mean eigenvalue."""
     reduce: str
     """How the visits of one sample were combined."""
     note: str
     """What was computed, in words."""
     step: NDArray[np.int64] | None = None
     """``[samples]``: the step of each visit, when every visit was scored by itself."""
+    rows: int | None = None
+    """Over how many rows the curvature is a mean; None where that is not known."""
+
+    @property
+    def leverage(self) -> Tensor:
+        """``[samples]``: scores divided by the rows of the curvature.
+
+        With the covariance of the very rows as curvature each lies between 0 and 1, and all together add up to the
+        effective number of directions that the rows determine: near 1, a sample stands alone in its own.
+        """
+        if not self.rows:
+            raise QueryError("the leverage needs the number of rows of the curvature, which this result does not tell")
+        return self.scores / self.rows
 
     def save(self, path: str | Path) -> Path:
         """Write the self-influences to a ``.json`` or ``.npz`` file, at once or not at all; returns its path.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,14 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import EmptyStoreError, QueryError
-from logix_like.layout import DataId
 from logix_like.store.gradients import RowChunk
 from logix_like.store.view import Rows
 
-SPARSE_SHARE = 8
-"""When fewer than one row in so many is wanted, rows are fetched one by one instead of by chunks."""
-GATHERED_ROWS = 512
-"""Rows fetched one by one are held so many at a time."""
 PROGRESS_NUMBERS = 2**28
 """Rows with fewer numbers than this in all are scanned in a moment: no progress bar."""
 PROGRESS_DELAY = 2.0
@@ -30,35 +25,87 @@ PIECE_BYTES = 2 * 2**20
 """Decoded rows that are used once are made so many bytes at a time: they then stay in the caches."""
 
 
-@dataclass(frozen=True, eq=False)
-class Tile:
+class Tile(ABC):
     """Some rows of a scan, decoded when asked for."""
 
-    positions: Tensor
-    """``[n]``, where the rows stand among all rows; ascending."""
-    read: Callable[[int, int, Tensor | None], Tensor]
-    """From a, b and a buffer that may be used, rows a to b - 1 of these: ``[b - a, width]``."""
-
-    held: Tensor | None = None
-    """``[n, width]``: all of these rows, where they are kept decoded; not to be written to."""
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+        """``[n]``, where the rows stand among all rows; ascending."""
 
     def __len__(self) -> int:
         """Count the rows."""
         return len(self.positions)
 
+    @abstractmethod
+    def read(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        """Rows ``start`` to ``stop - 1`` of these, ``[stop - start, width]``; ``buffer`` may be used for them."""
+
+    @abstractmethod
+    def take(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Rows by ascending numbers within the tile, ``[n, width]``."""
+
     @property
     def values(self) -> Tensor:
-        """All of the rows, ``[n, width]``."""
-        return self.read(0, len(self), None) if self.held is None else self.held
+        """All of the rows, ``[n, width]``; not to be written to."""
+        return self.read(0, len(self))
 
-    def pieces(self, buffer: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the rows in pieces that fit ``buffer [m, width]``, as ``(a, b, values [b - a, width])``.
+    @property
+    def narrow(self) -> Tensor | None:
+        """All of the rows as they are stored, where that is plain bfloat16."""
+        return None
+
+    def pieces(self, buffer: Tensor, rows: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the first ``rows`` (all) in pieces that fit ``buffer [m, width]``: ``(a, b, values [b - a, width])``.
 
         The values are good until the next piece: they may lie in the buffer.
         """
-        for start in range(0, len(self), len(buffer)):
-            stop = min(start + len(buffer), len(self))
+        end = len(self) if rows is None else rows
+        for start in range(0, end, len(buffer)):
+            stop = min(start + len(buffer), end)
             yield start, stop, self.read(start, stop, buffer)
+
+
+class HeldTile(Tile):
+    """Rows that are kept decoded in memory."""
+
+    def __init__(self, positions: Tensor, held: Tensor) -> None:
+        super().__init__(positions)
+        self.held = held
+
+    def read(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        """Give a view."""
+        return self.held[start:stop]
+
+    def take(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Give a copy."""
+        return self.held[torch.from_numpy(numbers)]
+
+
+class ChunkTile(Tile):
+    """Rows of one chunk of a store, still encoded."""
+
+    def __init__(self, positions: Tensor, chunk: RowChunk) -> None:
+        super().__init__(positions)
+        self._chunk = chunk
+
+    def read(self, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        """Decode a run of rows."""
+        chunk = self._chunk
+        if buffer is not None and chunk.scale is None and chunk.raw.is_floating_point():
+            # Floats without scales are stored as they are, so widening is all there is to decode; into a buffer that
+            # stays in the caches it takes about half the time that it takes into new memory.
+            return buffer[: stop - start].copy_(chunk.raw[start:stop])
+        return chunk.select(np.arange(start, stop), start).decode()
+
+    def take(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Decode some rows."""
+        return self._chunk.select(numbers, 0).decode()
+
+    @property
+    def narrow(self) -> Tensor | None:
+        """The chunk itself."""
+        plain = self._chunk.scale is None and self._chunk.raw.dtype == torch.bfloat16
+        return self._chunk.raw if plain else None
 
 
 @dataclass(eq=False)
@@ -69,8 +116,10 @@ class Memory:
     """Rows that take no more than this in all, decoded, are kept."""
     spare: list[Tensor] = field(default_factory=list)
     """Buffers that nobody uses at the moment."""
-    tile: Tile | None = None
+    tile: HeldTile | None = None
     """All valid rows, decoded, where they are few."""
+    narrow: dict[int, bool] = field(default_factory=dict)
+    """By number of queries: whether products in bfloat16 were the faster ones, once measured."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,23 +150,12 @@ class Candidates:
             )
         return cls(rows, wanted, count, True, rows.gradients[0:1].dtype, Memory(keep_bytes))
 
-    def restrict(self, data_id: Sequence[DataId]) -> Candidates:
-        """Only rows with one of these ids; :class:`QueryError` names the first id that no valid row has."""
-        position_of: dict[DataId, list[int]] = {}
-        ids = self.rows.data_id[:]
-        for position in self.wanted.nonzero().flatten().tolist():
-            position_of.setdefault(ids[position], []).append(position)
-        wanted = torch.zeros_like(self.wanted)
-        for one in data_id:
-            if one not in position_of:
-                raise QueryError(
-                    f"no sample with the id {one!r} ({type(one).__name__}) can be ranked; the store has "
-                    f"{len(position_of)} ids, the first is {next(iter(position_of))!r}"
-                )
-            wanted[position_of[one]] = True
+    def restrict(self, wanted: Tensor, what: str) -> Candidates:
+        """Only those that ``wanted [rows]`` names; :class:`QueryError`, saying ``what`` chose, when none is left."""
+        wanted = wanted & self.wanted
         count = int(wanted.sum())
         if not count:
-            raise QueryError("data_id names no sample: leave it out to rank all of them")
+            raise QueryError(f"{what} names no sample that can be ranked: leave it out to rank all {self.count:,}")
         return replace(self, wanted=wanted, count=count, complete=count == self.count)
 
     @contextmanager
@@ -136,6 +174,11 @@ class Candidates:
         finally:
             self.memory.spare.append(lent)
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all of them, decoded, are few enough to be kept."""
+        return self.count * self.rows.layout.width * self.dtype.itemsize <= self.memory.keep_bytes
+
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""
         return self.wanted.nonzero().flatten()
@@ -145,12 +188,10 @@ class Candidates:
 
         ``progress`` shows a bar named ``what``: always, never, or (None) on a terminal when it takes long.
         """
-        size = self.count * self.rows.layout.width * self.dtype.itemsize
-        if self.complete and size <= self.memory.keep_bytes:
+        if self.complete and self.fits_in_memory:
             yield self._kept()
             return
-        sparse = self.count * SPARSE_SHARE < len(self.rows)
-        tiles = self._gathered() if sparse else self._streamed()
+        tiles = self._streamed()
         if progress is False or (progress is None and self.count * self.rows.layout.width < PROGRESS_NUMBERS):
             yield from tiles
             return
@@ -161,11 +202,11 @@ class Candidates:
                 yield tile
                 bar.update(len(tile))
 
-    def fetch(self, positions: Tensor) -> Tile:
-        """The rows at ``positions [n]``, fetched one by one."""
-        return Tile(positions, partial(_fetch, self.rows, positions.numpy()))
+    def fetch(self, positions: Tensor) -> Tensor:
+        """The rows at ``positions [n]``, ``[n, width]``."""
+        return self.rows.gradients[positions.numpy()]
 
-    def _kept(self) -> Tile:
+    def _kept(self) -> HeldTile:
         """All rows as one tile, decoded at the first scan."""
         if self.memory.tile is None:
             decoded = torch.empty(self.count, self.rows.layout.width, dtype=self.dtype)
@@ -173,34 +214,14 @@ class Candidates:
             for tile in self._streamed():
                 decoded[start : start + len(tile)] = tile.values
                 start += len(tile)
-            self.memory.tile = Tile(self.positions(), partial(_slice, decoded), decoded)
+            self.memory.tile = HeldTile(self.positions(), decoded)
         return self.memory.tile
 
     def _streamed(self) -> Iterator[Tile]:
-        for chunk in self.rows.chunks():
-            wanted = self.wanted[chunk.start : chunk.stop]
-            chosen = wanted.nonzero().flatten()
-            if len(chosen):
-                whole = len(chosen) == len(chunk)
-                yield Tile(chosen + chunk.start, partial(_decode, chunk, None if whole else chosen.numpy()))
-
-    def _gathered(self) -> Iterator[Tile]:
-        for positions in self.positions().split(GATHERED_ROWS):
-            yield self.fetch(positions)
-
-
-def _slice(decoded: Tensor, start: int, stop: int, buffer: Tensor | None) -> Tensor:
-    return decoded[start:stop]
-
-
-def _decode(chunk: RowChunk, chosen: NDArray[np.int64] | None, start: int, stop: int, buffer: Tensor | None) -> Tensor:
-    if chosen is None and buffer is not None and chunk.scale is None and chunk.raw.is_floating_point():
-        # Floats without scales are stored as they are, so widening is all there is to decode; into a buffer that
-        # stays in the caches it takes about half the time that it takes into new memory.
-        return buffer[: stop - start].copy_(chunk.raw[start:stop])
-    numbers = np.arange(start, stop) if chosen is None else chosen[start:stop]
-    return chunk.select(numbers, start).decode()
-
-
-def _fetch(rows: Rows, positions: NDArray[np.int64], start: int, stop: int, buffer: Tensor | None) -> Tensor:
-    return rows.gradients[positions[start:stop]]
+        if self.count == len(self.rows):
+            for chunk in self.rows.chunks():
+                yield ChunkTile(torch.arange(chunk.start, chunk.stop), chunk)
+            return
+        positions = self.positions()
+        for chunk in self.rows.gradients.selected(positions.numpy()):
+            yield ChunkTile(positions[chunk.start : chunk.stop], chunk)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from logix_like.query.index import FlatIndex
-from logix_like.query.modes import Mode
+from logix_like.query.parts import Parts
+from logix_like.query.products import Products
 from logix_like.query.ranking import RunningTop, stable_top
-from logix_like.query.scan import Candidates, Tile
+from logix_like.query.scan import Candidates, HeldTile, Tile
+from logix_like.query.sieve import SMALLEST_NORM, Group, Scorer, Sieve
 
-RANKED_AT_ONCE = 4096
-"""The scores of so many rows are collected before the highest and lowest are picked out of them."""
+SIEVED_ROWS = 16_384
+"""The scores of at most so many rows (or one chunk more) are looked at together."""
+SIEVED_SCORES = 2**24
+"""The same for scores: with more queries there are fewer rows."""
+SIEVED_BYTES = 128 * 2**20
+"""The same for the rows' own bytes, decoded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,35 +29,25 @@ class Task:
 
     candidates: Candidates
     """The rows that are ranked."""
-    mode: Mode
-    queries: Tensor
-    """``[queries, width]``, preconditioned."""
-    query_lengths: Tensor
-    """``[queries]``, squared lengths; not read in a mode that does not use them."""
-    row_lengths: Tensor
-    """``[rows]``, squared lengths, times ``factor`` squared; not read in a mode that does not use them."""
-    factor: Tensor | None
-    """``[rows]``: what each row is multiplied by; None for 1."""
+    scorer: Scorer
+    """The queries, and what a product means for them."""
     progress: bool | None
 
-    def scores(self, tile: Tile) -> Tensor:
-        """``[queries, n]`` for the rows of ``tile``."""
-        products = self._products(tile).T.contiguous()
-        if self.factor is not None:
-            products *= self.factor[tile.positions]
-        if not self.mode.uses_lengths:
-            return products
-        return self.mode.scores(products, self.query_lengths, self.row_lengths[tile.positions])
+    @cached_property
+    def products(self) -> Products:
+        """What multiplies the rows with the queries."""
+        return Products(self.candidates, self.scorer.queries, narrow=self.scorer.mode.proportional)
 
-    def _products(self, tile: Tile) -> Tensor:
-        """``[n, queries]``; rows as the left factor is the faster order when there are few queries."""
-        if tile.held is not None:
-            return torch.mm(tile.held, self.queries.T)
-        products = torch.empty(len(tile), len(self.queries), dtype=self.queries.dtype)
-        with self.candidates.buffer() as buffer:
-            for start, stop, values in tile.pieces(buffer):
-                torch.mm(values, self.queries.T, out=products[start:stop])
-        return products
+    def scores(self, tile: Tile) -> Tensor:
+        """``[queries, n]`` for the rows of ``tile``, in the queries' precision."""
+        return self.scorer.scores(self.products.exact(tile).T.contiguous(), tile.positions)
+
+    @property
+    def group_rows(self) -> int:
+        """How many rows are sieved together."""
+        scorer = self.scorer
+        by_bytes = SIEVED_BYTES // (scorer.queries.shape[1] * scorer.queries.dtype.itemsize)
+        return max(1, min(SIEVED_ROWS, SIEVED_SCORES // len(scorer.queries), by_bytes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +60,13 @@ class Extremes:
     """``[queries, k]``."""
 
 
+Sides = tuple[Extremes, Extremes]
+"""The highest and the lowest."""
+
+
 def every_score(task: Task) -> Tensor:
     """``[queries, candidates]`` in row order."""
-    scores = torch.empty(len(task.queries), task.candidates.count, dtype=task.queries.dtype)
+    scores = torch.empty(len(task.scorer.queries), task.candidates.count, dtype=task.scorer.queries.dtype)
     start = 0
     for tile in task.candidates.tiles(task.progress, "influence"):
         scores[:, start : start + len(tile)] = task.scores(tile)
@@ -74,47 +74,96 @@ def every_score(task: Task) -> Tensor:
     return scores
 
 
-def exact_extremes(task: Task, k: int) -> tuple[Extremes, Extremes]:
-    """The ``k`` highest and the ``k`` lowest in one pass over the rows, in bounded memory."""
-    highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
-    for scores, positions in _gathered(task):
-        highest.update(scores, positions)
-        lowest.update(scores, positions)
-    return Extremes(*highest.result()), Extremes(*lowest.result())
+def every_part(task: Task, parts: Parts) -> Tensor:
+    """``[queries, candidates, parts]``: every score split by the parts of the model."""
+    scorer = task.scorer
+    shape = len(scorer.queries), task.candidates.count, len(parts.names)
+    split = torch.empty(shape, dtype=scorer.queries.dtype)
+    queries = torch.arange(shape[0])[:, None]
+    start = 0
+    with task.candidates.buffer() as buffer:
+        for tile in task.candidates.tiles(task.progress, "influence"):
+            for first, last, values in tile.pieces(buffer):
+                where = slice(start + first, start + last)
+                weight = scorer.weight(queries, tile.positions[first:last])
+                split[:, where] = parts.products(values, scorer.queries) * weight[..., None].to(split.dtype)
+            start += len(tile)
+    return split
 
 
-def _gathered(task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scores and positions of :data:`RANKED_AT_ONCE` rows or a few more."""
-    held: list[tuple[Tensor, Tensor]] = []
-    rows = 0
+def parts_of_extremes(task: Task, side: Extremes, parts: Parts) -> Tensor:
+    """``[queries, k, parts]``: the scores of ``side`` split by the parts of the model."""
+    scorer, split = task.scorer, []
+    for query, positions in enumerate(side.positions):
+        rows, inverse = positions.unique(return_inverse=True)
+        asked = scorer.queries[query : query + 1].double()
+        products = parts.products(task.candidates.fetch(rows).double(), asked)[0]
+        weight = scorer.weight(torch.full_like(rows, query), rows)
+        split.append((products * weight[:, None])[inverse])
+    return torch.stack(split).to(scorer.queries.dtype)
+
+
+def exact_extremes(task: Task, k: int) -> Sides:
+    """The ``k`` highest and the ``k`` lowest in one pass over the rows, in bounded memory.
+
+    Scores are those of float64 products, but for small stores that are kept in memory and for a ``k`` so large that
+    most rows would have to be multiplied twice.
+    """
+    group = Group()
+    sieve: Sieve | None = None
+    plain = RunningTop(k, largest=True), RunningTop(k, largest=False)
     for tile in task.candidates.tiles(task.progress, "influence"):
-        held.append((task.scores(tile), tile.positions))
-        rows += len(tile)
-        if rows >= RANKED_AT_ONCE:
-            yield _joined(held)
-            held, rows = [], 0
-    if held:
-        yield _joined(held)
+        if isinstance(tile, HeldTile) or 8 * k > task.group_rows:
+            scores = task.scores(tile)
+            for side in plain:
+                side.update(scores, tile.positions)
+            continue
+        group.add(tile, task.products.of(tile))
+        if group.rows >= task.group_rows:
+            sieve = _sieved(sieve, group, task, k)
+            group = Group()
+    if group.rows:
+        sieve = _sieved(sieve, group, task, k)
+    highest, lowest = plain if sieve is None else (sieve.highest, sieve.lowest)
+    return _extremes(highest, task), _extremes(lowest, task)
 
 
-def _joined(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(held) == 1:
-        return held[0]
-    return torch.cat([scores for scores, _ in held], dim=1), torch.cat([positions for _, positions in held])
+def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
+    if sieve is None:
+        norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
+        sieve = Sieve(task.scorer, norms, k)
+    sieve.update(group)
+    return sieve
 
 
-def indexed_extremes(task: Task, index: FlatIndex, k: int) -> tuple[Extremes, Extremes]:
-    """The ``k`` highest and the ``k`` lowest among the candidates that ``index`` names, scored exactly."""
-    wanted = None if task.candidates.complete else task.candidates.wanted
-    highest, lowest = index.candidates(task.queries, k, wanted)
-    return _rescored(task, highest, k, 1), _rescored(task, lowest, k, -1)
+def _extremes(running: RunningTop, task: Task) -> Extremes:
+    scores, positions = running.result()
+    return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
-def _rescored(task: Task, positions: Tensor, k: int, sign: int) -> Extremes:
-    """Rank each query's ``positions [queries, c]`` by their exact scores; ``sign`` -1 for the lowest."""
-    found = []
-    for query, own in enumerate(positions.sort(dim=1).values):  # row order, in which ties are broken
-        tile = task.candidates.fetch(own)
-        scores, chosen = stable_top(sign * task.scores(tile)[query : query + 1], k)
-        found.append((sign * scores, own[chosen]))
-    return Extremes(torch.cat([s for s, _ in found]), torch.cat([p for _, p in found]))
+def rescored(task: Task, positions: Tensor, k: int, *, largest: bool) -> Extremes:
+    """Rank each query's ``positions [queries, c]`` by their exact scores; -1 stands for no row."""
+    scorer, found = task.scorer, []
+    sign = 1 if largest else -1
+    for query, named in enumerate(positions):
+        own = named[named >= 0].unique()  # in row order, by which ties are broken
+        products = torch.mv(task.candidates.fetch(own).double(), scorer.queries[query].double())
+        scores = scorer.pair_scores(products, torch.full_like(own, query), own)
+        best, chosen = stable_top(sign * scores[None], k)
+        found.append((sign * best, own[chosen]))
+    scores, places = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Extremes(scores.to(scorer.queries.dtype), places)
+
+
+def indexed_extremes(task: Task, highest: Tensor, lowest: Tensor, k: int) -> Sides:
+    """The ``k`` highest and the ``k`` lowest among candidates ``[queries, c]`` for each, scored exactly."""
+    return rescored(task, highest, k, largest=True), rescored(task, lowest, k, largest=False)
+
+
+def joined(parts: Iterator[Sides], k: int) -> Sides:
+    """The extremes of several ranges of rows, in row order, from those of each."""
+    highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
+    for top, bottom in parts:
+        highest.update(top.scores, top.positions)
+        lowest.update(bottom.scores, bottom.positions)
+    return Extremes(*highest.result()), Extremes(*lowest.result())

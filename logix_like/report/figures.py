@@ -7,9 +7,10 @@ afterwards: matplotlib's cost for a figure is paid once, not once for each query
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -32,8 +33,9 @@ THEME = {
 }
 """A plot's colours in the page's."""
 
-_UNUSED = re.compile(r"<(?:ns0:)?defs>.*?</(?:ns0:)?defs>|<(?:ns0:)?use [^>]*>", re.DOTALL)
-_ATTRIBUTES = re.compile(r' (?:xmlns:?\w*|id|clip-path)="[^"]*"')
+_ATTRIBUTES = re.compile(r' (?:xmlns:?\w*|clip-path)="[^"]*"')
+_ID = re.compile(r' id="([^"]*)"')
+_REFERENCE = re.compile(r'href="#([^"]*)"')
 _FAMILY = re.compile(r"font-family: [^;\"]*;?")
 _DIGITS = re.compile(r"(\d+\.\d)\d+")
 _SPACE = re.compile(r"\s+")
@@ -58,7 +60,7 @@ def figure(draw: Callable[[Axes], object], width: float, height: float, label: s
         canvas = mpl.figure.Figure(figsize=(width, height), layout="constrained")
         draw(canvas.add_subplot())
         root = _svg(canvas)
-    return _element(root.iter(f"{{{SVG}}}g"), root, label)
+    return _element(root.findall(f"{{{SVG}}}g"), root, label)
 
 
 def distributions(result: InfluenceResult, k: int) -> list[str]:
@@ -113,13 +115,15 @@ def _svg(canvas: Any) -> ElementTree.Element:
     return ElementTree.fromstring(file.getvalue())
 
 
-def _element(groups: Any, root: ElementTree.Element, label: str) -> str:
-    """An ``<svg>`` of some of a drawing's groups, without ids, in the page's colours."""
-    first = list(groups)
-    kept: Sequence[ElementTree.Element] = first[:1] if first and first[0].get("id") == "figure_1" else first
-    inside = "".join(ElementTree.tostring(group, encoding="unicode") for group in kept)
+def _element(groups: Iterable[ElementTree.Element], root: ElementTree.Element, label: str) -> str:
+    """An ``<svg>`` of some of a drawing's groups in the page's colours; ids that nothing refers to are left out."""
+    inside = "".join(ElementTree.tostring(group, encoding="unicode") for group in groups)
     for colour, name in THEME.items():
         inside = inside.replace(colour, name)
-    inside = _ATTRIBUTES.sub("", _UNUSED.sub("", inside)).replace("ns0:", "")
+    inside = _ATTRIBUTES.sub("", inside.replace("ns0:", "")).replace("xlink:href", "href").replace("ns1:href", "href")
+    unique = hashlib.blake2b(inside.encode(), digest_size=4).hexdigest()
+    referred = set(_REFERENCE.findall(inside))
+    inside = _ID.sub(lambda found: f' id="{unique}-{found[1]}"' if found[1] in referred else "", inside)
+    inside = _REFERENCE.sub(rf'href="#{unique}-\1"', inside)
     inside = _DIGITS.sub(r"\1", _FAMILY.sub("", _SPACE.sub(" ", inside)))
     return f'<svg viewBox="{root.get("viewBox")}" role="img" aria-label="{label}">{inside}</svg>'

@@ -182,14 +182,14 @@ def sensitivity_map(values: ArrayLike, rows: Sequence[str], columns: Sequence[st
     return ax
 
 
-def norms_by_step(step: ArrayLike, norms: ArrayLike, ax: Axes, name: str = "rows") -> Axes:
+def norms_by_step(step: ArrayLike, norms: ArrayLike, ax: Axes, name: str = "") -> Axes:
     """Gradient norms over the steps: the median, with the range from the 5th to the 95th percentile shaded.
 
     Args:
         step: ``[rows]``, e.g. ``store.step``.
         norms: ``[rows]``, e.g. ``store.norm``, or the norms of one layer's columns.
         ax: where to draw; call again with another ``name`` for the next layer.
-        name: what the norms are of.
+        name: what the norms are of, for a legend.
     """
     steps, values = np.asarray(step), np.asarray(norms, dtype=np.float64)
     known = (steps >= 0) & np.isfinite(values) & (values > 0)
@@ -204,5 +204,6 @@ def norms_by_step(step: ArrayLike, norms: ArrayLike, ax: Axes, name: str = "rows
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("norm of a sample's gradient")
-    ax.legend(frameon=False)
+    if name:
+        ax.legend(frameon=False)
     return ax

@@ -11,7 +11,7 @@ from typing import Any
 from logix_like.errors import MissingDependencyError
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, /, **values: Any) -> str:
     """A template of this package with ``values`` in it.
 
     Raises:
@@ -42,8 +42,9 @@ def environment() -> Any:
 
 @cache
 def source(name: str) -> str:
-    """The text of a template or script of this package."""
-    return files("logix_like.report").joinpath(name).read_text(encoding="utf-8")
+    """The text of a template or script: ``name`` in this package, or ``package/name`` in one beside it."""
+    package, _, file = name.rpartition("/")
+    return files(f"logix_like.{package or 'report'}").joinpath(file).read_text(encoding="utf-8")
 
 
 def script_hash(script: str) -> str:

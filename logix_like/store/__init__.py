@@ -13,10 +13,13 @@ from logix_like.store.checkpoints import (
 )
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.export import export_rows
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.journal import PathJournal
-from logix_like.store.reader import GradientStore, WriterInfo, build_view, open_store
+from logix_like.store.merging import MergeReport, merge_parts
+from logix_like.store.reader import GradientStore, OnDamage, WriterInfo, build_view, open_store
+from logix_like.store.repair import RepairReport, repair
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.superseding import supersede_samples, supersede_steps
 from logix_like.store.verify import Damage, VerifyReport, verify
@@ -31,8 +34,11 @@ __all__ = [
     "Encoding",
     "Flag",
     "GradientStore",
+    "MergeReport",
+    "OnDamage",
     "PathJournal",
     "Place",
+    "RepairReport",
     "RowChunk",
     "Rows",
     "StoreManifest",
@@ -44,12 +50,15 @@ __all__ = [
     "build_view",
     "create_store",
     "describe",
+    "export_rows",
     "is_store",
     "list_checkpoints",
     "load_checkpoint",
+    "merge_parts",
     "open_store",
     "projections_digest",
     "read_manifest",
+    "repair",
     "save_checkpoint",
     "supersede_samples",
     "supersede_steps",

@@ -9,7 +9,7 @@ zarr-python is tested.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class ArraySpec:
     width: int | None = None
     """Numbers of one row; None for an array of one dimension."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    compression: Sequence[Mapping[str, Any]] = ()
+    """Zarr's metadata of the codecs between the numbers and their checksum."""
     of_chunks: bool = False
     """Whether it has one row for each chunk of the others, rather than for each of their rows."""
 
@@ -61,7 +63,7 @@ class ArraySpec:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_rows, *tail]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": self.fill_value,
-            "codecs": [_TEXT if self.data_type == "string" else _BYTES, _CRC],
+            "codecs": [_TEXT if self.data_type == "string" else _BYTES, *self.compression, _CRC],
             "attributes": dict(self.attributes),
         }
         return sealed(document)

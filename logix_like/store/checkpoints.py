@@ -85,6 +85,19 @@ def list_checkpoints(path: str | PathLike[str] | Place) -> tuple[CheckpointRecor
     return tuple(sorted((_read_record(folder / name) for name in names), key=lambda record: record.number))
 
 
+def damaged_checkpoints(path: str | PathLike[str] | Place) -> tuple[int, ...]:
+    """Numbers of the checkpoints whose record or weights are not as they were written; each is read."""
+    folder, damaged = as_place(path) / CHECKPOINTS, []
+    for name in names_in(folder):
+        if _RECORD.fullmatch(name):
+            number = int(name.partition(".")[0])
+            try:
+                _load(folder, _read_record(folder / name))
+            except StoreDamagedError:
+                damaged.append(number)
+    return tuple(sorted(damaged))
+
+
 def load_checkpoint(path: str | PathLike[str] | Place, number: int) -> dict[str, Tensor]:
     """The tensors of checkpoint ``number``, on the CPU.
 
@@ -95,10 +108,14 @@ def load_checkpoint(path: str | PathLike[str] | Place, number: int) -> dict[str,
     if number not in known:
         listed = ", ".join(str(n) for n in known) or "none"
         raise StoreNotFoundError(f"{path} has no checkpoint {number}; there are: {listed}")
-    file = as_place(path) / CHECKPOINTS / f"{number}.safetensors"
+    return _load(as_place(path) / CHECKPOINTS, known[number])
+
+
+def _load(folder: Place, record: CheckpointRecord) -> dict[str, Tensor]:
+    file = folder / f"{record.number}.safetensors"
     try:
         content = map_bytes(file)
-        if len(content) != known[number].size or _checksum(content) != known[number].crc:
+        if len(content) != record.size or _checksum(content) != record.crc:
             raise StoreDamagedError(f"{file} does not match its checksum; restore it from a copy")
         return load_file(file) if isinstance(file, Path) else load(bytes(content))
     except (OSError, ValueError, SafetensorError) as error:

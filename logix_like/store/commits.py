@@ -42,6 +42,8 @@ class RowsRecord:
     """Epoch of the last row, which tells a resumed run where it is (-1 unknown)."""
     step: int
     """Step of the last row (-1 unknown)."""
+    codec: str = "none"
+    """How the gradients are compressed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,27 @@ class CloseRecord:
     """Marks the line."""
 
 
-Record = RowsRecord | StatisticsRecord | CloseRecord
+@dataclass(frozen=True)
+class ReplacesRecord:
+    """The part holds the rows of others, which are not read any more once it is closed."""
+
+    sequence: int
+    """Number of the line."""
+    replaces: tuple[str, ...]
+    """Names of the others."""
+
+
+@dataclass(frozen=True)
+class GoneRecord:
+    """Stands where a repair took a record out, so that those behind it keep their numbers."""
+
+    sequence: int
+    """Number of the line."""
+    gone: bool = True
+    """Marks the line."""
+
+
+Record = RowsRecord | StatisticsRecord | CloseRecord | ReplacesRecord | GoneRecord
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,8 @@ class Commits:
     """The latest statistics, if any were written."""
     closed: bool = False
     """Whether the writer was closed."""
+    replaces: tuple[str, ...] = ()
+    """Names of the parts in whose place this one stands."""
     torn: bool = False
     """Whether a torn last line was dropped."""
     spoilt: bool = False
@@ -148,6 +172,28 @@ def read_commits(folder: Place) -> Commits:
     return _collect(records, torn=bool(unfinished), spoilt=_is_whole(unfinished, len(records)))
 
 
+def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
+    """Every record of a part that is as it was written, by its number, and what is wrong with the other lines.
+
+    Between them :class:`GoneRecord` stands for those that are not to be read.
+    """
+    records: dict[int, Record] = {}
+    findings = []
+    lines = files_of(folder).read_records(folder / COMMITS).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found = _parse(line, None)
+            if found.sequence > len(lines):
+                raise ValueError(f"it has number {found.sequence}, of {len(lines)} lines")
+            if records.setdefault(found.sequence, found) is not found:
+                raise ValueError(f"it has number {found.sequence}, as a line before it")
+        except _UNREADABLE as error:
+            findings.append(f"line {number} is no record ({error})")
+    return [records.get(number, GoneRecord(number)) for number in range(1 + max(records, default=-1))], findings
+
+
 def _is_whole(unfinished: bytes, number: int) -> bool:
     """Whether a line without an end is a record whose end is another character now."""
     try:
@@ -159,24 +205,33 @@ def _is_whole(unfinished: bytes, number: int) -> bool:
 
 def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Commits:
     statistics = [record for record in records if isinstance(record, StatisticsRecord)]
+    closed = bool(records) and isinstance(records[-1], CloseRecord)
     return Commits(
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
-        closed=bool(records) and isinstance(records[-1], CloseRecord),
+        closed=closed,
+        replaces=tuple(name for one in records if closed and isinstance(one, ReplacesRecord) for name in one.replaces),
         torn=torn,
         spoilt=spoilt,
         length=len(records),
     )
 
 
-def _parse(line: bytes, number: int) -> Record:
+def _parse(line: bytes, number: int | None) -> Record:
+    """The record in a line, of this number or (None) of any."""
     if line[:9] != b"%08x " % checksum(line[9:]):
         raise ValueError("its checksum does not match")
     entry = json.loads(line[9:])
+    if number is None:
+        number = _count(entry, "sequence")
     if entry["sequence"] != number:
         raise ValueError(f"it has number {entry['sequence']!r}, expected {number}")
     if "closed" in entry:
         return CloseRecord(number)
+    if "replaces" in entry:
+        return ReplacesRecord(number, tuple(map(str, entry["replaces"])))
+    if "gone" in entry:
+        return GoneRecord(number)
     if "generation" in entry:
         return StatisticsRecord(number, _count(entry, "generation"), _count(entry, "watermark"))
     return _rows_record(entry, number)
@@ -193,7 +248,8 @@ def _rows_record(entry: Mapping[str, Any], number: int) -> RowsRecord:
     if counts["rows"] < 1:
         raise ValueError("it has no rows")
     crc = {name: int(value) for name, value in arrays.items()}
-    return RowsRecord(number, part, crc=crc, epoch=int(entry["epoch"]), step=int(entry["step"]), **counts)
+    epoch, step, codec = int(entry["epoch"]), int(entry["step"]), str(entry["codec"])
+    return RowsRecord(number, part, crc=crc, epoch=epoch, step=step, codec=codec, **counts)
 
 
 def _count(entry: Mapping[str, Any], key: str) -> int:

@@ -84,33 +84,34 @@ class Encoding(ABC):
         return stored.values
 
 
-def largest_of_blocks(rows: Tensor, layout: Layout) -> Tensor:
-    """Largest magnitude of each row and module, ``[n, modules]``."""
-    # Several times as fast as abs().amax(), which writes the magnitudes out, and as the infinity norm.
-    if alike(layout):
-        blocks = rows.reshape(len(rows), len(layout), -1)
-        return torch.maximum(blocks.amax(2), -blocks.amin(2))
-    parts = [rows[:, block.columns] for block in layout]
-    return torch.stack([torch.maximum(part.amax(1), -part.amin(1)) for part in parts], dim=1)
+class Blocks:
+    """The modules of a row; those of one size that follow one another are worked on together."""
 
+    def __init__(self, layout: Layout) -> None:
+        self._runs: list[tuple[slice, slice, int]] = []
+        for number, size in enumerate(block.size for block in layout):
+            if self._runs and self._runs[-1][2] == size:
+                columns, modules, _ = self._runs.pop()
+                start, first = columns.start, modules.start
+            else:
+                start, first = layout[number].offset, number
+            self._runs.append((slice(start, layout[number].columns.stop), slice(first, number + 1), size))
 
-def means_of_blocks(rows: Tensor, layout: Layout) -> Tensor:
-    """Mean of each row and module, ``[n, modules]``."""
-    if alike(layout):
-        return rows.reshape(len(rows), len(layout), -1).mean(2)
-    return torch.stack([rows[:, block.columns].mean(1) for block in layout], dim=1)
+    def largest(self, rows: Tensor) -> Tensor:
+        """Largest magnitude of each row and module, ``[n, modules]``."""
+        # Several times as fast as abs().amax(), which writes the magnitudes out, and as the infinity norm.
+        return torch.cat([torch.maximum(part.amax(2), -part.amin(2)) for part in self._split(rows)], dim=1)
 
+    def mean(self, rows: Tensor) -> Tensor:
+        """Mean of each row and module, ``[n, modules]``."""
+        return torch.cat([part.mean(2) for part in self._split(rows)], dim=1)
 
-def scale_blocks(rows: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-    """Multiply each module's columns of ``rows [n, width]`` by its column of ``scale [n, modules]``, in place."""
-    if alike(layout):
-        rows.view(len(rows), len(layout), -1).mul_(scale.unsqueeze(2))
+    def scale(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Multiply each module's columns of ``rows [n, width]`` by its column of ``scale [n, modules]``, in place."""
+        for part, (_, modules, _) in zip(self._split(rows), self._runs, strict=True):
+            part.mul_(scale[:, modules].unsqueeze(2))
         return rows
-    for column, block in enumerate(layout):
-        rows[:, block.columns] *= scale[:, column : column + 1]
-    return rows
 
-
-def alike(layout: Layout) -> bool:
-    """Whether all blocks have the same size: one operation then does for all of them."""
-    return len({block.size for block in layout}) == 1
+    def _split(self, rows: Tensor) -> list[Tensor]:
+        """Views ``[n, modules of a run, size]``."""
+        return [rows[:, columns].unflatten(1, (-1, size)) for columns, _, size in self._runs]

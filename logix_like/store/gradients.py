@@ -16,8 +16,9 @@ from torch import Tensor
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import chunk_file, damaged
+from logix_like.store.codecs import CODECS
 from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.files import CHECKSUM_BYTES, Content, checksum, file_size, map_bytes
+from logix_like.store.files import CHECKSUM_BYTES, Place, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
 from logix_like.store.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.segments import Segment
@@ -148,7 +149,7 @@ class GradientReader:
         """Map a chunk; ``check`` compares it with the checksum that was committed, once for each reader."""
         encoding, layout, rows = self._encoding, self._layout, segment.rows
         shape = rows, encoding.stored_width(layout.width)
-        raw = _mapped(segment, GRADIENTS, encoding.dtype, shape, check=check)
+        raw = _mapped(segment, GRADIENTS, encoding.dtype, shape, codec=segment.codec, check=check)
         scale = coordinate = None
         if encoding.scaled:
             scale = _mapped(segment, SCALE, torch.float32, (rows, len(layout)), check=check)
@@ -157,24 +158,39 @@ class GradientReader:
         return RowChunk(segment.first, raw, scale, encoding, layout, coordinate)
 
 
-def _mapped(segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, int], *, check: bool) -> Tensor:
+def _mapped(
+    segment: Segment, array: str, dtype: torch.dtype, shape: tuple[int, int], *, codec: str = "none", check: bool
+) -> Tensor:
+    """Numbers of a chunk; mapped where they are not compressed."""
     file = chunk_file(segment.folder / array, segment.chunk, 2)
     size = math.prod(shape) * dtype.itemsize
     try:
         found = file_size(file)
-        if found != size + CHECKSUM_BYTES:
+        if codec == "none" and found != size + CHECKSUM_BYTES:
             raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
         content = map_bytes(file)
     except OSError as error:
         raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
-    if check and not _intact(content, size, segment.crc.get(array)):
-        raise damaged(file, str(segment), "does not match its checksum")
-    return torch.frombuffer(content, dtype=dtype, count=math.prod(shape)).view(shape)
-
-
-def _intact(content: Content, size: int, crc: int | None) -> bool:
     data = np.frombuffer(content, np.uint8)
-    return checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
+    if check and not _intact(data, segment.crc.get(array)):
+        raise damaged(file, str(segment), "does not match its checksum")
+    if codec == "none":
+        return torch.frombuffer(content, dtype=dtype, count=math.prod(shape)).view(shape)
+    return torch.from_numpy(_decompressed(file, segment, data[:-CHECKSUM_BYTES], size)).view(dtype).view(shape)
+
+
+def _decompressed(file: Place, segment: Segment, data: np.ndarray, size: int) -> np.ndarray:
+    if segment.codec not in CODECS:
+        raise damaged(file, str(segment), f"is compressed by {segment.codec!r} (known: {', '.join(CODECS)})")
+    try:
+        return CODECS[segment.codec].decode(data, size)
+    except (ValueError, MemoryError) as error:
+        raise damaged(file, str(segment), f"cannot be decompressed ({error})") from error
+
+
+def _intact(data: np.ndarray, crc: int | None) -> bool:
+    size = len(data) - CHECKSUM_BYTES
+    return size >= 0 and checksum(data[:size]) == crc == int.from_bytes(data[size:].tobytes(), "little")
 
 
 def row_numbers(key: RowKey, rows: int) -> np.ndarray:

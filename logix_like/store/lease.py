@@ -114,16 +114,21 @@ class _State:
             "renewed": time.time(),
         }
         put = obstore.put(self._bucket, self.path.key, json.dumps(holder).encode(), mode=mode)
-        self._version = {"e_tag": put["e_tag"], "version": put["version"]}
+        self._version = _version(put)
 
     def _read(self) -> tuple[dict[str, Any], Any]:
         found = obstore.get(self._bucket, self.path.key)
-        version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        version = _version(found.meta)
         try:
             holder = json.loads(bytes(found.bytes()))
         except ValueError:
             holder = {}
         return holder if isinstance(holder, dict) else {}, version
+
+
+def _version(told: Any) -> dict[str, str]:
+    """What tells the object as it is from what it may become, in the words of its storage."""
+    return {name: told[name] for name in ("e_tag", "version") if told[name] is not None}
 
 
 def _stale(holder: dict[str, Any]) -> bool:

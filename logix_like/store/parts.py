@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from logix_like.layout import Layout
 from logix_like.store.arrays import ArraySpec, chunk_file, write_group
+from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.files import Bytes, Place, as_bytes, write_checked, write_files
@@ -41,6 +42,8 @@ class EncodedRows:
         return len(self.stored)
 
 
+GROWTH = 8
+"""By how much the arrays' shapes grow at a time: there is a document for each, a file to be written."""
 SUSPICIOUS_NORM = 1e18
 """A row of a smaller norm (in float32) is finite, and stays so in each encoding."""
 
@@ -66,19 +69,21 @@ class PartWriter:
         *,
         chunk_rows: int,
         column_names: tuple[str, ...],
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
     ) -> None:
         self._folder = folder
         self._chunk_rows = chunk_rows
         self._sync = sync
-        self._specs = part_arrays(layout, encoding, column_names)
+        self._specs = part_arrays(layout, encoding, column_names, codec)
+        self._codec = codec
         self._capacity = 0
         self._rows = 0
 
     def write(self, chunk: int, rows: EncodedRows) -> dict[str, int]:
         """Write chunk number ``chunk`` of every array; returns the files' checksums by array."""
         self._make_room(chunk + 1, rows.texts)
-        buffers = _buffers(rows)
+        buffers = self._buffers(rows)
         files = {name: self._chunk_file(name, chunk) for name in buffers}
         crc = write_checked({files[name]: [data] for name, data in buffers.items()}, sync=self._sync)
         self._rows = chunk * self._chunk_rows + len(rows)
@@ -88,8 +93,24 @@ class PartWriter:
         """Cut the arrays' shapes to the rows that were written."""
         self._write_documents(self._rows)
 
+    def restore_documents(self, rows: int, texts: Iterable[str]) -> None:
+        """Write the documents of a part that has ``rows`` rows and these arrays of text."""
+        self._specs |= {name: _TEXTS for name in texts if name not in self._specs}
+        if any(name.startswith(METADATA) for name in self._specs):
+            write_group(self._folder / METADATA, sync=self._sync)
+        self._write_documents(rows)
+
     def _chunk_file(self, name: str, chunk: int) -> Place:
         return chunk_file(self._folder / name, chunk, 1 if self._specs[name].width is None else 2)
+
+    def _buffers(self, rows: EncodedRows) -> dict[str, Bytes]:
+        stored = rows.stored
+        scales = {SCALE: stored.scale, COORDINATE_SCALE: stored.coordinate_scale}
+        values = self._codec.encode(as_bytes(stored.values), stored.values.dtype.itemsize)
+        buffers: dict[str, Bytes] = {GRADIENTS: values}
+        buffers |= {name: as_bytes(scale) for name, scale in scales.items() if scale is not None}
+        buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
+        return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}
 
     def _make_room(self, chunks: int, texts: Mapping[str, list[str]]) -> None:
         """Grow the shapes well ahead of the rows: rows beyond the record do not exist anyway."""
@@ -100,7 +121,7 @@ class PartWriter:
             self._specs |= dict.fromkeys(new, _TEXTS)
         if chunks > self._capacity:
             # The first chunk of a part is often its only one.
-            self._capacity = chunks if self._capacity == 0 else 2 * chunks
+            self._capacity = chunks if self._capacity == 0 else GROWTH * chunks
         elif not new:
             return
         self._write_documents(self._capacity * self._chunk_rows)
@@ -116,11 +137,17 @@ class PartWriter:
 _TEXTS = ArraySpec("string", "")
 
 
-def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...]) -> dict[str, ArraySpec]:
+def part_arrays(
+    layout: Layout, encoding: Encoding, column_names: tuple[str, ...], codec: Codec
+) -> dict[str, ArraySpec]:
     """The arrays that each part has."""
     arrays = {
         GRADIENTS: ArraySpec(
-            encoding.data_type, encoding.fill_value, encoding.stored_width(layout.width), encoding.attributes()
+            encoding.data_type,
+            encoding.fill_value,
+            encoding.stored_width(layout.width),
+            encoding.attributes(),
+            codec.metadata(encoding.dtype.itemsize),
         ),
         COLUMNS: ArraySpec("float64", "NaN", len(column_names), {"columns": list(column_names)}),
         DATA_ID: _TEXTS,
@@ -130,12 +157,3 @@ def part_arrays(layout: Layout, encoding: Encoding, column_names: tuple[str, ...
     if encoding.coordinate_scaled:
         arrays[COORDINATE_SCALE] = ArraySpec("float32", "NaN", layout.width, of_chunks=True)
     return arrays
-
-
-def _buffers(rows: EncodedRows) -> dict[str, Bytes]:
-    stored = rows.stored
-    scales = {SCALE: stored.scale, COORDINATE_SCALE: stored.coordinate_scale}
-    buffers: dict[str, Bytes] = {GRADIENTS: as_bytes(stored.values)}
-    buffers |= {name: as_bytes(scale) for name, scale in scales.items() if scale is not None}
-    buffers[COLUMNS] = as_bytes(torch.from_numpy(rows.numbers))
-    return buffers | {name: encode_texts(texts) for name, texts in rows.texts.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.encoding_base import Encoding, StoredRows, largest_of_blocks, scale_blocks
+from logix_like.store.encoding_base import Blocks, Encoding, StoredRows
 
 
 class _Cast(Encoding):
@@ -58,16 +58,17 @@ class Float16(Encoding):
     scaled = True
 
     def encode(self, rows: Tensor, layout: Layout, values: Tensor) -> StoredRows:
-        largest = largest_of_blocks(rows, layout)
+        blocks = Blocks(layout)
+        largest = blocks.largest(rows)
         exponent = torch.frexp(largest).exponent - 15
         usable = largest.isfinite() & (largest > 0)
         # Below 2^-126 a float32 scale would itself lose bits, and its inverse overflow.
         exponent = torch.where(usable, exponent, 0).clamp_min(-126)
         scale = torch.ldexp(torch.ones_like(largest), exponent)
-        values.copy_(scale_blocks(rows.clone(), 1 / scale, layout))  # powers of two: as exact as dividing
+        values.copy_(blocks.scale(rows.clone(), 1 / scale))  # powers of two: as exact as dividing
         return StoredRows(values, scale)
 
     def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
         if stored.scale is None:
             raise ValueError("float16 rows are decoded with their scales")
-        return scale_blocks(stored.values.to(self.staging), stored.scale, layout)
+        return Blocks(layout).scale(stored.values.to(self.staging), stored.scale)

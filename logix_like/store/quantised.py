@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.encoding_base import Encoding, StoredRows, largest_of_blocks, means_of_blocks, scale_blocks
+from logix_like.store.encoding_base import Blocks, Encoding, StoredRows
 from logix_like.store.packing import pack, packed_width, unpack
 
 TINY = torch.finfo(torch.float32).tiny
 """Below the smallest normal number a scale would lose bits; a block so small is zero for any purpose."""
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**21
 """Rows are worked on in pieces of this size, which stay in a processor's cache."""
 
 
@@ -41,14 +41,14 @@ class _Quantised(Encoding):
     """Added to the second moment of each coordinate, as a share of its module's mean."""
 
     def encode(self, rows: Tensor, layout: Layout, values: Tensor) -> StoredRows:
-        coordinate = coordinate_scale(rows, layout, self.damping)
+        blocks, coordinate = Blocks(layout), coordinate_scale(rows, layout, self.damping)
         inverse, scale = _inverse(coordinate), torch.empty(len(rows), len(layout))
-        for piece in _pieces(rows):
-            whitened = rows[piece] * inverse
-            usual = self._scale(whitened, layout)
+        for piece, scratch in _pieces(rows):
+            whitened = torch.mul(rows[piece], inverse, out=scratch)
+            usual = self._scale(whitened, blocks)
             finite = usual.isfinite()
             scale[piece] = torch.where(usual >= TINY, usual, 0.0).masked_fill_(~finite, torch.nan)
-            scale_blocks(whitened, _inverse(scale[piece]), layout)
+            blocks.scale(whitened, _inverse(scale[piece]))
             if not finite.all():
                 whitened.nan_to_num_(0.0, 0.0, 0.0)
             self._write(whitened, values[piece])
@@ -57,14 +57,15 @@ class _Quantised(Encoding):
     def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
         if stored.scale is None or stored.coordinate_scale is None:
             raise ValueError(f"{self.name} rows are decoded with their scales")
-        rows = torch.empty(len(stored), layout.width)
-        for piece in _pieces(rows):
+        blocks, rows = Blocks(layout), torch.empty(len(stored), layout.width)
+        for start in range(0, len(rows), step := _piece_rows(layout.width)):
+            piece = slice(start, start + step)
             part = rows[piece].copy_(self.codes(stored.select(piece), layout))
-            scale_blocks(part, stored.scale[piece], layout).mul_(stored.coordinate_scale)
+            blocks.scale(part, stored.scale[piece]).mul_(stored.coordinate_scale)
         return rows
 
     @abstractmethod
-    def _scale(self, whitened: Tensor, layout: Layout) -> Tensor:
+    def _scale(self, whitened: Tensor, blocks: Blocks) -> Tensor:
         """The scale ``[n, modules]`` of ``whitened`` rows ``[n, width]``."""
 
     @abstractmethod
@@ -87,8 +88,8 @@ class Int8(_Quantised):
     def attributes(self) -> dict[str, Any]:
         return {**super().attributes(), "decode": "value * scale * coordinate_scale"}
 
-    def _scale(self, whitened: Tensor, layout: Layout) -> Tensor:
-        return largest_of_blocks(whitened, layout) / 127
+    def _scale(self, whitened: Tensor, blocks: Blocks) -> Tensor:
+        return blocks.largest(whitened) / 127
 
     def _write(self, numbers: Tensor, values: Tensor) -> None:
         values.copy_(numbers.round_())
@@ -129,18 +130,19 @@ class Int4(_Packed):
     meaning = "(bits - 8)"
     damping = 0.1
 
-    def _scale(self, whitened: Tensor, layout: Layout) -> Tensor:
-        return largest_of_blocks(whitened, layout) / 7
+    def _scale(self, whitened: Tensor, blocks: Blocks) -> Tensor:
+        return blocks.largest(whitened) / 7
 
     def _write(self, numbers: Tensor, values: Tensor) -> None:
-        pack(numbers.round_().add_(8).to(torch.uint8), self.bits, values)
+        # By way of int8, to which torch converts ten times as fast as to uint8.
+        pack(numbers.round_().to(torch.int8).add_(8).view(torch.uint8), self.bits, values)
 
     def _signed(self, numbers: Tensor) -> Tensor:
         return numbers.view(torch.int8).sub_(8)
 
 
 class Sign(_Packed):
-    """One bit a number: its sign, 0 counting as positive.
+    """One bit a number: its sign.
 
     The scale of a row and module is the mean magnitude of its numbers, each divided by its coordinate's root
     mean square: of all signs times one number a block these are the nearest to the row in that metric. Without
@@ -152,11 +154,13 @@ class Sign(_Packed):
     meaning = "(2 * bits - 1)"
     damping = 0.0
 
-    def _scale(self, whitened: Tensor, layout: Layout) -> Tensor:
-        return means_of_blocks(whitened.abs(), layout)
+    def _scale(self, whitened: Tensor, blocks: Blocks) -> Tensor:
+        return blocks.mean(whitened.abs())
 
     def _write(self, numbers: Tensor, values: Tensor) -> None:
-        pack((numbers >= 0).view(torch.uint8), self.bits, values)
+        # The sign bit is the highest: several times as fast as a comparison.
+        negative = (numbers.view(torch.int32) >> 31).to(torch.int8)
+        pack(negative.add_(1).view(torch.uint8), self.bits, values)
 
     def _signed(self, numbers: Tensor) -> Tensor:
         return numbers.view(torch.int8).mul_(2).sub_(1)
@@ -168,11 +172,12 @@ def coordinate_scale(rows: Tensor, layout: Layout, damping: float) -> Tensor:
     Blocks are divided by their largest number before, so the scale is between 0 and 1. ``damping`` is a share of the
     module's mean square.
     """
-    total = torch.zeros(layout.width)
-    for piece in _pieces(rows):
-        largest = largest_of_blocks(rows[piece], layout)
+    blocks, total = Blocks(layout), torch.zeros(layout.width)
+    for piece, scratch in _pieces(rows):
+        shapes = scratch.copy_(rows[piece])
+        largest = blocks.largest(shapes)
         usable = largest.isfinite() & (largest >= TINY)
-        shapes = scale_blocks(rows[piece].clone(), torch.where(usable, 1 / largest, 0.0), layout)
+        blocks.scale(shapes, torch.where(usable, 1 / largest, 0.0))
         if not usable.all():
             shapes.nan_to_num_(0.0, 0.0, 0.0)
         total += shapes.square_().sum(0)
@@ -187,7 +192,13 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, 1 / scale, 0.0)
 
 
-def _pieces(rows: Tensor) -> Iterator[slice]:
-    step = max(1, PIECE_BYTES // max(1, 4 * rows.shape[1]))
+def _pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive rows, and memory ``[n, width]`` for as many: the same again and again."""
+    step = _piece_rows(rows.shape[1])
+    scratch = torch.empty(min(step, len(rows)), rows.shape[1])
     for start in range(0, len(rows), step):
-        yield slice(start, min(start + step, len(rows)))
+        yield slice(start, start + step), scratch[: len(rows) - start]
+
+
+def _piece_rows(width: int) -> int:
+    return max(1, PIECE_BYTES // max(1, 4 * width))

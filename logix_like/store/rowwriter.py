@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
-from logix_like.store.commits import CloseRecord, CommitLog, RowsRecord, StatisticsRecord
+from logix_like.store.codecs import UNCOMPRESSED, Codec
+from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
@@ -23,6 +26,7 @@ class RowWriter:
         *,
         chunk_rows: int,
         column_names: tuple[str, ...],
+        codec: Codec = UNCOMPRESSED,
         sync: bool = False,
     ) -> None:
         self._named = folder
@@ -35,6 +39,7 @@ class RowWriter:
         self._encoding = encoding
         self._chunk_rows = chunk_rows
         self._column_names = column_names
+        self._codec = codec
         self._sync = sync
         self._main = self._part(self.folder, chunk_rows)
         self._log = CommitLog(self.folder, sync=sync)
@@ -54,7 +59,12 @@ class RowWriter:
             self._tails += 1
         crc = part.write(chunk, rows)
         start = chunk * self._chunk_rows
-        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step))
+        codec = self._codec.name
+        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec))
+
+    def record_replaced(self, parts: Sequence[str]) -> None:
+        """Say that this part, once it is sealed, stands in the place of others."""
+        self._log.append(ReplacesRecord(self._log.sequence, tuple(parts)))
 
     def record_statistics(self, generation: int, watermark: int) -> None:
         """Switch to a generation of statistics that is written."""
@@ -98,5 +108,6 @@ class RowWriter:
             self._encoding,
             chunk_rows=rows,
             column_names=self._column_names,
+            codec=self._codec,
             sync=self._sync,
         )

@@ -10,11 +10,13 @@ This is the only place that spells a path or the format's version::
         coordinate_scale                     one row for each chunk of the others
         tails/<n>/...                        the same arrays, one short chunk each
         statistics/<generation>/<field>      float64 sums of all modules, one after another
-        commits                              the record: rows that it does not name do not exist
+        commits                              the record: rows that it does not name do not exist (in object
+                                             stores commits/<number>, one line each)
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
       retractions/<digest>.json              rows taken back after their commit
       path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
+      quarantine/<n>/                        what repair and compact took out, by its old path
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ MEAN_VIEWS = "views/mean"
 CHECKPOINTS = "checkpoints"
 RETRACTIONS = "retractions"
 JOURNAL = "path"
+QUARANTINE = "quarantine"
 
 GRADIENTS = "gradients"
 SCALE = "scale"

@@ -25,6 +25,8 @@ class Segment:
     """CRC-32C of the chunk's file by array."""
     retractions: tuple[Retraction, ...] = ()
     """Those that reach the chunk; they may take back some of its rows."""
+    codec: str = "none"
+    """How the gradients are compressed."""
 
     @property
     def stop(self) -> int:

@@ -36,10 +36,15 @@ def save_statistics(folder: Place, statistics: Statistics, *, sync: bool = False
     write_group(folder, {"rows": statistics.rows, "fields": sorted(fields)}, sync=sync)
 
 
-def load_statistics(folder: Place, layout: Layout, rows: int) -> Statistics:
-    """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record."""
+def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statistics:
+    """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record.
+
+    None stands for that which the statistics themselves name.
+    """
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layout.names}
     attributes = _attributes(folder)
+    if rows is None:
+        rows = _count(attributes.get("rows"), folder)
     if attributes.get("rows") != rows:
         raise _damaged(folder, f"covers {attributes.get('rows')!r} rows, the commit record says {rows}")
     fields = attributes.get("fields")
@@ -73,6 +78,12 @@ def _shapes(folder: Place) -> list[tuple[str, tuple[int, ...]]]:
     if any(n < 0 for _, shape in shapes for n in shape):
         raise _damaged(folder, "gives a negative shape")
     return shapes
+
+
+def _count(rows: object, folder: Place) -> int:
+    if type(rows) is not int or rows < 0:
+        raise _damaged(folder, f"covers {rows!r} rows, expected a number")
+    return rows
 
 
 def _attributes(folder: Place) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class RowTable:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.gradients.chunks()
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """All columns of numbers as they are stored, float64 ``[n, columns]``."""
+        return self._numbers
+
     def number(self, name: str) -> np.ndarray:
         """A column of numbers by name, float64 ``[n]``."""
         return self._numbers[:, self.column_names.index(name)]
@@ -232,7 +237,7 @@ def make_table(
             if record.rows > MANY_ROWS:
                 _require_rows(folder, record, len(column_names))
             reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
-            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached))
+            segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached, record.codec))
             first += record.rows
             entry: list[Any] = [part.name, record.part, record.chunk, record.rows, sorted(record.crc.items())]
             entry += [retraction.digest for retraction in reached]

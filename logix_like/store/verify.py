@@ -20,7 +20,7 @@ from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
 from logix_like.store.columns import decode_ids, decode_texts
 from logix_like.store.commits import Commits, RowsRecord, read_commits
 from logix_like.store.creation import read_projections
-from logix_like.store.damage import array_file
+from logix_like.store.damage import array_file, unrecorded_files
 from logix_like.store.documents import unsealed
 from logix_like.store.files import Place, as_place, names_in, read_bytes, walk
 from logix_like.store.journal import journals, read_journal
@@ -33,8 +33,11 @@ from logix_like.store.schema import (
     DATA_ID,
     DOCUMENT,
     MEAN_VIEWS,
+    METADATA,
     PROJECTIONS,
+    QUARANTINE,
     STATISTICS_FOLDER,
+    TAILS,
     WRITER_COLUMNS,
     WRITERS,
     Flag,
@@ -142,12 +145,15 @@ def _documents(store: Place) -> Iterator[_Check]:
     inside = len(str(store))
     for file, _ in walk(store):
         # Hidden names are unfinished.
-        if file.name == DOCUMENT and "/." not in str(file)[inside:]:
+        within = str(file)[inside:]
+        if file.name == DOCUMENT and "/." not in within and not within.startswith(f"/{QUARANTINE}/"):
             yield _Check(file, lambda file=file: unsealed(read_bytes(file)))  # type: ignore[misc]
 
 
 def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
     checks = [
+        _document(store / WRITERS),
+        *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store, damages),
         *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
@@ -155,13 +161,23 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
-    for _, folder in sorted((order, folder) for order, folder in named if order is not None):
-        commits = _record(folder, damages)
-        checks += [*_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
+    started = sorted((order, folder) for order, folder in named if order is not None)
+    parts = [(folder, _record(folder, damages)) for _, folder in started]
+    replaced = {name for _, commits in parts for name in commits.replaces}
+    for folder, commits in parts:
+        if folder.name in replaced:
+            continue
+        checks += [_document(folder), *_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
         rows += commits.total
     for folder in _inside(store / MEAN_VIEWS):
-        checks += _part(folder, _record(folder, damages), 0, manifest, view=True)
+        checks += [_document(folder), *_part(folder, _record(folder, damages), 0, manifest, view=True)]
     return rows, checks
+
+
+def _document(folder: Place) -> _Check:
+    """The Zarr document that a folder must have."""
+    file = folder / DOCUMENT
+    return _Check(file, lambda: unsealed(read_bytes(file)))
 
 
 def _inside(parent: Place) -> list[Place]:
@@ -177,6 +193,10 @@ def _record(folder: Place, damages: list[Damage]) -> Commits:
         damages.append(
             Damage(file, f"{file}: its last record is whole and does not match its checksum; it is left out")
         )
+    lost = unrecorded_files(folder, commits)
+    if lost:
+        finding = f"names none of {len(lost)} chunks that were written (the first is {lost[0]}): lines of it are gone"
+        damages.append(Damage(file, f"{file} {finding}"))
     return commits
 
 
@@ -197,8 +217,11 @@ def _part(
                 lambda part=part, record=record: _ids(part, record),  # type: ignore[misc]
                 None if view else rows,
             )
-            document = part / array / DOCUMENT
-            yield _Check(document, lambda file=document: unsealed(read_bytes(file)))  # type: ignore[misc]
+            yield _document(part / array)
+        if record.part:
+            yield from (_document(part), _document(folder / TAILS))
+        if any(array.startswith(METADATA) for array in record.crc):
+            yield _document(part / METADATA)
 
 
 def _ids(part: Place, record: RowsRecord) -> tuple[DataId, ...] | None:

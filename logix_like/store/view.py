@@ -31,6 +31,10 @@ class Gradients(Protocol):
         """Decoded rows ``[n, width]``."""
         ...
 
+    def selected(self, rows: np.ndarray, /) -> Iterator[RowChunk]:
+        """The rows of these ascending numbers, by chunk; ``start`` counts within them."""
+        ...
+
 
 class Rows(Protocol):
     """What can be scanned and ranked; the query engine depends on this alone."""
@@ -170,6 +174,16 @@ class SelectedRows:
         self.gradients = SelectedGradients(table, rows)
         """Rows by slice, numbers or mask."""
 
+    @property
+    def table(self) -> RowTable:
+        """The table that the rows are taken from."""
+        return self._table
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Where they stand in it, ascending."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -236,6 +250,10 @@ class SelectedGradients:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
         wanted = self._rows[row_numbers(key, len(self._rows))]
         return self._gradients[int(wanted[0]) if isinstance(key, int | np.integer) else wanted]
+
+    def selected(self, rows: np.ndarray) -> Iterator[RowChunk]:
+        """The rows of these ascending numbers, by chunk; ``start`` counts within them."""
+        return self._gradients.selected(self._rows[rows])
 
 
 def select_last(table: RowTable, visits: Visits, kind: str) -> SelectedRows:

@@ -20,9 +20,10 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import ConfigError, StoreError, StoreWriteError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
+from logix_like.store.codecs import codec_named
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
-from logix_like.store.files import Place, as_place, files_of
+from logix_like.store.files import Place, as_place, files_of, named_errors
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
 
@@ -184,7 +185,8 @@ class StoreWriter:
         layout: The rows' module table; :class:`ModelMismatchError` if it is not the store's.
         encoding: Name of the stored type; must be the store's.
         rank: Number of this process among those that write.
-        chunk_mib: Size of a chunk on disk; the memory used is about three times this and the queue.
+        codec: Name of the compression of gradients; may be another one than in the store's other parts.
+        chunk_mib: Size of a chunk on disk before compression; the memory used is about six times this and the queue.
         commit_seconds: How long a row may wait for its commit.
         queue_mib: Bound of the queue; :meth:`put` waits while it is full.
         durability: ``process``: commits survive the death of the process; ``commit``: a power
@@ -203,6 +205,7 @@ class StoreWriter:
         encoding: str = "bfloat16",
         *,
         rank: int = 0,
+        codec: str = "none",
         chunk_mib: float = 4.0,
         commit_seconds: float = 60.0,
         queue_mib: float = 16.0,
@@ -213,13 +216,27 @@ class StoreWriter:
         _require_choice("durability", durability, ("process", "commit"))
         _require_choice("on_error", on_error, ("raise", "stop_logging"))
         store = as_place(path)
-        codec, sync = encoding_named(encoding), durability == "commit"
+        stored_as, compression, sync = encoding_named(encoding), codec_named(codec), durability == "commit"
         _require_described(store, layout, encoding)
-        self._lock = files_of(store).lock(store, store / WRITERS, rank)
-        self.folder = claim_writer(store, rank, sync=sync)
-        """The writer's part of the store."""
-        rows = chunk_rows(layout, codec, chunk_mib)
-        self._pipeline = RowPipeline(self.folder, layout, codec, rows=rows, statistics=statistics, sync=sync)
+        rows = chunk_rows(layout, stored_as, chunk_mib)
+        with named_errors(store):
+            self._lock = files_of(store).lock(store, store / WRITERS, rank)
+            try:
+                self.folder = claim_writer(store, rank, sync=sync)
+                """The writer's part of the store."""
+                self._pipeline = RowPipeline(
+                    self.folder,
+                    layout,
+                    stored_as,
+                    rows=rows,
+                    statistics=statistics,
+                    codec=compression,
+                    sync=sync,
+                    guard=self._lock.require,
+                )
+            except BaseException:
+                self._lock.close()
+                raise
         self._width = layout.width
         self._raises = on_error == "raise"
         self._inbox = _Inbox(int(queue_mib * 2**20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,21 +141,65 @@ def test_other_attention_is_left_out_by_name(options: dict[str, Any]) -> None:
         tracker_for(nn.MultiheadAttention(WIDTH, 2, **options))
 
 
+ATTENTION: dict[str, Any] = {
+    "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11,
+    "max_position_embeddings": LENGTH, "attn_implementation": "eager",
+}  # fmt: skip
+
+
 def mixtral(implementation: str) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=11, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=LENGTH,
-        attn_implementation="eager", experts_implementation=implementation,
+        **ATTENTION, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation=implementation,
     )  # fmt: skip
-    torch.manual_seed(2)
-    return MixtralForCausalLM(config).double()
+    return MixtralForCausalLM(config)
+
+
+def gpt_oss(implementation: str) -> nn.Module:
+    """Transposed weights with biases; gate and up columns take turns."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        **ATTENTION, head_dim=4, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation=implementation,
+    )  # fmt: skip
+    return GptOssForCausalLM(config)
+
+
+class Routed(nn.Module):
+    """Experts of a class of transformers, between a router and a head."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.router = nn.Embedding(11, 8), nn.Linear(8, 4)
+        self.experts, self.head = experts, nn.Linear(8, 11)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = self.embed(input_ids)
+        weights, chosen = self.router(hidden).softmax(-1).flatten(0, 1).topk(2)
+        made = self.experts(hidden.flatten(0, 1), chosen, weights)
+        return SimpleNamespace(logits=self.head(made.view_as(hidden)))
+
+
+def ungated(implementation: str) -> nn.Module:
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config = SimpleNamespace(
+        n_routed_experts=4, hidden_size=8, moe_intermediate_size=12, moe_latent_size=None, mlp_hidden_act="relu2",
+        _experts_implementation=implementation,
+    )  # fmt: skip
+    return Routed(NemotronHExperts(config))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-def test_fused_experts(implementation: str) -> None:
-    model = mixtral(implementation)
+@pytest.mark.parametrize("kind", [mixtral, gpt_oss, ungated])
+def test_fused_experts(kind: Callable[[str], nn.Module], implementation: str) -> None:
+    torch.manual_seed(2)
+    model = kind(implementation).double()
+    for parameter in model.parameters():  # some layouts begin with biases of zero, or with memory as it is
+        nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(11, (BATCH, LENGTH))
     tracker = tracker_for(model)
     seen: list[Tensor] = []
@@ -163,24 +208,25 @@ def test_fused_experts(implementation: str) -> None:
         seen.append(F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1))
         seen[0].sum().backward(retain_graph=True)
     blocks = tracker.layout.split(recording.project()[0])
-    prefix = "model.layers.0.mlp.experts"
-    experts = {name: block for name, block in blocks.items() if name.startswith(prefix)}
+    experts = {name: block for name, block in blocks.items() if ".experts." in f".{name}"}
     assert len(experts) == 8
     for i in range(BATCH):
         expected = gradients(model, seen[0][i])
         for name, block in experts.items():
-            number, weight = name.removeprefix(f"{prefix}.").split(".")
-            reference = expected[f"{prefix}.{weight}"][int(number)]
-            assert torch.allclose(block[i], reference, rtol=FLOAT32_INSIDE, atol=1e-8), name
+            assert torch.allclose(block[i], expert_gradient(expected, name, kind), rtol=FLOAT32_INSIDE, atol=1e-8), name
+
+
+def expert_gradient(expected: dict[str, Tensor], name: str, kind: object) -> Tensor:
+    """``[d_out, d_in]`` of one expert, a bias as the last column."""
+    prefix, number, weight = name.rsplit(".", 2)
+    found = expected[f"{prefix}.{weight}"][int(number)]
+    if kind is not gpt_oss:
+        return found
+    return torch.cat([found.T, expected[f"{prefix}.{weight}_bias"][int(number), :, None]], 1)
 
 
 def test_experts_of_another_layout_are_left_out_by_name() -> None:
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    config = GptOssConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=4, vocab_size=11, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    selection = select_modules(GptOssForCausalLM(config), types=("Linear",))
-    reasons = [reason for name, reason in selection.skipped.items() if name.endswith("experts")]
-    assert reasons == ["its fused experts differ from the usual layout (has_bias, is_transposed)"]
+    model = mixtral("eager")
+    model.model.layers[0].mlp.experts.has_post_expert_norm = True
+    reasons = [reason for name, reason in select_modules(model, types=("Linear",)).skipped.items() if "experts" in name]
+    assert reasons == ["its fused experts differ from the usual layouts (has_post_expert_norm)"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from logix_like.integrations.huggingface import LogixCallback
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -81,10 +82,16 @@ def labelled(samples: int = SAMPLES, classes: int = 3) -> list[Sample]:
     ]
 
 
-def own_rows(model: nn.Module, store: logix.GradientStore, data: Sequence[Sample] | Mapping[Any, Sample]) -> Tensor:
+def own_rows(
+    model: nn.Module,
+    store: logix.GradientStore,
+    data: Sequence[Sample] | Mapping[Any, Sample],
+    smoothing: float = 0.0,
+) -> Tensor:
     """By ``torch.func``: each stored row's sample's own gradient at the model's present weights.
 
-    The loss is the sum over the sample's predicted tokens, or its one label's.
+    The loss is the sum over the sample's predicted tokens, or its one label's; with ``smoothing`` the cross-entropy
+    with smoothed labels.
     """
     model.eval()
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -93,7 +100,12 @@ def own_rows(model: nn.Module, store: logix.GradientStore, data: Sequence[Sample
         batch = {name: value[None] for name, value in sample.items()}
         labels = sample["labels"]
         counted = labels[1:].ne(-100).sum() if labels.ndim else 1
-        return functional_call(model, parameters, kwargs=batch).loss * counted
+        outputs = functional_call(model, parameters, kwargs=batch)
+        if not smoothing:
+            return outputs.loss * counted
+        logits = outputs.logits[0, :-1] if labels.ndim else outputs.logits
+        targets = labels[1:] if labels.ndim else labels[None]
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
     gradients = [grad(loss)(trained, data[i]) for i in store.data_id]
     return full_rows(model, store.modules, gradients)

@@ -164,32 +164,6 @@ def test_training_is_not_changed(tmp_path: Path, accumulated: int) -> None:
     assert torch.equal(plain[2], logged[2])
 
 
-@pytest.mark.parametrize("saved_at", [3, 6])
-def test_a_resumed_training_goes_on_with_the_right_samples(tmp_path: Path, saved_at: int) -> None:
-    data = s.sentences()
-    whole = s.trained(tmp_path / "whole", s.llama(), data, learning_rate=1e-2).run.store
-    settings: dict[str, Any] = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": saved_at}
-
-    class Killed(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            if self.state.global_step == saved_at:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
-    broken = LogixCallback("run", root=tmp_path, verbose=False, **s.IDENTITY)
-    with pytest.raises(KeyboardInterrupt):
-        Killed(s.llama(), s.arguments(tmp_path, **settings), train_dataset=data, callbacks=[broken]).train()
-    broken.close()
-    again = LogixCallback("run", root=tmp_path, verbose=False, **s.IDENTITY)
-    trainer = Trainer(s.llama(), s.arguments(tmp_path, **settings), train_dataset=data, callbacks=[again])
-    trainer.train(resume_from_checkpoint=True)
-    store = again.run.store
-    assert list(store.data_id) == list(whole.data_id)
-    assert list(store.step) == list(whole.step)
-    assert list(store.epoch) == list(whole.epoch)
-    assert s.relative_error(store.gradients[:], whole.gradients[:]) <= FLOAT32
-
-
 def named_dataset() -> datasets.Dataset:
     data = s.sentences()
     columns = {name: [sample[name].tolist() for sample in data] for name in data[0]}
@@ -284,25 +258,6 @@ def test_a_loss_that_cannot_be_read_is_refused(tmp_path: Path, kind: type[Traine
     with pytest.raises(CaptureError, match=expected):
         trainer.train()
     callback.close()
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"label_smoothing_factor": 0.1}, {"trainer": {"compute_loss_func": lambda o, *_, **__: o.logits.mean()}}],
-)
-def test_losses_outside_the_model_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
-    others = setting.pop("trainer", {})
-    callback = LogixCallback("run", root=tmp_path, verbose=False)
-    arguments = s.arguments(tmp_path, **setting)
-    trainer = Trainer(s.bert(), arguments, train_dataset=s.labelled(), callbacks=[callback], **others)
-    with pytest.raises(CaptureError, match="compute_loss_func, label smoothing"):
-        trainer.train()
-    callback.close()
-
-
-def test_a_compiled_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match="torch_compile=True"):
-        s.trained(tmp_path, s.llama(), s.sentences(), torch_compile=True)
 
 
 def test_a_trainer_already_trained_is_said(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("lightning")
@@ -23,11 +25,12 @@ from logix_like.integrations.lightning import LogixCallback
 
 import logix_like as logix
 from logix_like.errors import CaptureError, ConfigError, StoreExistsError
-from tests.training import SAMPLES, data, network, own_gradients
+from tests.training import CLASSES, FEATURES, SAMPLES, data, linear_gradient, network, own_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning.*", "ignore:.*LeafSpec.*")
 
 FLOAT32 = 1e-5
+LENGTH = 4
 BFLOAT16 = 5e-2
 """Autocast rounds each product to 8 bits."""
 IDENTITY: dict[str, Any] = {"projection": {"init": "identity"}, "store": {"dtype": "float64"}}
@@ -66,6 +69,44 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9 if self.lr else 0.0)
+
+
+class Recurrent(Classifier):
+    """Padded sequences, each position to be classified; the loss is the mean over the tokens that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        sequences = torch.randn(SAMPLES, LENGTH, FEATURES, generator=generator)
+        lengths = torch.randint(1, LENGTH + 1, (SAMPLES, 1), generator=generator)
+        self.dataset = TensorDataset(sequences, torch.arange(LENGTH) < lengths)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, counted = batch
+        labels = torch.where(counted, x[..., :CLASSES].argmax(-1), -100)
+        return F.cross_entropy(self.net(x).flatten(0, 1), labels.flatten())
+
+    def own_rows(self, store: Any) -> Tensor:
+        """Each stored row's sample's gradient of its summed token loss."""
+        rows = []
+        for i in store.data_id:
+            self.zero_grad()
+            x, counted = (part[None] for part in self.dataset[int(i)])
+            (self.loss([x, counted]) * counted.sum()).backward()
+            rows.append(torch.cat([linear_gradient(m).flatten() for m in (self.net[0], self.net[2])]))
+        return torch.stack(rows)
+
+
+class Checkpointed(Classifier):
+    """Its first layers are computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        inner: Any = checkpoint(self.net[:2], batch[0].requires_grad_(), use_reentrant=self.reentrant)
+        return F.cross_entropy(self.net[2](inner), batch[1])
 
 
 class Manual(Classifier):
@@ -141,6 +182,25 @@ def test_every_backward_pass_of_manual_optimization_is_a_visit(tmp_path: Path) -
     store = logged(tmp_path, module, max_epochs=1)
     assert Counter(store.data_id) == dict.fromkeys(range(SAMPLES), 2)
     assert relative_error(store, module) <= FLOAT32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_rows_of_a_checkpointed_module(tmp_path: Path, reentrant: bool) -> None:
+    module = Checkpointed(reentrant)
+    store = logged(tmp_path, module, accumulate_grad_batches=2)
+    assert Counter(store.data_id) == dict.fromkeys(range(SAMPLES), 2)
+    assert relative_error(store, module) <= FLOAT32
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rows_of_padded_sequences(tmp_path: Path, accumulated: int) -> None:
+    module = Recurrent()
+    callback = {"mask": lambda batch: batch[1], "loss_reduction": "token_mean", "statistics": ["kronecker"]}
+    store = logged(tmp_path, module, callback=callback, accumulate_grad_batches=accumulated, max_epochs=1)
+    own = module.own_rows(store)
+    assert float(((store.gradients[:] - own).norm(dim=1) / own.norm(dim=1)).max()) <= FLOAT32
+    counted = int(module.dataset.tensors[1].sum())
+    assert store.statistics.sums["net.0"]["positions"] == counted
 
 
 def test_steps_count_the_optimizers(tmp_path: Path) -> None:
@@ -222,18 +282,63 @@ def test_a_stream_without_tokens_needs_a_function(tmp_path: Path) -> None:
     assert Counter(store.data_id) == Counter(first([*data(torch.float32)]) * 2)
 
 
+def resumed(folder: Path, checkpoint: Path, **settings: Any) -> Any:
+    """The store after two trainings of a callback each: one that is broken off, one from ``checkpoint``."""
+    again = LogixCallback("run", root=folder, verbose=False, **IDENTITY)
+    trainer(folder, again, **settings).fit(Classifier(lr=0.1), ckpt_path=checkpoint)
+    return again.run.store
+
+
 def test_a_resumed_training_goes_on_behind_its_rows(tmp_path: Path) -> None:
     checkpoint = tmp_path / "first.ckpt"
     first = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
     begun = trainer(tmp_path, first, max_epochs=1, enable_checkpointing=True)
     begun.fit(Classifier(lr=0.1))
     begun.save_checkpoint(checkpoint)
-    again = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
-    trainer(tmp_path, again, max_epochs=2).fit(Classifier(lr=0.1), ckpt_path=checkpoint)
-    store = again.run.store
+    store = resumed(tmp_path, checkpoint)
+    assert store.valid.all()
     assert Counter(store.data_id) == dict.fromkeys(range(SAMPLES), 2)
     assert list(store.epoch) == [0] * SAMPLES + [1] * SAMPLES
     assert sorted(set(store.step)) == list(range(10))
+
+
+class Saving(lightning.Callback):
+    """Saves a checkpoint behind a certain step, and notes how many rows were safe by then."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file, self.safe = step, file, -1
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.file.exists():
+            trainer.save_checkpoint(self.file)
+            self.safe = len(logix.open_store(self.file.parent / "run"))
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_rows_behind_an_older_checkpoint_are_taken_back(tmp_path: Path, step: int) -> None:
+    """Also behind one in the midst of an epoch, where Lightning goes on with batches of a new order."""
+    checkpoint = tmp_path / "older.ckpt"
+    saving = Saving(step, checkpoint)
+    first = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
+    trainer(tmp_path, first, saving).fit(Classifier(lr=0.1))
+    before = first.run.store
+    assert saving.safe == {3: 15, 5: 23, 7: 33}[step]
+    store = resumed(tmp_path, checkpoint)
+    assert list(store.valid[: len(before)]) == list(before.step < step)
+    kept = np.flatnonzero(store.valid)
+    assert sorted(set(store.step[kept])) == list(range(10))
+    assert list(store.epoch[kept]) == [int(number) // 5 for number in store.step[kept]]
+
+
+def test_samples_of_an_epoch_resumed_in_its_midst_are_those_trained_on(tmp_path: Path) -> None:
+    checkpoint, module = tmp_path / "midst.ckpt", Classifier()
+    first = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
+    trainer(tmp_path, first, Saving(3, checkpoint)).fit(module)
+    again = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
+    trainer(tmp_path, again).fit(module, ckpt_path=checkpoint)
+    store = again.run.store
+    assert np.count_nonzero(~store.valid) == 31
+    assert relative_error(store, module) <= FLOAT32
 
 
 def test_rows_before_an_exception_are_kept(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ class MemoryGradients:
         numbers = row_numbers(key, len(self))
         return self._table.chunk(0, len(self)).select(numbers, 0).decode()
 
+    def selected(self, rows: NDArray[np.int64]) -> Iterator[RowChunk]:
+        self._table.scans += 1
+        size = self._table.chunk_rows
+        for start in range(0, len(self._table), size):
+            first, last = np.searchsorted(rows, [start, start + size])
+            if first < last:
+                whole = self._table.chunk(start, min(start + size, len(self._table)))
+                yield whole.select(rows[first:last] - start, int(first))
+
 
 @dataclass(eq=False)
 class MemoryRows:
@@ -44,6 +53,7 @@ class MemoryRows:
     chunk_rows: int = 7
     left_out: int = 0
     scans: int = field(default=0, init=False)
+    columns: dict[str, NDArray[np.object_]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,12 +85,17 @@ class MemoryRows:
         """Not known."""
         return np.full(len(self), np.nan)
 
-    norm = lr = loss
+    lr = loss
+
+    @property
+    def norm(self) -> NDArray[np.float64]:
+        """Of each row."""
+        return np.asarray(self.rows.double().norm(dim=1).numpy())
 
     @property
     def metadata(self) -> Mapping[str, NDArray[np.object_]]:
-        """None."""
-        return {}
+        """The user's columns."""
+        return self.columns
 
     def chunk(self, start: int, stop: int) -> RowChunk:
         """The rows from ``start`` to ``stop``."""

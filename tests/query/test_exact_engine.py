@@ -8,9 +8,10 @@ from torch import Tensor
 
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.preconditioner import PRECONDITIONERS
-from logix_like.query.engine import KEPT_BYTES, REDUCTIONS, QueryEngine
+from logix_like.query.engine import KEPT_BYTES, QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
+from logix_like.query.question import REDUCTIONS
 from logix_like.statistics import Statistics, StatisticsAccumulator, corrected_sums
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, dense_inverse, dense_ranking, dense_scores, second_moment_matrix

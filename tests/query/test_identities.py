@@ -57,7 +57,7 @@ def _curvature(fitted: FittedPreconditioner, module: str) -> Tensor:
 
 def _undamped(fitted: FittedPreconditioner, module: str, mean_eigenvalue: float) -> Tensor:
     size = fitted.layout[module].size
-    return _curvature(fitted, module) - fitted.damping * mean_eigenvalue * torch.eye(size, dtype=torch.float64)
+    return _curvature(fitted, module) - fitted.damping.value * mean_eigenvalue * torch.eye(size, dtype=torch.float64)
 
 
 class LinearNet:

@@ -11,8 +11,9 @@ import torch
 
 from logix_like.capture.batch import FactorMoments
 from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError, StatisticsError
-from logix_like.query.engine import ENGINES, REDUCTIONS, QueryEngine
+from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store.view import REDUCTIONS as STORE_REDUCTIONS
 from tests.query.memory_store import MemoryStore
@@ -36,7 +37,7 @@ def query() -> QueryGradients:
     [
         ({"mode": "cosin"}, "unknown mode 'cosin'; known: dot, cosine, relatif, l2"),
         ({"reduce": "max"}, "unknown reduce 'max'; known: mean, sum, last, none"),
-        ({"engine": "annoy", "k": 1}, "unknown engine 'annoy'; known: exact, faiss"),
+        ({"engine": "annoy", "k": 1}, "unknown engine 'annoy'; known: exact, faiss, dask"),
         ({"preconditioner": "adam"}, "unknown preconditioner 'adam'; known: identity"),
         ({"damping": -1.0}, "damping is -1.0; it must be a number of at least 0"),
         ({"damping": "a"}, "damping is 'a'; it must be a number"),
@@ -49,7 +50,7 @@ def query() -> QueryGradients:
         ({"k": 2.5}, "k is 2.5; it must be a whole number, or None"),
         ({"k": True}, "k is True; it must be a whole number"),
         ({"k": "3"}, "k is '3'; it must be a whole number"),
-        ({"data_id": 1.5}, r"data_id is 1.5; it must be a list of the ids"),
+        ({"data_id": 1.5}, r"data_id or where is 1.5; it must be a list of the ids"),
         ({"k": 11}, "k is 11, but there are only 10 samples to rank; ask for fewer"),
         ({"engine": "faiss"}, "finds the first k only: give k="),
         ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
@@ -114,7 +115,7 @@ def test_empty_stores(query: QueryGradients) -> None:
 
 def test_names_agree_with_the_store() -> None:
     assert tuple(REDUCTIONS) == STORE_REDUCTIONS
-    assert ENGINES == ("exact", "faiss")
+    assert ENGINES == ("exact", "faiss", "dask")
 
 
 @pytest.mark.parametrize("query", [None, torch.ones(1, LAYOUT.width), "q0"])

@@ -12,9 +12,10 @@ from torch import Tensor
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import EmptyStoreError, ModelMismatchError, StatisticsError
 from logix_like.layout import Layout
-from logix_like.query.engine import REDUCTIONS, QueryEngine
+from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
+from logix_like.query.question import REDUCTIONS
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store, projections_digest
 from tests.reference import blocks_layout, dense_inverse, dense_ranking, dense_scores, second_moment_matrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import DataId, Layout, ModuleBlock
-from logix_like.store import StoreWriter, create_store, describe
+from logix_like.store import Place, StoreWriter, create_store, describe
+
+SomePlace = TypeVar("SomePlace", bound=Place)
 
 WIDTH = 3 * 4 + 2 * 2 + 5 * 1
 CHUNK_ROWS = 16
@@ -40,7 +42,7 @@ def projections() -> dict[str, tuple[Tensor | None, Tensor | None]]:
     }
 
 
-def new_store(path: Path, encoding: str = "float32", layout: Layout | None = None) -> Path:
+def new_store(path: SomePlace, encoding: str = "float32", layout: Layout | None = None) -> SomePlace:
     """An empty store that is described."""
     store = path
     create_store(store, {"project": "test"})
@@ -57,7 +59,7 @@ def chunk_mib(rows: int, encoding: str = "float32", width: int = WIDTH) -> float
     return rows * width * size / 2**20
 
 
-def writer(store: Path, encoding: str = "float32", **options: Any) -> StoreWriter:
+def writer(store: Place, encoding: str = "float32", **options: Any) -> StoreWriter:
     """A writer with chunks of 16 rows."""
     options = {"chunk_mib": chunk_mib(CHUNK_ROWS, encoding), **options}
     return StoreWriter(store, small_layout(), encoding, **options)
@@ -80,7 +82,7 @@ def zarr_values(array: Path) -> np.ndarray:
     return np.array(zarr.open_array(array, mode="r")[:])
 
 
-def log(store: Path, rows: Tensor, encoding: str = "float32", **more: Any) -> None:
+def log(store: Place, rows: Tensor, encoding: str = "float32", **more: Any) -> None:
     """Write all rows with a writer of their own."""
     with writer(store, encoding) as out:
         for batch in batches(rows, **more):

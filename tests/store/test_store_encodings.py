@@ -27,7 +27,16 @@ def alike_layout() -> Layout:
     return Layout([ModuleBlock(f"m{n}", "linear", (3, 5), (3, 5), 15 * n, f"m{n}") for n in range(3)])
 
 
-LAYOUTS = {"of different sizes": small_layout(), "of one size": alike_layout()}
+def mixed_layout() -> Layout:
+    """Runs of two, one and two modules of one size."""
+    ranks, offset, blocks = [(2, 3), (3, 2), (2, 2), (1, 6), (6, 1)], 0, []
+    for number, rank in enumerate(ranks):
+        blocks.append(ModuleBlock(f"m{number}", "linear", (9, 9), rank, offset, f"m{number}"))
+        offset += blocks[-1].size
+    return Layout(blocks)
+
+
+LAYOUTS = {"of different sizes": small_layout(), "of one size": alike_layout(), "mixed": mixed_layout()}
 
 
 def encode(rows: Tensor, encoding: str, layout: Layout) -> StoredRows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,7 @@ from logix_like.store.files import (
     write_checked,
 )
 from logix_like.store.storage import Files, ObjectPath
-from tests.store.s3_server import BUCKET, s3_server
-
-
-@pytest.fixture(scope="module")
-def s3_environment() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
+from tests.store.s3_server import BUCKET
 
 
 class FilesContract:

@@ -1,0 +1,105 @@
+"""Damping: what is added to a curvature's eigenvalues before it is inverted.
+
+Three ways to say it:
+
+=========================== ================================================================================
+setting                     lambda of one module
+=========================== ================================================================================
+``0.1`` (a number x)        x times the mean eigenvalue of the module's own block
+``{"absolute": x}``         x itself, in every module
+``"auto"``                  r / (1 - r) times the mean eigenvalue, at least 0.1 times it, where r is the weight
+                            that the oracle approximating shrinkage estimator (Chen, Wiesel, Eldar and Hero 2010,
+                            eq. 23) gives the identity for a covariance of n rows with these eigenvalues
+=========================== ================================================================================
+
+``auto`` is the default 0.1 as long as a module has rows enough, and grows where its rows are too few to tell its small
+eigenvalues from noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+from logix_like.errors import QueryError
+
+LEAST = 0.1
+"""The smallest multiple of the mean eigenvalue that ``auto`` chooses."""
+MOST = 10.0
+"""The largest."""
+
+DampingSetting = float | str | Mapping[str, float]
+"""A multiple of the mean eigenvalue, ``"auto"``, or ``{"absolute": x}``."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What damping needs to know of a block's eigenvalues."""
+
+    size: int
+    """How many there are."""
+    total: float
+    """Their sum."""
+    squares: float
+    """The sum of their squares."""
+    rows: int
+    """How many rows they were estimated from."""
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue."""
+        return self.total / self.size
+
+
+@dataclass(frozen=True)
+class Damping:
+    """A checked setting; see :mod:`logix_like.damping`."""
+
+    kind: str
+    """``relative``, ``absolute`` or ``auto``."""
+    value: float = 0.0
+    """The number, where one is given."""
+
+    @classmethod
+    def of(cls, setting: object) -> Damping:
+        """Check a setting; :class:`QueryError` when it is none."""
+        if isinstance(setting, Damping):
+            return setting
+        if isinstance(setting, str) and setting == "auto":
+            return cls("auto")
+        kind, value = "relative", setting
+        if isinstance(setting, Mapping) and list(setting) == ["absolute"]:
+            kind, value = "absolute", setting["absolute"]
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise QueryError(
+                f"damping is {setting!r}; it must be a number of at least 0 (0.1 is the default: a tenth of each "
+                "module's mean eigenvalue), 'auto', or {'absolute': number}"
+            )
+        return cls(kind, float(value))
+
+    @property
+    def setting(self) -> DampingSetting:
+        """What it was made of, as plain data."""
+        return {"relative": self.value, "absolute": {"absolute": self.value}, "auto": "auto"}[self.kind]
+
+    def __str__(self) -> str:
+        return {"relative": f"{self.value:g}", "absolute": f"{self.value:g} (absolute)", "auto": "auto"}[self.kind]
+
+    def shift(self, spectrum: Spectrum) -> float:
+        """The lambda for a block with these eigenvalues."""
+        if self.kind == "absolute":
+            return self.value
+        return spectrum.mean * (self.value if self.kind == "relative" else shrinkage_damping(spectrum))
+
+
+def shrinkage_damping(spectrum: Spectrum) -> float:
+    """The multiple of the mean eigenvalue that ``auto`` stands for."""
+    size, rows = spectrum.size, spectrum.rows
+    spread = spectrum.squares - spectrum.total**2 / size
+    if spread <= 0 or rows <= 0:  # all eigenvalues equal, or nothing known: any multiple gives the same order
+        return LEAST
+    weight = ((1 - 2 / size) * spectrum.squares + spectrum.total**2) / ((rows + 1 - 2 / size) * spread)
+    weight = min(weight, MOST / (1 + MOST))
+    return max(LEAST, weight / (1 - weight))

@@ -1,0 +1,99 @@
+"""Products of rows and queries, in whichever arithmetic this machine is fastest in, with how far they can be off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logix_like.query.scan import Candidates, HeldTile, Tile
+
+MEASURED_ROWS = 256
+"""The two ways are compared on so many rows, once."""
+NARROW_ROUNDING = 2.0**-8
+"""A bfloat16 result is within this share of the exact one (its last bit, twice over)."""
+WIDE_ROUNDING = 2.0**-20
+"""A float32 sum of some thousand products is within this share of both norms' product, with room to spare."""
+
+
+@dataclass(frozen=True, eq=False)
+class Approximate:
+    """Inner products ``p`` known within bounds: ``|values - p| <= relative |p| + absolute |row|``."""
+
+    values: Tensor
+    """``[n, queries]``."""
+    relative: float
+    absolute: Tensor
+    """``[queries]``, for a row of norm 1."""
+
+
+class Products:
+    """Multiplies tiles with some queries.
+
+    Rows that are stored in bfloat16 can be multiplied as they are (``narrow``) or widened to float32 first, a piece
+    at a time (``wide``). Which is faster depends on the processor by a factor of ten either way, so it is measured.
+    """
+
+    def __init__(self, candidates: Candidates, queries: Tensor, *, narrow: bool = True) -> None:
+        """``queries [queries, width]``; ``narrow=False`` leaves that way out."""
+        self._candidates = candidates
+        self._queries = queries
+        self._allowed = narrow
+        self._narrow = queries.to(torch.bfloat16)
+        norms = torch.linalg.vector_norm(queries.double(), dim=1)
+        dropped = torch.linalg.vector_norm(queries.double() - self._narrow.double(), dim=1)
+        rounding = WIDE_ROUNDING if queries.dtype == torch.float32 else torch.finfo(torch.float64).eps * 2**10
+        self._wide_error = norms * rounding
+        self._narrow_error = dropped + norms * rounding
+
+    def exact(self, tile: Tile) -> Tensor:
+        """``[n, queries]`` in the queries' own precision; rows as the left factor is faster for few queries."""
+        if isinstance(tile, HeldTile):
+            return torch.mm(tile.held, self._queries.T)
+        return self._wide(tile, len(tile))
+
+    def of(self, tile: Tile) -> Approximate:
+        """The products, the fastest way."""
+        raw = tile.narrow if self._allowed else None
+        if raw is not None and self._prefers_narrow(tile, raw):
+            return Approximate(torch.mm(raw, self._narrow.T), NARROW_ROUNDING, self._narrow_error)
+        return Approximate(self.exact(tile), 0.0, self._wide_error)
+
+    def _wide(self, tile: Tile, rows: int) -> Tensor:
+        products = torch.empty(rows, len(self._queries), dtype=self._queries.dtype)
+        with self._candidates.buffer() as buffer:
+            for start, stop, values in tile.pieces(buffer, rows):
+                torch.mm(values, self._queries.T, out=products[start:stop])
+        return products
+
+    def _prefers_narrow(self, tile: Tile, raw: Tensor) -> bool:
+        measured = self._candidates.memory.narrow
+        size = len(self._queries).bit_length()
+        if size not in measured:
+            rows = min(len(tile), MEASURED_ROWS)
+            wide = _seconds(lambda: self._wide(tile, rows))
+            # An arithmetic that breaks its bounds (sums kept in bfloat16) is not used however fast it is.
+            measured[size] = self._keeps_bounds(tile, raw, rows) and wide > _seconds(
+                lambda: torch.mm(raw[:rows], self._narrow.T)
+            )
+        return measured[size]
+
+    def _keeps_bounds(self, tile: Tile, raw: Tensor, rows: int) -> bool:
+        values = tile.read(0, rows).double()
+        exact = values @ self._queries.double().T
+        bound = NARROW_ROUNDING * exact.abs() + torch.outer(values.norm(dim=1), self._narrow_error)
+        return bool(((torch.mm(raw[:rows], self._narrow.T) - exact).abs() <= bound).all())
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    """The shortest of three runs after a first one, which pays for what is done once."""
+    act()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,192 @@
+"""The k highest and lowest scores of a stream, exact though the stream's own scores are rounded.
+
+A scan multiplies in the fastest arithmetic there is, whose rounding errors are bounded. Rows that could be among the
+k by these bounds, and only they, are multiplied again in float64 while their chunk is at hand. So the answer is that
+of float64 products of the stored rows, whatever the scan's arithmetic or the cutting into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logix_like.query.modes import Mode
+from logix_like.query.products import Approximate
+from logix_like.query.ranking import RunningTop, stable_top
+from logix_like.query.scan import Tile
+
+EXACT_BYTES = 8 * 2**20
+"""Rows are multiplied again so many bytes (float64) at a time."""
+SMALLEST_NORM = 1e-18
+"""Norms below are not told apart: squares underflow in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Turns exact products into scores, for pairs of a query and a row."""
+
+    mode: Mode
+    queries: Tensor
+    """``[queries, width]``, preconditioned."""
+    query_lengths: Tensor
+    """``[queries]``, squared lengths; not read in a mode that does not use them."""
+    row_lengths: Tensor
+    """``[rows]``, squared lengths, times ``factor`` squared; not read in a mode that does not use them."""
+    factor: Tensor | None
+    """``[rows]``: what each row is multiplied by; None for 1."""
+
+    def scores(self, products: Tensor, positions: Tensor) -> Tensor:
+        """``[queries, n]`` from products of that shape, for the rows at ``positions [n]``."""
+        if self.factor is not None:
+            products = products * self.factor[positions]
+        if not self.mode.uses_lengths:
+            return products
+        return self.mode.scores(products, self.query_lengths[:, None], self.row_lengths[positions])
+
+    def pair_scores(self, products: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
+        """``[pairs]``, float64, from products ``[pairs]``."""
+        if self.factor is not None:
+            products = products * self.factor[positions].double()
+        if not self.mode.uses_lengths:
+            return products
+        lengths = self.query_lengths[queries].double(), self.row_lengths[positions].double()
+        return self.mode.scores(products, *lengths)
+
+    def weight(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """What products of pairs are multiplied by, float64, in a mode whose scores are proportional to them.
+
+        ``queries`` and ``positions`` are numbers of queries and rows, of shapes that fit each other.
+        """
+        weight = torch.ones(torch.broadcast_shapes(queries.shape, positions.shape), dtype=torch.float64)
+        if self.factor is not None:
+            weight = weight * self.factor[positions].double()
+        if not self.mode.uses_lengths:
+            return weight
+        return weight * self.mode.slope(self.query_lengths[queries].double(), self.row_lengths[positions].double())
+
+    def slack(self, found: Approximate, norms: Tensor, positions: Tensor) -> Tensor:
+        """``[queries]``: how far the scores of the rows at ``positions``, of these ``norms``, can be off.
+
+        The share of the score itself by which narrow products are rounded is not in it.
+        """
+        reach = norms if self.factor is None else norms * self.factor[positions].abs().double()
+        if not self.mode.uses_lengths:
+            return found.absolute * reach.max()
+        slope = self.mode.slope(torch.ones(1, 1), self.row_lengths[positions].double()).squeeze(0) * reach
+        outer = self.mode.slope(self.query_lengths.double(), torch.ones(1))
+        # The lengths themselves are rounded, and with them every score that they enter.
+        lengths = torch.finfo(torch.float32).eps * 4 * (self.query_lengths.abs() + self.row_lengths[positions].max())
+        return found.absolute * slope.max() * outer + (0.0 if self.mode.proportional else lengths)
+
+
+@dataclass(eq=False)
+class Group:
+    """Tiles that are sieved together."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    products: list[Approximate] = field(default_factory=list)
+    rows: int = 0
+
+    def add(self, tile: Tile, products: Approximate) -> None:
+        """Take in one more tile."""
+        self.tiles.append(tile)
+        self.products.append(products)
+        self.rows += len(tile)
+
+    @property
+    def positions(self) -> Tensor:
+        """``[n]``, where the rows stand."""
+        return torch.cat([tile.positions for tile in self.tiles])
+
+    def take(self, columns: Tensor) -> Tensor:
+        """The rows of ascending ``columns [m]`` of the group, decoded, ``[m, width]``."""
+        edges = np.cumsum([0, *(len(tile) for tile in self.tiles)])
+        numbers = columns.numpy()
+        cuts = np.searchsorted(numbers, edges)
+        parts = [
+            tile.take(numbers[low:high] - edge)
+            for tile, edge, low, high in zip(self.tiles, edges[:-1], cuts[:-1], cuts[1:], strict=True)
+            if low < high
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Sieve:
+    """Keeps the exact ``k`` highest and ``k`` lowest of groups of rows; the first group has at least ``k``."""
+
+    def __init__(self, scorer: Scorer, norms: Tensor, k: int) -> None:
+        """``norms [rows]`` are the stored rows' norms, float64."""
+        self._scorer = scorer
+        self._norms = norms
+        self._queries = scorer.queries.double()
+        self._k = k
+        self.highest = RunningTop(k, largest=True)
+        self.lowest = RunningTop(k, largest=False)
+
+    def update(self, group: Group) -> None:
+        """Take in rows that follow all those before."""
+        positions = group.positions
+        products = torch.cat([found.values for found in group.products]).T.to(self._scorer.queries.dtype)
+        scores = self._scorer.scores(products.contiguous(), positions)
+        slack = self._slack(group, positions, scores.dtype)
+        passing = torch.zeros_like(scores, dtype=torch.bool)
+        for running, sign in ((self.highest, 1), (self.lowest, -1)):
+            signed = scores if sign > 0 else -scores
+            least = running.threshold
+            if least is None:
+                least = self._first(group, signed, sign, positions)
+            relative = max(found.relative for found in group.products)
+            least = (least - least.abs() * relative - slack).to(scores.dtype)
+            passing |= ~(signed < least[:, None])  # so that what is not a number passes
+        self._take_in(group, passing, positions)
+
+    def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[queries]``: how far a score of the group can be off, its own rounding aside."""
+        bounds = {id(found.absolute): found for found in group.products}  # one, or two where tiles differ
+        slacks = [self._scorer.slack(found, self._norms[positions], positions) for found in bounds.values()]
+        # A bound that is itself rounded to ``dtype`` must not become a larger one.
+        return torch.stack(slacks).amax(0) * 1.01 + torch.finfo(dtype).tiny
+
+    def _first(self, group: Group, signed: Tensor, sign: int, positions: Tensor) -> Tensor:
+        """``[queries]``: a signed score that the k-th best of the group reaches for sure."""
+        _, chosen = stable_top(signed, self._k)
+        queries = torch.arange(len(signed)).repeat_interleave(chosen.shape[1])
+        exact = self._exact(group, queries, chosen.sort(dim=1).values.flatten(), positions)
+        return (sign * exact).view(len(signed), -1).amin(dim=1)
+
+    def _take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
+        queries, columns = passing.nonzero(as_tuple=True)
+        if not len(queries):
+            return
+        scores = self._exact(group, queries, columns, positions)
+        counts = passing.sum(dim=1)
+        place = torch.arange(len(queries)) - (counts.cumsum(0) - counts)[queries]
+        for running, sign in ((self.highest, 1), (self.lowest, -1)):
+            padded = torch.full((len(passing), int(counts.max())), -sign * torch.inf, dtype=torch.float64)
+            where = torch.zeros_like(padded, dtype=torch.int64)
+            padded[queries, place], where[queries, place] = scores, positions[columns]
+            running.update(padded, where)
+
+    def _exact(self, group: Group, queries: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
+        """``[pairs]``: exact scores of pairs, ordered by query and then by column."""
+        rows, inverse = columns.unique(return_inverse=True)
+        decoded = group.take(rows)
+        products = torch.empty(len(columns), dtype=torch.float64)
+        piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
+        for query, start, stop in _runs(queries, piece):
+            products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
+        return self._scorer.pair_scores(products, queries, positions[columns])
+
+
+def _runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of equal ``queries``, as ``(query, start, stop)``, none longer than ``longest``."""
+    values, counts = queries.unique_consecutive(return_counts=True)
+    begin = 0
+    for query, count in zip(values.tolist(), counts.tolist(), strict=True):
+        for start in range(begin, begin + count, longest):
+            yield query, start, min(start + longest, begin + count)
+        begin += count

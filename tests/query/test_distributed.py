@@ -1,0 +1,142 @@
+"""Ranges of rows on executors and on Dask give the exact engine's answer, also when a worker dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from logix_like.errors import MissingDependencyError, QueryError
+from logix_like.query import distributed, scoring
+from logix_like.query.distributed import RangeTask, scan_range
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.query.modes import MODES
+from logix_like.query.question import REDUCTIONS
+from logix_like.query.result import InfluenceResult
+from logix_like.query.scoring import Sides
+from logix_like.store import GradientStore
+from tests.query.memory_store import MemoryStore
+from tests.query.test_query_on_disk import LAYOUT, _write
+
+
+@pytest.fixture(autouse=True)
+def short_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(distributed, "RANGE_BYTES", 2 * LAYOUT.width * 70)
+    monkeypatch.setattr(scoring, "SIEVED_ROWS", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> GradientStore:
+    rows = torch.randn(300, LAYOUT.width)
+    rows[17] = float("nan")
+    return _write(tmp_path / "store", rows, [f"s{i % 250}" for i in range(300)], "bfloat16")
+
+
+@pytest.fixture
+def query() -> QueryGradients:
+    return QueryGradients(("q0", "q1"), torch.randn(2, LAYOUT.width), LAYOUT)
+
+
+def _assert_same(store: GradientStore, query: QueryGradients, client: object, **options: Any) -> None:
+    engine = QueryEngine(store, keep_bytes=0)
+    exact = engine.influence(query, **options)
+    found = engine.influence(query, engine="dask", client=client, **options)
+    assert found.engine == "dask" and "dask engine" in found.note
+    _equal(exact, found)
+
+
+def _equal(one: InfluenceResult, other: InfluenceResult) -> None:
+    for a, b in ((one.proponents(), other.proponents()), (one.opponents(), other.opponents())):
+        assert a.ids.tolist() == b.ids.tolist()
+        assert a.scores.equal(b.scores)  # bit by bit
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_threads_give_the_exact_answer(store: GradientStore, query: QueryGradients, mode: str, reduce: str) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        _assert_same(store, query, pool, k=7, mode=mode, reduce=reduce)
+
+
+def test_some_samples_and_parts(store: GradientStore, query: QueryGradients) -> None:
+    chosen = [f"s{i}" for i in range(0, 250, 3)]
+    with ThreadPoolExecutor(2) as pool:
+        _assert_same(store, query, pool, k=5, data_id=chosen, reduce="none")
+        engine = QueryEngine(store, keep_bytes=0)
+        options: dict[str, Any] = {"k": 3, "per": "module"}
+        found = engine.influence(query, engine="dask", client=pool, **options)
+        assert found.top.parts.equal(engine.influence(query, **options).top.parts)
+
+
+@pytest.mark.slow
+def test_processes_give_the_exact_answer(store: GradientStore, query: QueryGradients) -> None:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        _assert_same(store, query, pool, k=5)
+
+
+def _die(part: RangeTask) -> Sides:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return scan_range(part)
+
+
+class _Deadly(Executor):
+    """Sends the second range to a process that dies of it."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._sent = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._sent += 1
+        return self._pool.submit(_die if self._sent == 2 else fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+@pytest.mark.slow
+def test_a_broken_pool_changes_nothing_in_the_answer(store: GradientStore, query: QueryGradients) -> None:
+    with _Deadly() as pool:
+        _assert_same(store, query, pool, k=5)
+
+
+@pytest.mark.slow
+def test_dask_survives_a_killed_worker(store: GradientStore, query: QueryGradients) -> None:
+    dask = pytest.importorskip("distributed")
+    with (
+        dask.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        dask.Client(cluster) as client,
+    ):
+        _assert_same(store, query, client, k=5)
+        worker = next(iter(client.run(os.getpid).values()))
+        os.kill(worker, signal.SIGKILL)
+        _assert_same(store, query, None, k=6)  # the client in use is found
+
+
+def test_what_is_no_client(store: GradientStore, query: QueryGradients, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = QueryEngine(store)
+    with pytest.raises(QueryError, match=r"client is a str; it must be a dask.distributed.Client or an executor"):
+        engine.influence(query, k=3, engine="dask", client="tcp://here")
+    with pytest.raises(QueryError, match="engine='dask' finds the first k only"):
+        engine.influence(query, engine="dask")
+    monkeypatch.setitem(__import__("sys").modules, "distributed", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'logix_like\[dask\]'"):
+        engine.influence(query, k=3, engine="dask")
+
+
+def test_rows_of_this_process_alone_are_refused(query: QueryGradients) -> None:
+    engine = QueryEngine(MemoryStore(LAYOUT, torch.randn(50, LAYOUT.width)))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(QueryError, match="MemoryRows lies in this process alone"):
+        engine.influence(query, k=3, engine="dask", client=pool)

@@ -1,0 +1,144 @@
+"""Merged parts hold the same rows, bit for bit, in whole chunks; a kill at any instant loses and doubles none."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from logix_like.capture.batch import ProjectedBatch
+from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.statistics import StatisticsAccumulator
+from logix_like.store import (
+    ENCODINGS,
+    local,
+    merge_parts,
+    merging,
+    open_store,
+    supersede_samples,
+    supersede_steps,
+    verify,
+)
+from tests.store.broken_disk import BrokenDisk, Killed
+from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, chunk_mib, log, new_store, small_layout, writer
+from tests.store.test_store_verify import everything, flip
+
+
+def scattered(path: Path, encoding: str = "float32") -> Path:
+    """Three writers, of which two left tails, one was never closed, and ids of both kinds and metadata."""
+    store = new_store(path, encoding)
+    for rank, rows in enumerate((37, 5, 50)):
+        ids: list[str | int] = [f"{rank}-{n}" if n % 2 else 100 * rank + n for n in range(rows)]
+        statistics = StatisticsAccumulator(small_layout(), ["covariance"])
+        with writer(store, encoding, rank=rank, statistics=statistics) as out:
+            more = {"metadata": {"label": ("a",) * 7}} if rank == 2 else {}
+            for batch in batches(torch.randn(rows, WIDTH), ids, epoch=rank):
+                fitting = {"metadata": {"label": ("a",) * len(batch.data_id)}} if more else {}
+                out.put(ProjectedBatch(batch.data_id, batch.rows, step=batch.step, epoch=rank, **fitting))
+                if batch.step == 2:
+                    out.commit()
+    return store
+
+
+def rows_of(store: Path) -> list[object]:
+    """Every row that stands, with all that it carries."""
+    opened = open_store(store)
+    standing = opened.flags & 2 == 0
+    columns = [getattr(opened, name)[standing].tolist() for name in ("data_id", "step", "epoch", "norm", "flags")]
+    return [opened.gradients[standing].tolist(), *columns, opened.metadata["label"][standing].tolist()]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_merged_rows_are_the_same(tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_chunk_mib", lambda store: chunk_mib(CHUNK_ROWS, encoding))
+    store = scattered(tmp_path / "s", encoding)
+    before, statistics = rows_of(store), open_store(store).statistics
+    told: list[tuple[int, int]] = []
+    report = merge_parts(store, lambda done, of: told.append((done, of)))
+    assert rows_of(store) == before and verify(store).ok
+    opened = open_store(store)
+    assert [one.name for one in opened.writers] == ["merged-2"] and opened.writers[0].state == "closed"
+    torch.testing.assert_close(opened.statistics.covariance("encoder.q"), statistics.covariance("encoder.q"))
+    assert opened.statistics.rows == 92 and report.rows == 92 and told[-1] == (184, 184)
+    if encoding not in ("int8", "int4", "sign"):
+        assert [segment.rows for segment in opened.table.segments] == [16] * 5 + [12]
+        assert report.chunks[1] == 6 and "chunks" in str(report)
+    assert sorted(entry.name for entry in (store / "writers").iterdir() if entry.suffix != ".lock") == [
+        "merged-2",
+        "zarr.json",
+    ]
+    again = merge_parts(store)
+    assert again.chunks[0] == again.chunks[1] or encoding in ("int8", "int4", "sign")
+
+
+def test_rows_that_were_taken_back_are_dropped_and_names_never_come_again(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    supersede_samples(store, ["2-1", 0])
+    supersede_steps(store, 5)
+    before = rows_of(store)
+    report = merge_parts(store)
+    assert report.dropped > 2 and rows_of(store) == before
+    assert (open_store(store).flags & 2 == 0).all()
+    cursor = open_store(store).writers[0].cursor
+    log(store, torch.ones(4, WIDTH), step=6)
+    opened = open_store(store)
+    assert [one.name for one in opened.writers] == ["merged-2", "0-3"] and opened.valid[-4:].all()
+    assert cursor[1] >= 5 and len(opened) == report.rows + 4
+
+
+def test_a_damaged_store_is_not_merged(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    flip(store / "writers/1-1/tails/0/gradients/c.0.0", 9)
+    with pytest.raises(StoreDamagedError):
+        merge_parts(store)
+    assert len(open_store(store).writers) == 3 and not list((store / "writers").glob("*.partial"))
+
+
+def test_a_store_that_is_written_to_is_not_merged(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    with writer(store, rank=2), pytest.raises(StoreError, match="already writes"):
+        merge_parts(store)
+    with pytest.raises(StoreError, match="object store"):
+        merge_parts("memory://merge/s")
+
+
+def test_a_reader_follows_a_merge(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    reader = open_store(store)
+    before = rows_of(store)
+    merge_parts(store)
+    assert reader.refresh().writers[0].name == "merged-2"
+    assert reader.gradients[:].tolist() == before[0]
+
+
+@pytest.mark.parametrize("share", [12, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_merge_may_be_killed_at_any_instant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    """Each call by which it changes the disk is once the last one."""
+    original = scattered(tmp_path / "original")
+    before, counted = rows_of(original), BrokenDisk()
+    shutil.copytree(original, tmp_path / "counted")
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "os", counted)
+        merge_parts(tmp_path / "counted")
+    for call in range(1 + random.Random(3).randrange(share), counted.calls + 1, share):
+        store = shutil.copytree(original, tmp_path / "s")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(local, "os", BrokenDisk(call, dead=True))
+            merge_parts(store)
+        assert rows_of(store) == before, f"killed at call {call}"
+        assert verify(store).ok, f"killed at call {call}"
+        merge_parts(store)
+        assert rows_of(store) == before and not list((store / "writers").glob("*.partial"))
+        assert len(open_store(store).writers) == 1 and open_store(store).statistics.rows == 92
+        shutil.rmtree(store)
+
+
+def test_an_empty_store_and_one_chunk_are_left_alone(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    assert merge_parts(store).rows == 0
+    log(store, torch.randn(2 * CHUNK_ROWS + 3, WIDTH))
+    before = everything(open_store(store))
+    assert merge_parts(store).parts == (1, 1) and everything(open_store(store)) == before
