@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -71,14 +72,14 @@ def test_b14_fit_and_scores() -> None:
     for name, act in passes.items():
         ours, theirs = [], []
         for number, batch in enumerate(batches):
-            a, b = seconds(lambda batch=batch, act=act: act(batch)), seconds(lambda batch=batch: plain(batch))
+            a, b = seconds(partial(act, batch)), seconds(partial(plain, batch))
             if number:  # the first warms up
                 ours.append(a)
                 theirs.append(b)
         ratio = w1.ratio_of(f"B14 pass: {name} / plain epoch", ours, theirs)
         found[name] = ratio.quartiles[1]
         sys.stdout.write(f"\n{ratio}")
-    step = seconds(lambda: plain(batches[0]))
+    step = seconds(partial(plain, batches[0]))
     sides = [("output", name) for name in sweep.layout.names] + [("input", name) for name in set(sweep.groups.values())]
     eigen = seconds(lambda: [eigenbasis(factors.moments(*side)) for side in sides])
     share = eigen / (64 * step)
