@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 import logix_like as logix
 from logix_like.block import Block
+from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
 from logix_like.errors import CaptureError, MissingDependencyError
 
@@ -182,8 +183,8 @@ class _Training:
         self.batches = 0
         """Batches that were logged."""
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
+            model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
         ]
 
     def begin_epoch(self) -> None:

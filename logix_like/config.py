@@ -129,7 +129,7 @@ class QueryConfig(_Section):
     """Curvature that scores are taken in; ``auto``: covariance where there are rows enough, else kfac."""
     damping: Annotated[
         NonNegativeNumber | Literal["auto"] | AbsoluteDamping,
-        Field(description="a number of at least 0, auto, or {absolute: x} with a number x of at least 0"),
+        Field(description="a number, 0 or more, auto, or {absolute: x} with such a number x"),
     ] = 0.1
     """Damping, as a share of the mean eigenvalue of each module's own block; ``auto``; or ``{absolute: x}``."""
     mode: Literal["dot", "cosine", "relatif", "l2"] = "dot"

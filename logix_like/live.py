@@ -50,8 +50,8 @@ class LiveScores:
 
     Every ``every`` steps the queries' gradients are taken anew; between two of these, a sample's share of each
     update is scored against their mean (``order=2``, in-run Shapley's second order by the trapezoid rule) or against
-    the earlier one (``order=1``, TracIn). Momentum, and the step size of each weight under Adam, AdamW and RMSprop, are the
-    optimizer's own. Shares are those of the projected gradients: inner products are unbiased estimates.
+    the earlier one (``order=1``, TracIn). Momentum, and each weight's step size under Adam, AdamW and RMSprop, are
+    the optimizer's own. Shares are those of the projected gradients: inner products are unbiased estimates.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). Over all samples scores add up to the fall of the query's loss
@@ -220,7 +220,7 @@ def _common_settings(optimizer: Optimizer) -> Hyper:
     for name in ("lr", "momentum", "betas"):
         if any(group.get(name) != groups[0].get(name) for group in groups):
             raise ConfigError(
-                f"the optimizer's groups differ in {name}; tracked queries need one for all: use TracIn over a recorded "
-                "path (record: path)"
+                f"the optimizer's groups differ in {name}; tracked queries need one for all: use TracIn over a "
+                "recorded path (record: path)"
             )
     return groups[0]

@@ -136,7 +136,8 @@ class AdamRule(UpdateRule):
 
     def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
         corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
-        return 1 / (corrected.sqrt() + hyper["eps"])
+        scale: Tensor = 1 / (corrected.sqrt() + hyper["eps"])
+        return scale
 
 
 class RMSpropRule(UpdateRule):
@@ -162,7 +163,8 @@ class RMSpropRule(UpdateRule):
         return float(hyper["lr"] * hyper["momentum"] ** age)
 
     def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
-        return 1 / (moments["square_avg"].sqrt() + hyper["eps"])
+        scale: Tensor = 1 / (moments["square_avg"].sqrt() + hyper["eps"])
+        return scale
 
 
 RULES: Mapping[str, UpdateRule] = {

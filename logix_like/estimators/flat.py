@@ -76,23 +76,17 @@ class FlatModel:
 
     def sample_gradients(self, theta: Tensor, batch: Batch) -> Tensor:
         """``[batch, parameters]``: each sample's own gradient."""
-        plain, dims = _batched(batch)
         single = torch.func.grad(lambda t, one: self.losses(t, _as_batch(one)).sum())
-        try:
-            rows: Tensor = torch.func.vmap(single, in_dims=(None, dims))(theta, plain)
-            return rows
-        except RuntimeError:  # an operation of the model has no batching rule: one sample at a time
-            return torch.stack([self.gradient(theta, sample) for sample in sliced(plain, 1)])
+        return _by_sample(lambda one: single(theta, one), batch)
 
     def jacobians(self, theta: Tensor, batch: Batch) -> Tensor:
         """``[batch, outputs, parameters]``: derivatives of each sample's outputs, flattened."""
-        plain, dims = _batched(batch)
 
         def single(t: Tensor, one: Any) -> Tensor:
             return self.outputs(t, _as_batch(one)).reshape(-1)
 
-        rows: Tensor = torch.func.vmap(torch.func.jacrev(single), in_dims=(None, dims))(theta, plain)
-        return rows
+        jacobian = torch.func.jacrev(single)
+        return _by_sample(lambda one: jacobian(theta, one), batch)
 
     def gauss_newton(self, theta: Tensor, batch: Batch) -> Tensor:
         """``[parameters, parameters]``: the sum over the batch of ``J^T (loss's Hessian in the outputs) J``."""
@@ -106,15 +100,13 @@ class FlatModel:
 
     def outputs_along(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
         """``[batch, ...]``: derivative of each sample's outputs along its own direction ``[batch, parameters]``."""
-        plain, dims = _batched(batch)
 
         def single(one: Any, direction: Tensor) -> Tensor:
             outputs, pull = torch.func.vjp(lambda t: self.outputs(t, _as_batch(one))[0], theta)[:2]
             # Backwards twice is forwards, for every operation that can be derived twice.
             return cast(Tensor, torch.func.vjp(pull, outputs)[1]((direction,))[0])
 
-        along: Tensor = torch.func.vmap(single, in_dims=(dims, 0))(plain, directions)
-        return along
+        return _by_sample(single, batch, directions)
 
     def _weighed_jacobians(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """``J`` and ``(loss's Hessian) J``, both ``[batch, outputs, parameters]``."""
@@ -139,13 +131,12 @@ class FlatModel:
 
     def sample_curvature_products(self, theta: Tensor, batch: Batch, vector: Tensor) -> Tensor:
         """``[batch, parameters]``: each sample's own Hessian times ``vector [parameters]``."""
-        plain, dims = _batched(batch)
 
         def single(one: Any) -> Tensor:
             gradient = torch.func.grad(lambda t: self.losses(t, _as_batch(one)).sum())
             return cast(Tensor, torch.func.vjp(gradient, theta)[1](vector)[0])
 
-        return torch.func.vmap(single, in_dims=(dims,))(plain)
+        return _by_sample(single, batch)
 
 
 @contextmanager
@@ -181,10 +172,23 @@ def _plain(batch: Batch) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def _batched(batch: Batch) -> tuple[Any, Any]:
-    """The batch and, in its form, 0 for each tensor with one row a sample."""
+def _by_sample(single: Callable[..., Tensor], batch: Batch, *rows: Tensor) -> Tensor:
+    """``single(sample, row, ...)`` for each sample and its row of each of ``rows``, stacked.
+
+    All at once where every operation of the model has a batching rule, else one after another.
+    """
     plain = _plain(batch)
-    return plain, pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, plain)
+    dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) and leaf.ndim else None, plain)
+    try:
+        together: Tensor = torch.func.vmap(single, in_dims=(dims, *(0 for _ in rows)))(plain, *rows)
+        return together
+    except RuntimeError:
+        samples = [pytree.tree_map(_squeezed, sample) for sample in sliced(plain, 1)]
+        return torch.stack([single(*arguments) for arguments in zip(samples, *rows, strict=True)])
+
+
+def _squeezed(leaf: Any) -> Any:
+    return leaf[0] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
 def _as_batch(one: Any) -> Any:

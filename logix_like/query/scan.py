@@ -174,6 +174,11 @@ class Candidates:
         finally:
             self.memory.spare.append(lent)
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all of them, decoded, are few enough to be kept."""
+        return self.count * self.rows.layout.width * self.dtype.itemsize <= self.memory.keep_bytes
+
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""
         return self.wanted.nonzero().flatten()
@@ -183,8 +188,7 @@ class Candidates:
 
         ``progress`` shows a bar named ``what``: always, never, or (None) on a terminal when it takes long.
         """
-        size = self.count * self.rows.layout.width * self.dtype.itemsize
-        if self.complete and size <= self.memory.keep_bytes:
+        if self.complete and self.fits_in_memory:
             yield self._kept()
             return
         tiles = self._streamed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
 from logix_like.curvature import fit_curvature
+from logix_like.curvature.sweep import on_device
 from logix_like.errors import ConfigError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.flat import FlatModel, batch_size, differentiable, sliced, trained_parameters
@@ -143,10 +144,11 @@ class SensitivityMonitor:
                 "the loader shuffles, so that numbers would name other samples at each look; give data_id=..., or a "
                 "loader over the same data with shuffle=False"
             )
+        loader = _Moved(loader, self._device)
         with torch.random.fork_rng(devices=[]):  # a loader draws from it when it is iterated
             look = _Look(self._flat(), self.posterior(loader), self._form, self._memory, self._loss, self._draws)
             found = look.at(loader, data_id)
-            checked = None if validation is None else look.mean_loss(validation)
+            checked = None if validation is None else look.mean_loss(_Moved(validation, self._device))
         number = len(self.history) if epoch is None else epoch
         self.history.append(Snapshot(number, found.train_loss, found.loo_loss, checked))
         self.latest = found
@@ -158,6 +160,7 @@ class SensitivityMonitor:
         First order, and a whole class is far outside it: the order of the effects is of use, not their size.
         """
         of_batch = groups or (lambda batch: self.objective.labels(batch).tolist())
+        loader = _Moved(loader, self._device)
         with torch.random.fork_rng(devices=[]):
             return leave_groups_out(self._flat(), self.posterior(loader), lambda: loader, of_batch)
 
@@ -175,12 +178,27 @@ class SensitivityMonitor:
         curvature = fit_curvature(self.model, loader, self.objective, progress=False)
         return KroneckerPosterior(curvature, flat, self._samples, self._strength)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _flat(self) -> FlatModel:
         return FlatModel(self.model, self.objective, self._names)
 
     def _parts(self, flat: FlatModel, loader: Iterable[Batch]) -> Iterable[Batch]:
         for batch in loader:
             yield from sliced(batch, jacobians_at_once(flat, batch, self._memory) or 1)
+
+
+class _Moved:
+    """A loader whose batches come to the model's device; read as often as one likes."""
+
+    def __init__(self, loader: Iterable[Batch], device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (on_device(batch, self._device) for batch in self._loader)
 
 
 class _Look:

@@ -58,8 +58,8 @@ class DensePosterior(Posterior):
 
     def times(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        solved: Tensor = torch.cholesky_solve(flat.T, self._root).T.reshape(rows.shape)
-        return solved
+        solved = torch.cholesky_solve(flat.T, self._root).T
+        return solved.reshape(rows.shape)
 
     def draw(self, noise: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._root.T, noise.T, upper=True).T

@@ -13,6 +13,7 @@ from logix_like.store.checkpoints import (
 )
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.export import export_rows
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.journal import PathJournal
@@ -49,6 +50,7 @@ __all__ = [
     "build_view",
     "create_store",
     "describe",
+    "export_rows",
     "is_store",
     "list_checkpoints",
     "load_checkpoint",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import Commits, StatisticsRecord, read_commits
+from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
@@ -28,6 +30,7 @@ from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,
+    COMMITS,
     DOCUMENT,
     PROJECTIONS,
     STATISTICS_FOLDER,
@@ -78,6 +81,15 @@ class WriterInfo:
     def statistics_rows(self) -> int:
         """How many of the rows the written statistics cover."""
         return self.commits.statistics.watermark if self.commits.statistics else 0
+
+    @property
+    def dropped(self) -> str:
+        """What was wrong with the record's last line, which is left out then; empty where nothing was."""
+        if self.commits.spoilt:
+            return "its last record is damaged, and the rows of that commit are left out"
+        return (
+            "its last record is torn, as a kill leaves it: those rows were never committed" if self.commits.torn else ""
+        )
 
     @property
     def state(self) -> str:
@@ -165,6 +177,9 @@ class GradientStore:
         return self._snapshot.damaged_rows
 
     def _tell_damages(self) -> None:
+        for writer in self.writers:
+            if writer.commits.spoilt:
+                _log.warning("%s: %s; restore %s from a copy", self.path, writer.dropped, writer.folder / COMMITS)
         if self.damages:
             lines = "\n  ".join(self.damages)
             _log.warning("%s: %d damaged rows are left out:\n  %s", self.path, self.damaged_rows, lines)
@@ -258,6 +273,11 @@ class GradientStore:
     def gradients(self) -> GradientReader:
         """Rows by slice, numbers or mask: decoded tensors ``[n, width]``."""
         return self.table.gradients
+
+    @property
+    def cache(self) -> Path:
+        """A folder of the user's for what others make of this store, such as indexes; it need not be there."""
+        return cache_folder(self.path, self.manifest.created, "indexes")
 
     def chunks(self) -> Iterator[RowChunk]:
         """All rows in order, chunk by chunk, mapped and not copied."""

@@ -1,0 +1,68 @@
+"""A callback that watches, for ``transformers.Trainer``, how sensitive the model is to its training samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logix_like.errors import CaptureError, MissingDependencyError
+from logix_like.objective import Objective
+from logix_like.sensitivity import SensitivityMonitor
+
+from .looking import in_order
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise MissingDependencyError(
+        "logix_like.integrations.huggingface_sensitivity needs transformers: pip install 'logix_like[huggingface]'"
+    ) from error
+
+
+class SensitivityCallback(TrainerCallback):
+    """At the end of each epoch: sensitivities of all training samples and the leave-one-out loss.
+
+    ``trainer.add_callback(SensitivityCallback(posterior="diagonal", strength=5.0, parameters=["classifier.*"]))``.
+    Samples are called by their index in the dataset. The losses go to ``state.log_history`` as ``loo_loss`` and
+    ``sensitivity_train_loss`` (and the evaluation set's as ``sensitivity_eval_loss``).
+
+    Args:
+        objective: what the model is trained for; a classifier unless told otherwise.
+        every: epochs between two looks.
+        options: of :class:`~logix_like.sensitivity.SensitivityMonitor`.
+    """
+
+    def __init__(self, objective: Objective | None = None, *, every: int = 1, **options: Any) -> None:
+        self._objective = objective
+        self._every = every
+        self._options = options
+        self._monitor: SensitivityMonitor | None = None
+
+    @property
+    def monitor(self) -> SensitivityMonitor:
+        """Its ``history`` and what the last look found.
+
+        Raises:
+            CaptureError: training has not begun.
+        """
+        if self._monitor is None:
+            raise CaptureError("there is no monitor yet: it begins with trainer.train()")
+        return self._monitor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch; what is wrong with the options is said before a long training."""
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self._loader = in_order(kwargs["train_dataloader"])
+        options = {"samples": len(self._loader.dataset), **self._options}  # type: ignore[arg-type]
+        self._monitor = SensitivityMonitor(kwargs["model"], optimizer, self._objective, **options)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at all samples."""
+        epoch = round(state.epoch)
+        if epoch % self._every == 0:
+            self.monitor.measure(self._loader, validation=kwargs.get("eval_dataloader"), epoch=epoch)
+            look = self.monitor.history[-1]
+            entry = {"epoch": state.epoch, "step": state.global_step, "loo_loss": look.loo_loss}
+            entry["sensitivity_train_loss"] = look.train_loss
+            if look.validation_loss is not None:
+                entry["sensitivity_eval_loss"] = look.validation_loss
+            state.log_history.append(entry)
