@@ -322,7 +322,10 @@ class GradientStore:
     def as_zarr(self) -> zarr.Group:
         """The store as a read-only Zarr group, for tools of that world.
 
-        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN.
+        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN (by their scale,
+        where rows have one). ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
+        are these times ``scale`` (by row and module) times ``coordinate_scale`` (one row for each chunk), where there
+        are such arrays. The attributes of ``gradients`` say how int4 and sign are packed.
         """
         return files_of(self.path).zarr_group(self.path)
 
