@@ -58,5 +58,5 @@ def test_what_is_no_damping_is_refused(setting: object) -> None:
     with pytest.raises(QueryError, match=r"damping is .*; it must be a number of at least 0 .*'auto', or"):
         Damping.of(setting)
     if setting is not None and setting != {}:
-        with pytest.raises(ConfigError, match="'query.damping"):
+        with pytest.raises(ConfigError, match=r"'query\.damping"):
             load_config(query={"damping": setting})

@@ -185,7 +185,10 @@ class QueryEngine:
             order: 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples, whose
                 curvature lacks that of the set (:func:`logix_like.query.groups.second_order`). Order 2 is the better
                 the larger the set's share in any direction; both agree for small sets.
-            preconditioner, damping, reduce, progress: As in :meth:`influence`.
+            preconditioner: As in :meth:`influence`.
+            damping: As in :meth:`influence`.
+            reduce: As in :meth:`influence`.
+            progress: As in :meth:`influence`.
         """
         if order not in (1, 2):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (one Newton step)")
@@ -221,8 +224,8 @@ class QueryEngine:
     ) -> InfluenceResult:
         """The samples whose stored gradients are most like those of ``data_id``, each sample itself left out.
 
-        A cosine near 1 tells of a near-duplicate for the model, however different the data look. ``options`` are those of
-        :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
+        A cosine near 1 tells of a near-duplicate for the model, however different the data look. ``options`` are those
+        of :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
         """
         every = self._every(reduce)
         asked = select(every, data_id)

@@ -177,12 +177,12 @@ class Sieve:
         decoded = group.take(rows)
         products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
-        for query, start, stop in _runs(queries, piece):
+        for query, start, stop in runs(queries, piece):
             products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
         return self._scorer.pair_scores(products, queries, positions[columns])
 
 
-def _runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
+def runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
     """Runs of equal ``queries``, as ``(query, start, stop)``, none longer than ``longest``."""
     values, counts = queries.unique_consecutive(return_counts=True)
     begin = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from logix_like.errors import StoreError
 from logix_like.store.arrays import write_group
-from logix_like.store.codecs import CODECS, UNCOMPRESSED
+from logix_like.store.codecs import UNCOMPRESSED, codec_named
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.encoding_base import StoredRows
@@ -145,14 +145,9 @@ def _write(store: GradientStore, kept: np.ndarray, folder: Path, old: list[str],
     table = store.table
     write_group(folder, {"replaces": old}, sync=True)
     rows = chunk_rows(table.layout, table.encoding, _chunk_mib(store))
+    codec = codec_named(table.segments[-1].codec) if table.segments else UNCOMPRESSED
     out = RowWriter(
-        folder,
-        table.layout,
-        table.encoding,
-        chunk_rows=rows,
-        column_names=WRITER_COLUMNS,
-        codec=CODECS[table.segments[-1].codec] if table.segments else UNCOMPRESSED,
-        sync=True,
+        folder, table.layout, table.encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=True
     )
     try:
         out.record_replaced(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class StagedChunk:
         # Allocated once, since fresh memory for each chunk costs a page fault every 4 KiB.
         self._whole = keep_rows or encoding.scaled
         self._rows = torch.empty(capacity if self._whole else 0, layout.width, dtype=encoding.staging)
-        self._norm = torch.empty(capacity, dtype=encoding.staging)
+        self._norms: list[Tensor] = []
         # In turn: one is still being written when the next is filled.
         self._values = [encoding.buffer(capacity, layout.width) for _ in range(2)]
         self._columns = StagedColumns()
@@ -49,12 +50,14 @@ class StagedChunk:
     def fill(self, batch: ProjectedBatch, first: int) -> int:
         """Take rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
         taken = min(self.capacity - self.count, len(batch.data_id) - first)
-        target, samples = slice(self.count, self.count + taken), slice(first, first + taken)
+        if taken < len(batch.data_id):
+            batch = batch.select(slice(first, first + taken))
+        target = slice(self.count, self.count + taken)
         if self._whole:
-            self._rows[target] = batch.rows[samples]
+            self._rows[target] = batch.rows
         else:
-            self._encode(batch.rows[samples].to(self._encoding.staging), target)
-        self._columns.add(batch, samples)
+            self._encode(batch.rows.to(self._encoding.staging), target)
+        self._columns.add(batch)
         self.count += taken
         return taken
 
@@ -65,8 +68,8 @@ class StagedChunk:
         """
         everything = slice(0, self.count)
         stored = self._encode(self.rows, everything) if self._whole else StoredRows(self._values[0][everything])
-        norm = self._norm[everything].double()
         self._values.reverse()
+        norm = torch.cat(self._norms).double()
         rows = EncodedRows(stored, self._columns.numbers(norm.numpy()), self._columns.texts())
         flag_nonfinite(rows, self._encoding, self._layout)
         return rows
@@ -74,10 +77,11 @@ class StagedChunk:
     def clear(self) -> None:
         """Forget the waiting rows."""
         self.count = 0
+        self._norms = []
         self._columns = StagedColumns()
 
     def _encode(self, rows: Tensor, target: slice) -> StoredRows:
-        torch.linalg.vector_norm(rows, dim=1, out=self._norm[target])
+        self._norms.append(torch.linalg.vector_norm(rows, dim=1))
         return self._encoding.encode(rows, self._layout, self._values[0][target])
 
 
@@ -87,7 +91,7 @@ class _Piece(NamedTuple):
     ids: tuple[DataId, ...]
     told: tuple[int, int, float]
     loss: Tensor | None
-    metadata: dict[str, tuple[str | int | float, ...]]
+    metadata: Mapping[str, tuple[str | int | float, ...]]
     flags: int
     """Those that the whole batch has."""
 
@@ -98,13 +102,11 @@ class StagedColumns:
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
 
-    def add(self, batch: ProjectedBatch, samples: slice) -> None:
-        """Take the samples ``samples`` of a batch, which become the next rows."""
-        loss = None if batch.loss is None else batch.loss[samples]
-        metadata = {name: values[samples] for name, values in batch.metadata.items()}
+    def add(self, batch: ProjectedBatch) -> None:
+        """Take the samples of a batch, which become the next rows."""
         flags = int(Flag.OVERFLOW) if batch.overflow else 0
         told = (batch.step, batch.epoch, batch.lr)
-        self._pieces.append(_Piece(batch.data_id[samples], told, loss, metadata, flags))
+        self._pieces.append(_Piece(batch.data_id, told, batch.loss, batch.metadata, flags))
 
     def numbers(self, norm: np.ndarray) -> np.ndarray:
         """The columns ``WRITER_COLUMNS`` of all rows, float64 ``[rows, columns]``."""
@@ -129,7 +131,7 @@ class StagedColumns:
 
     def _losses(self) -> np.ndarray:
         unknown = torch.tensor([torch.nan])
-        losses = [unknown.expand(len(p.ids)) if p.loss is None else p.loss for p in self._pieces]
+        losses = [unknown.expand(len(p.ids)) if p.loss is None else p.loss.reshape(-1) for p in self._pieces]
         return torch.cat(losses).detach().double().numpy()
 
     def _values(self, name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 ``LOGIX_BENCH_ROWS=1000000`` takes that many rows for B9 (8.2 GB on disk); the default is 200,000. Both sides of a
 ratio run in one process, in turn. The processor decides which arithmetic wins, so the floor of B8 is also shown for
-float32 products of widened pieces.
+float32 products of widened pieces. ``LOGIX_BENCH_THREADS=1`` is the steadier on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONS = {"preconditioner": "identity", "k": 10, "progress": False}
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("LOGIX_BENCH_THREADS", 2)))
     yield
     torch.set_num_threads(before)
 
@@ -96,7 +96,7 @@ def test_b9_larger_than_memory_likes(tmp_path: Path) -> None:
             before = resident()
             engine.influence(query, **OPTIONS)  # checksums are compared once
             start = time.perf_counter()
-            with _watched(peaks):
+            with Watched(peaks):
                 engine.influence(query, **OPTIONS)
             took = time.perf_counter() - start
             show(
@@ -126,7 +126,7 @@ def test_cost_grows_with_the_rows(tmp_path: Path) -> None:
             file.unlink()
 
 
-class _watched:
+class Watched:
     """Notes this process's memory every few milliseconds."""
 
     def __init__(self, seen: list[int]) -> None:

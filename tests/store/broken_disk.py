@@ -39,7 +39,7 @@ class BrokenDisk:
         self.calls += 1
         stays = self._dead or (self._code == errno.ENOSPC and name in ("open", "write", "mkdir"))
         if self.calls != self._fail_at and not (stays and self.failed):
-            return real(*args, **more)
+            return None if name == "fsync" else real(*args, **more)  # no test cuts the power: counting it is enough
         first, self.failed = not self.failed, self.failed or name
         if first and name == "write" and self._code == errno.ENOSPC:
             return real(args[0], bytes(args[1])[: len(args[1]) // 2]) or self._end()

@@ -1,0 +1,124 @@
+"""TracIn from the rows of a store: every step's own gradients, with no further pass over the data."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logix_like.errors import ConfigError, QueryError, StoreError
+from logix_like.estimators.base import Estimator
+from logix_like.path import TrainingPath
+from logix_like.query.gradients import QueryGradients
+from logix_like.query.result import Ids
+from logix_like.store import GradientStore
+from logix_like.updates import rule_of
+
+AtSteps = Mapping[int, QueryGradients]
+"""The same queries' gradients at several moments, by the number of steps taken before."""
+
+
+class TracInRP(Estimator):
+    """``sum over visits of lr_t w_t  P g_q . P g_i(theta_t)``, from projected rows (Pruthi et al. 2020, section 3.4).
+
+    A stored row is the sample's gradient *at the step that used it*, so that only the query's gradient is held
+    between checkpoints: give it at one moment, or at several (each row then takes the latest one before its step). The
+    weight ``w_t`` in the optimizer's gradient is that of the recorded path (``record: path``); without one it is taken
+    as ``1 / rows of the step``, a mean over the batch. Under momentum a gradient counts with the sum of its effects.
+
+    Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
+    negative, that it raised it (an opponent, harmful). A query is what ``run.query`` or ``run.query_fn`` captured.
+
+    Raises:
+        StoreError: rows carry no learning rate (``init(optimizer=...)`` records it), or there are none.
+        ConfigError: the recorded optimizer is adaptive: its steps are no multiple of the gradient.
+    """
+
+    name: ClassVar[str] = "TracIn-RP"
+
+    def __init__(self, store: GradientStore) -> None:
+        self._store = store
+        valid = store.valid
+        if not valid.any():
+            raise StoreError(f"{store.path} holds no row to answer from")
+        if np.isnan(store.lr[valid]).any():
+            raise StoreError("rows carry no learning rate, which TracIn weighs them by; log with init(optimizer=...)")
+        # A dict keeps the order of first visits; ids of both types in one array would not compare.
+        columns: dict[object, int] = {}
+        self._column = np.array([columns.setdefault(i, len(columns)) if ok else -1 for i, ok in _pairs(store, valid)])
+        self._ids = np.empty(len(columns), dtype=object)
+        self._ids[:] = list(columns)
+        self._weights = torch.from_numpy(np.where(valid, _rates(store), 0.0))
+
+    @property
+    def data_id(self) -> Ids:
+        return self._ids
+
+    def scores(self, queries: QueryGradients | AtSteps) -> Tensor:
+        """``[queries, samples]``."""
+        given = {0: queries} if isinstance(queries, QueryGradients) else dict(sorted(queries.items()))
+        directions = self._directions(given)
+        moments = list(given)
+        place = np.array([max(bisect.bisect_right(moments, step) - 1, 0) for step in self._store.step.tolist()])
+        scores = torch.zeros(directions.shape[1], len(self._ids), dtype=torch.float64)
+        for chunk in self._store.chunks():
+            rows = np.arange(chunk.start, chunk.start + len(chunk))
+            decoded = chunk.decode()
+            for moment in np.unique(place[rows]):
+                own = rows[(place[rows] == moment) & (self._column[rows] >= 0)]
+                part = directions[moment] @ decoded[own - chunk.start].to(directions).T
+                scores.index_add_(1, torch.from_numpy(self._column[own]), part.double() * self._weights[own])
+        return scores.float()
+
+    def self_influence(self) -> Tensor:
+        """``[samples]``: ``sum over visits of lr_t w_t |P g_i|^2``."""
+        scores = torch.zeros(len(self._ids), dtype=torch.float64)
+        own = np.flatnonzero(self._column >= 0)
+        squares = torch.from_numpy(self._store.norm[own] ** 2)
+        return scores.index_add_(0, torch.from_numpy(self._column[own]), squares * self._weights[own]).float()
+
+    def _directions(self, given: Mapping[int, QueryGradients]) -> Tensor:
+        """``[moments, queries, width]``."""
+        if not given:
+            raise QueryError("there is no query; give gradients at one moment at least")
+        for query in given.values():
+            query.require_answerable()
+            self._store.modules.require_same(query.layout)
+        names = {query.data_id for query in given.values()}
+        if len(names) > 1:
+            raise QueryError(
+                "the queries of different moments have different ids; give the same ones in the same order"
+            )
+        return torch.stack([query.gradients.float() for query in given.values()])
+
+
+def _pairs(store: GradientStore, valid: np.ndarray) -> zip[tuple[object, bool]]:
+    return zip(store.data_id.tolist(), valid.tolist(), strict=True)
+
+
+def _rates(store: GradientStore) -> np.ndarray:
+    """``[rows]``: what each row's gradient moved the weights by, per unit."""
+    try:
+        path = store.training_path
+    except StoreError:
+        _, inverse, counts = np.unique(store.step, return_inverse=True, return_counts=True)
+        rates: np.ndarray = store.lr / counts[inverse]
+        return rates
+    return _recorded_rates(store, path)
+
+
+def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
+    rule = rule_of(path.optimizer)
+    if rule.adaptive:
+        raise ConfigError(
+            f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that rows and "
+            "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
+        )
+    rate = {step.step: float(rule.rate({}, step.step, step.settings[0])) for step in path.steps}
+    weight = {(step.step, one): block.weight for step in path.steps for block in step.blocks for one in block.data_id}
+    rows = zip(store.step.tolist(), store.data_id.tolist(), strict=True)
+    return np.array([rate.get(step, 0.0) * weight.get((step, one), 0.0) for step, one in rows])

@@ -1,0 +1,88 @@
+"""TracIn from stored rows: un-projected, it is TracIn itself where the query's gradient is known at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import logix_like as logix
+from logix_like.errors import ConfigError, QueryError, StoreError
+from logix_like.estimators.tracin import TracIn
+from logix_like.estimators.tracin_rows import TracInRP
+from logix_like.query.gradients import QueryGradients
+from tests.path_runs import BATCH, OBJECTIVE, batch_of, network, queries, train
+
+FLOAT32 = 1e-5
+
+
+def _loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _asked(run: logix.Run) -> dict[int, QueryGradients]:
+    """The queries' gradients at every checkpoint, by its step."""
+    found = {}
+    for number, record in enumerate(run.store.checkpoints, 1):
+        found[record.step] = run.query_fn(queries(), _loss, checkpoints=[number]).gradients
+    return found
+
+
+def test_with_the_query_at_every_step_it_is_tracin(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, steps=6, checkpoints={"every_steps": 1})
+    run = logix.load(tmp_path / "run", network())
+    found = TracInRP(run.store)
+    exact = TracIn(path, network(), OBJECTIVE, batch_of)
+    assert list(found.data_id) == list(exact.data_id)
+    torch.testing.assert_close(found.scores(_asked(run)).double(), exact.scores(queries()), rtol=FLOAT32, atol=1e-7)
+
+
+def test_one_query_serves_all_steps_and_momentum_counts(tmp_path: Path) -> None:
+    train(tmp_path, steps=5, momentum=0.5)
+    run = logix.load(tmp_path / "run", network())
+    query = run.query_fn(queries(), _loss, checkpoints="last").gradients
+    store = run.store
+    expected = 0.15 / 0.5 / BATCH * query.gradients.double() @ store.gradients[:].double().T
+    found = TracInRP(store)
+    columns = [list(found.data_id).index(i) for i in store.data_id]
+    total = torch.zeros(4, 24, dtype=torch.float64).index_add_(1, torch.tensor(columns), expected)
+    torch.testing.assert_close(found.scores(query).double(), total, rtol=FLOAT32, atol=1e-7)
+    own = torch.zeros(24, dtype=torch.float64)
+    own.index_add_(0, torch.tensor(columns), 0.3 / BATCH * store.gradients[:].double().square().sum(1))
+    torch.testing.assert_close(found.self_influence().double(), own, rtol=FLOAT32, atol=0)
+
+
+def test_without_a_recorded_path_rows_of_a_step_are_a_mean(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    run = logix.init("run", model, root=str(tmp_path), optimizer=optimizer, verbose=False)
+    with run(data_id=["a", "b"]):
+        _loss(model, batch_of([0, 1])).backward()
+    optimizer.step()
+    run.finalize()
+    with run.query(data_id=["q"]) as query:
+        _loss(model, batch_of([2])).backward()
+    expected = 0.1 * query.gradients.gradients.float() @ run.store.gradients[:].T
+    found = TracInRP(run.store).scores(query.gradients)
+    torch.testing.assert_close(found, expected, rtol=FLOAT32, atol=1e-7)
+
+
+def test_what_cannot_be_told_from_rows_is_said(tmp_path: Path) -> None:
+    train(tmp_path, "Adam", steps=2, lr=0.01)
+    with pytest.raises(ConfigError, match=r"used Adam, .* use TracIn or TracInCP"):
+        TracInRP(logix.open_store(tmp_path / "run"))
+    with logix.init("plain", network(), root=str(tmp_path), verbose=False) as run:
+        with pytest.raises(StoreError, match="holds no row"):
+            TracInRP(run.store)
+        with run(data_id=[0, 1]):
+            _loss(run._logbook.tracker.model, batch_of([0, 1])).backward()
+    with pytest.raises(StoreError, match=r"no learning rate, .* init\(optimizer=...\)"):
+        TracInRP(run.store)
+    train(tmp_path / "sgd", steps=2)
+    estimator = TracInRP(logix.open_store(tmp_path / "sgd" / "run"))
+    with pytest.raises(QueryError, match="there is no query"):
+        estimator.scores({})
