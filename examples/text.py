@@ -66,6 +66,10 @@ class Words:
         """Lower-case words and punctuation marks."""
         return re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())  # either apostrophe is part of a word
 
+    def word(self, number: int) -> str | None:
+        """What ``number`` stands for; None for padding, starts, ends and rare words."""
+        return next((word for word, known in self._numbers.items() if known == number), None)
+
     def encode(self, text: str, length: int) -> Tensor:
         """At most ``length + 1`` numbers, with a start and, if the text is not cut, an end."""
         words = [self._numbers.get(word, UNKNOWN) for word in self.split(text)]

@@ -20,10 +20,11 @@ from torch.utils.hooks import RemovableHandle
 
 import logix_like as logix
 from logix_like.block import Block
+from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
 from logix_like.errors import CaptureError, MissingDependencyError
 
-from .logits import cross_entropy_factor
+from .logits import cross_entropy_factor, token_factor
 from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training
@@ -182,8 +183,8 @@ class _Training:
         self.batches = 0
         """Batches that were logged."""
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
+            model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
         ]
 
     def begin_epoch(self) -> None:
@@ -242,6 +243,9 @@ class _Training:
                 self._open.returned(loss, divisor)
             elif loss is None and logits is not None and logits.requires_grad:
                 self._open.gave(logits, self._smoothing)
+            log_chances = outputs.get("log_probs") if isinstance(outputs, Mapping) else None
+            if isinstance(log_chances, Tensor) and log_chances.requires_grad:
+                self._open.gave_log_chances(log_chances)
 
 
 class _OpenBatch:
@@ -261,6 +265,10 @@ class _OpenBatch:
     def gave(self, logits: Tensor, smoothing: float) -> None:
         """The model returned no loss: it got no labels, since the Trainer computes the loss from the logits itself."""
         logits.register_hook(partial(self._seen_by_logits, logits.detach(), smoothing))
+
+    def gave_log_chances(self, log_chances: Tensor) -> None:
+        """The log-probabilities of the labels, from which trl's trainers compute the loss."""
+        log_chances.register_hook(partial(self._seen_by_log_chances, log_chances.detach()))
 
     def end(self) -> None:
         """Close the block.
@@ -291,6 +299,10 @@ class _OpenBatch:
                 "outside the model (compute_loss_func, label smoothing) these do not reach it: set per_token: false"
             )
         self._scale = torch.tensor(cross_entropy_factor(logits, gradient, smoothing), dtype=torch.float64)
+        self._divisor = 1.0
+
+    def _seen_by_log_chances(self, log_chances: Tensor, gradient: Tensor) -> None:
+        self._scale = torch.tensor(token_factor(log_chances, gradient), dtype=torch.float64)
         self._divisor = 1.0
 
 

@@ -54,6 +54,29 @@ def cross_entropy_factor(logits: Tensor, gradient: Tensor, smoothing: float) -> 
     return factor
 
 
+def token_factor(log_chances: Tensor, gradient: Tensor) -> float:
+    """``c`` of a loss ``-c sum(weight * log_chances)``, which trl computes from the labels' log-probabilities.
+
+    The weight of each counted token is 1 (``loss_type="nll"``), or its probability, held fixed (``"dft"``).
+
+    Raises:
+        CaptureError: the loss is neither.
+    """
+    received = gradient.detach().double().flatten()
+    counted = received != 0
+    chances = log_chances.detach().double().exp().flatten()
+    slack = CLOSE.get(gradient.dtype, ROUGH)
+    for weights in (torch.ones_like(chances), chances):
+        expected = weights * counted
+        factor = -float((received * expected).sum() / expected.square().sum().clamp_min(1e-300))
+        if factor > 0 and float((received + factor * expected).norm()) <= slack * float(received.norm()):
+            return factor
+    raise CaptureError(
+        "the loss that was trained on weights its tokens unequally (it is neither the 'nll' nor the 'dft' loss of "
+        "trl), so rows could not be scaled; use one of these, or log in a loop of your own"
+    )
+
+
 def _residual(chances: Tensor, label: Tensor, smoothing: float) -> Tensor:
     target = torch.full_like(chances, smoothing / chances.shape[-1])
     target.scatter_add_(

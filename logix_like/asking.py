@@ -24,7 +24,7 @@ from logix_like.store import GradientStore, OnDamage, Place, open_store, project
 from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
-OPTIONS = ("where", "per", "normalize", "client", "progress")
+OPTIONS = ("where", "per", "normalize", "client", "index", "progress")
 """Options of a question that no config holds."""
 
 

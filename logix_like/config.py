@@ -89,12 +89,12 @@ class ProjectionConfig(_Section):
 
     ``auto``: 16, and 32 where a layer is 512 wide or more.
     """
-    init: Literal["orthogonal", "gaussian", "pca", "identity"] = "orthogonal"
+    init: Literal["orthogonal", "gaussian", "pca", "eigen", "identity"] = "orthogonal"
     """Kind of matrix; ``identity`` stores full gradients."""
     seed: Natural = 0
     """Seed of the random kinds."""
     warmup: Positive = 64
-    """Samples that ``pca`` looks at before it fixes its matrices."""
+    """Samples that ``pca`` and ``eigen`` look at before they fix their matrices."""
 
 
 class StoreConfig(_Section):
@@ -129,7 +129,7 @@ class QueryConfig(_Section):
     """Curvature that scores are taken in; ``auto``: covariance where there are rows enough, else kfac."""
     damping: Annotated[
         NonNegativeNumber | Literal["auto"] | AbsoluteDamping,
-        Field(description="a number of at least 0, auto, or {absolute: x} with a number x of at least 0"),
+        Field(description="a number, 0 or more, auto, or {absolute: x} with such a number x"),
     ] = 0.1
     """Damping, as a share of the mean eigenvalue of each module's own block; ``auto``; or ``{absolute: x}``."""
     mode: Literal["dot", "cosine", "relatif", "l2"] = "dot"

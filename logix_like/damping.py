@@ -82,7 +82,9 @@ class Damping:
     @property
     def setting(self) -> DampingSetting:
         """What it was made of, as plain data."""
-        return {"relative": self.value, "absolute": {"absolute": self.value}, "auto": "auto"}[self.kind]
+        if self.kind == "auto":
+            return "auto"
+        return self.value if self.kind == "relative" else {"absolute": self.value}
 
     def __str__(self) -> str:
         return {"relative": f"{self.value:g}", "absolute": f"{self.value:g} (absolute)", "auto": "auto"}[self.kind]

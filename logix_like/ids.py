@@ -15,9 +15,9 @@ from logix_like.layout import DataId
 
 
 def as_data_ids(ids: Any, mask: Tensor | None = None) -> tuple[DataId, ...]:
-    """One id for each sample, from a list, a 1-D tensor or array of integers, or 2-D token ids.
+    """One id for each sample, from a list, a tensor or array of integers ``[batch]`` or ``[batch, 1]``, or token ids.
 
-    Each row of a 2-D integer tensor is hashed (BLAKE2b-128, hex) without the positions that ``mask
+    Each row of token ids ``[batch, positions]`` is hashed (BLAKE2b-128, hex) without the positions that ``mask
     [batch, positions]`` leaves out, so that padding does not change a sequence's id.
 
     Raises:
@@ -38,8 +38,8 @@ def _from_tensor(ids: Tensor, mask: Tensor | None) -> tuple[DataId, ...]:
             f"data_id is a tensor of {ids.dtype} with shape {tuple(ids.shape)}; give whole numbers [batch], "
             "or token ids [batch, positions] to be hashed"
         )
-    if ids.ndim == 1:
-        return tuple(ids.tolist())
+    if ids.ndim == 1 or ids.shape[1] == 1:
+        return tuple(ids.flatten().tolist())
     if mask is not None and mask.shape != ids.shape:
         raise CaptureError(f"mask has shape {tuple(mask.shape)}, the token ids {tuple(ids.shape)}")
     keep = None if mask is None else mask.bool().cpu().numpy()

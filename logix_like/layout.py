@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from logix_like.errors import ModelMismatchError, StoreDamagedError
@@ -41,11 +42,18 @@ class ModuleBlock:
     """Further modules that use the same parameter; their gradients are added to this block."""
     parameters: int = 0
     """How many parameters of the model the block stands for."""
+    coordinates: tuple[int, ...] | None = None
+    """Which numbers of the projected matrix, counted row by row, are kept; None keeps all."""
 
     @property
     def size(self) -> int:
-        """Numbers of the block: ``rank_out * rank_in``."""
-        return self.rank[0] * self.rank[1]
+        """Numbers of the block: ``rank_out * rank_in``, or how many coordinates of these are kept."""
+        return self.rank[0] * self.rank[1] if self.coordinates is None else len(self.coordinates)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Shape in which the block's numbers are a matrix: its rank, or a single line of coordinates."""
+        return self.rank if self.coordinates is None else (1, len(self.coordinates))
 
     @property
     def columns(self) -> slice:
@@ -65,8 +73,12 @@ class Layout(Sequence[ModuleBlock]):
         for block in self._blocks:
             if block.offset != end or min(*block.rank, *block.shape) < 1:
                 raise ValueError(f"block {block.name!r} does not follow the one before it")
+            kept = block.coordinates
+            if kept is not None and (not kept or min(kept) < 0 or max(kept) >= block.rank[0] * block.rank[1]):
+                raise ValueError(f"block {block.name!r} keeps coordinates that its matrix does not have")
             end += block.size
         self.width = end
+        self._picked: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -92,8 +104,31 @@ class Layout(Sequence[ModuleBlock]):
         return tuple(block.name for block in self._blocks)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """Views of ``rows [..., width]`` by module name, each ``[..., rank_out, rank_in]``."""
-        return {b.name: rows[..., b.columns].unflatten(-1, b.rank) for b in self._blocks}
+        """Views of ``rows [..., width]`` by module name, each ``[..., rank_out, rank_in]``.
+
+        Where only some coordinates of that matrix are kept: ``[..., 1, size]``.
+        """
+        return {b.name: rows[..., b.columns].unflatten(-1, b.matrix) for b in self._blocks}
+
+    def pick(self, name: str, matrices: Tensor) -> Tensor:
+        """What a row keeps of a module's projected ``matrices [..., rank_out, rank_in]``: ``[..., size]``."""
+        block = self._by_name[name]
+        if block.coordinates is None:
+            return matrices.flatten(-2)
+        index = self._picked.get(name)
+        if index is None or index.device != matrices.device:
+            index = self._picked[name] = torch.tensor(block.coordinates, device=matrices.device)
+        return matrices.flatten(-2).index_select(-1, index)
+
+    def spread(self, name: str, numbers: Tensor) -> Tensor:
+        """The reverse of :meth:`pick`: ``[..., rank_out, rank_in]`` with zeros where nothing is kept."""
+        block = self._by_name[name]
+        if block.coordinates is not None:
+            whole = numbers.new_zeros(*numbers.shape[:-1], block.rank[0] * block.rank[1])
+            whole[..., list(block.coordinates)] = numbers
+            numbers = whole
+        matrices: Tensor = numbers.unflatten(-1, block.rank)
+        return matrices
 
     def fingerprint(self) -> str:
         """BLAKE2b-128 hex of names, kinds and shapes: the model's structure as it was logged."""
@@ -111,6 +146,11 @@ class Layout(Sequence[ModuleBlock]):
                         f"{mine.name!r}: {field} is {found!r}, logged was {expected!r}; "
                         "use the model and the module choice that the store was made with"
                     )
+            if mine.coordinates != theirs.coordinates:
+                raise ModelMismatchError(
+                    f"module {theirs.name!r}: other coordinates of its eigenbasis were logged; use the store's own "
+                    "projections (resume the run, or load it)"
+                )
         if len(self) != len(other):
             longer = self if len(self) > len(other) else other
             extra = longer[min(len(self), len(other))].name
@@ -134,7 +174,9 @@ def _block(entry: Mapping[str, Any]) -> ModuleBlock:
     shape, rank = (tuple(int(n) for n in entry[key]) for key in ("shape", "rank"))
     if len(shape) != 2 or len(rank) != 2:
         raise ValueError(f"shape {shape} and rank {rank} must have two entries")
+    coordinates = entry.get("coordinates")
     return ModuleBlock(
+        coordinates=None if coordinates is None else tuple(int(n) for n in coordinates),
         name=str(entry["name"]),
         kind=str(entry["kind"]),
         shape=shape,

@@ -165,6 +165,13 @@ def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: Damping) 
 
 
 def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    if block.coordinates is not None:  # of an eigenbasis: the factors are diagonal there
+        factors = curvature.statistics.kronecker(block.name)
+        for factor in (factors.output, factors.input):
+            require_finite(factor, block.name)
+        products = product_eigenvalues(factors.output.diagonal(), factors.input.diagonal())
+        values = products.flatten()[list(block.coordinates)]
+        return _in_eigenbasis("kfac", values, damping, block, curvature.counted(block, "samples"))
     output, input_ = curvature.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
     samples = curvature.counted(block, "samples")
@@ -173,7 +180,15 @@ def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> Mod
     return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights), samples)
 
 
+def _in_eigenbasis(kind: str, values: Tensor, damping: Damping, block: ModuleBlock, rows: int) -> ModuleFit:
+    shift = damping.shift(_spectrum(values, rows))
+    return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
+
+
 def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    if block.coordinates is not None:
+        values = curvature.statistics.corrected_values(block.name).flatten()
+        return _in_eigenbasis("ekfac", values, damping, block, curvature.counted(block, "corrected_rows"))
     corrected = curvature.corrected(block)
     rows = curvature.counted(block, "corrected_rows")
     shift = damping.shift(_spectrum(corrected.values, rows))
@@ -314,7 +329,7 @@ def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[
     groups: dict[tuple[str, tuple[int, int]], list[ModuleBlock]] = {}
     for block in layout:
         kind = type(leaves[block.name]).__name__
-        groups.setdefault((kind, block.rank), []).append(block)
+        groups.setdefault((kind, block.matrix), []).append(block)
     return list(groups.values())
 
 

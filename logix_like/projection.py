@@ -33,6 +33,8 @@ class Init(ABC):
 
     needs_moment = False
     """Whether the matrix depends on data (the side's second moment)."""
+    picks = False
+    """Whether only the coordinates of the largest curvature are kept, ``rank * rank`` of them."""
 
     @abstractmethod
     def matrix(self, key: str, rank: int, dim: int, moment: Tensor | None) -> Tensor | None:
@@ -70,15 +72,24 @@ class Pca(Init):
     needs_moment = True
 
     def matrix(self, key: str, rank: int, dim: int, moment: Tensor | None) -> Tensor:
-        if moment is None:
-            raise ConfigError("init 'pca' needs the second moments of a warm-up, and none were gathered")
-        if moment.ndim == 1:
-            return torch.eye(dim)[moment.argsort(descending=True, stable=True)[:rank]]
-        vectors = torch.linalg.eigh(moment.double())[1].flip(1)[:, :rank]
-        # An eigenvector's sign is arbitrary: make its largest entry positive.
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        rows: Tensor = (vectors * largest.sign()).T
-        return rows.float().contiguous()
+        return _leading_vectors(rank, dim, moment)
+
+
+class Eigen(Init):
+    """Coordinates of the Kronecker eigenbasis: of the leading ``4 rank x 4 rank`` the ``rank * rank`` largest.
+
+    Whitening scales a coordinate by its eigenvalue, so that those of the largest eigenvalues carry most of a
+    preconditioned score; they need not be a rectangle. In this basis EK-FAC is a diagonal.
+    """
+
+    needs_moment = True
+    picks = True
+
+    def matrix(self, key: str, rank: int, dim: int, moment: Tensor | None) -> Tensor:
+        return _leading_vectors(rank, dim, moment)
+
+    def capped(self, rank: int, dim: int) -> int:
+        return min(4 * rank, dim)
 
 
 class Identity(Init):
@@ -92,8 +103,33 @@ class Identity(Init):
 
 
 INITS: Mapping[str, Init] = MappingProxyType(
-    {"orthogonal": Orthogonal(), "gaussian": Gaussian(), "pca": Pca(), "identity": Identity()}
+    {"orthogonal": Orthogonal(), "gaussian": Gaussian(), "pca": Pca(), "eigen": Eigen(), "identity": Identity()}
 )
+
+
+def largest_coordinates(input_moment: Tensor, output_moment: Tensor, rank: tuple[int, int], count: int) -> list[int]:
+    """The ``count`` largest products of the sides' leading eigenvalues, as positions in ``[rank_out, rank_in]``."""
+    outward, inward = _leading_values(output_moment, rank[0]), _leading_values(input_moment, rank[1])
+    products = (outward[:, None] * inward[None, :]).flatten()
+    order: list[int] = products.argsort(descending=True, stable=True)[:count].sort().values.tolist()
+    return order
+
+
+def _leading_vectors(rank: int, dim: int, moment: Tensor | None) -> Tensor:
+    if moment is None:
+        raise ConfigError("this init needs the second moments of a warm-up, and none were gathered")
+    if moment.ndim == 1:
+        return torch.eye(dim)[moment.argsort(descending=True, stable=True)[:rank]]
+    vectors = torch.linalg.eigh(moment.double())[1].flip(1)[:, :rank]
+    # An eigenvector's sign is arbitrary: make its largest entry positive.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    rows: Tensor = (vectors * largest.sign()).T
+    return rows.float().contiguous()
+
+
+def _leading_values(moment: Tensor, rank: int) -> Tensor:
+    values = moment.double() if moment.ndim == 1 else torch.linalg.eigvalsh(moment.double())
+    return values.sort(descending=True).values[:rank].clamp_min(0)
 
 
 def rank_for(name: str, shape: tuple[int, int], rank: int | Mapping[str, int] | Literal["auto"]) -> int:

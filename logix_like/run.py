@@ -21,6 +21,7 @@ from tqdm import tqdm
 from logix_like.asking import Asker, Query, as_gradients
 from logix_like.block import Block
 from logix_like.capture.batch import ProjectedBatch
+from logix_like.capture.tracker import Tracker
 from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
@@ -91,9 +92,13 @@ class Run:
             return
         store = self.store if self._session is None else self._session.resumed
         if store is not None and store.layout is not None:
-            tracker = tracker_of_store(model, self.config, store)
+            self.follow(tracker_of_store(model, self.config, store))
         else:
-            tracker = new_tracker(model, self.config)
+            self.follow(new_tracker(model, self.config))
+
+    def follow(self, tracker: Tracker) -> None:
+        """Track what ``tracker`` says, made for this run's config; :meth:`watch` is this with a tracker of its own."""
+        model = tracker.model
         self._logbook.tracker = tracker
         optimizer = self._progress.optimizer
         if self.config.record == "path" and self._session is not None and optimizer is not None:
@@ -427,7 +432,7 @@ class Run:
             query: what :meth:`query`, :meth:`query_fn` or :meth:`get_log` gave.
             k: keep only the k highest and lowest for each query; None for all scores ``[queries, samples]``.
             options: ``preconditioner``, ``damping``, ``mode``, ``reduce``, ``engine`` where they differ from the
-                config's; ``where``, ``per``, ``normalize``, ``client`` and ``progress`` as for
+                config's; ``where``, ``per``, ``normalize``, ``client``, ``index`` and ``progress`` as for
                 :meth:`logix_like.query.engine.QueryEngine.influence`.
 
         Raises:

@@ -62,14 +62,16 @@ def init(
         raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
     if optimizer is None and settings.record == "path":
         raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
-    if model is not None and not resume:
-        new_tracker(model, settings)  # what is wrong with the choice of modules is said before a store is touched
+    # What is wrong with the choice of modules is said before a store is touched.
+    tracker = None if model is None or resume else new_tracker(model, settings)
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
     warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)
     if resume_step is not None:
         run.step(resume_step)
-    if model is not None:
+    if tracker is not None:
+        run.follow(tracker)
+    elif model is not None:
         run.watch(model)
     return run
 

@@ -145,10 +145,14 @@ class Statistics:
             return KroneckerFactors(input=self.sums[group]["input_outer_sum"], output=output)
         return KroneckerFactors(input=self._ratio(group, "input_outer_sum", "positions"), output=output)
 
+    def corrected_values(self, module: str) -> Tensor:
+        """EK-FAC's eigenvalues of the module's block, shaped as its numbers (:attr:`ModuleBlock.matrix`)."""
+        return self._ratio(module, "corrected_square_sum", "corrected_rows")
+
     def corrected_eigenvalues(self, module: str) -> CorrectedEigenvalues:
         """EK-FAC's eigenvalues of the module's block, with their basis."""
         return CorrectedEigenvalues(
-            values=self._ratio(module, "corrected_square_sum", "corrected_rows"),
+            values=self.corrected_values(module),
             input_basis=self.sums[module]["input_basis"],
             output_basis=self.sums[module]["output_basis"],
         )
@@ -248,13 +252,18 @@ def corrected_sums(statistics: Statistics, chunks: Iterable[Tensor]) -> dict[str
     """
     bases = {}
     for block in statistics.layout:
+        if block.coordinates is not None:
+            continue  # they lie in an eigenbasis already
         factors = statistics.kronecker(block.name)
         bases[block.name] = (torch.linalg.eigh(factors.input)[1], torch.linalg.eigh(factors.output)[1])
-    sums = {b.name: torch.zeros(b.rank, dtype=torch.float64) for b in statistics.layout}
+    sums = {b.name: torch.zeros(b.matrix, dtype=torch.float64) for b in statistics.layout}
     count = 0
     for rows in chunks:
         count += len(rows)
         for block in statistics.layout:
+            if block.name not in bases:
+                sums[block.name] += rows[:, block.columns].square().sum(0, dtype=torch.float64)
+                continue
             inward, outward = (basis.to(rows.dtype) for basis in bases[block.name])
             rotated = outward.T @ rows[:, block.columns].unflatten(1, block.rank) @ inward
             sums[block.name] += rotated.square().sum(0, dtype=torch.float64)
@@ -262,8 +271,7 @@ def corrected_sums(statistics: Statistics, chunks: Iterable[Tensor]) -> dict[str
         name: {
             "corrected_rows": torch.tensor(float(count), dtype=torch.float64),
             "corrected_square_sum": total,
-            "input_basis": bases[name][0],
-            "output_basis": bases[name][1],
         }
+        | ({"input_basis": bases[name][0], "output_basis": bases[name][1]} if name in bases else {})
         for name, total in sums.items()
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
-from logix_like.capture.selection import select_modules, select_stored
+from logix_like.capture.selection import Selection, select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.projection import INITS
@@ -22,6 +22,11 @@ DISAGREEMENT = 0.05
 
 def new_tracker(model: nn.Module, config: Config) -> Tracker:
     """A tracker with projections of its own."""
+    return Tracker(model, *chosen_modules(model, config))
+
+
+def chosen_modules(model: nn.Module, config: Config, *, meta: bool = False) -> tuple[Selection, Projector]:
+    """The modules that a config chooses (with ``meta`` also where weights are on the meta device), and projections."""
     modules = config.modules
     selection = select_modules(
         model,
@@ -30,10 +35,10 @@ def new_tracker(model: nn.Module, config: Config) -> Tracker:
         types=modules.types,
         batch_dim=modules.batch_dim,
         frozen=modules.frozen,
+        meta=meta,
     )
     settings = config.projection
-    projector = Projector(selection.blocks, INITS[settings.init], rank=settings.rank, seed=settings.seed)
-    return Tracker(model, selection, projector)
+    return selection, Projector(selection.blocks, INITS[settings.init], rank=settings.rank, seed=settings.seed)
 
 
 def tracker_of_store(model: nn.Module, config: Config, store: GradientStore) -> Tracker:
@@ -149,7 +154,7 @@ def projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -
             matrix = matrix @ projection.input.to(rows).T
         if projection.output is not None:
             matrix = projection.output.to(rows) @ matrix
-        found[name] = matrix
+        found[name] = tracker.layout.pick(name, matrix).view(tracker.layout[name].matrix)
     return found
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-# Threads that other libraries start once and keep: zarr's event loop and its pool, tqdm's monitor, and
-# the stand-ins for threads that Python did not start.
-KEPT_BY_OTHERS = ("zarr_", "asyncio_", "Dummy-", "Thread-tqdm")
+# Threads that other libraries start once and keep: zarr's event loop and its pool, tqdm's monitor, starlette's
+# workers, and the stand-ins for threads that Python did not start.
+KEPT_BY_OTHERS = ("zarr_", "asyncio_", "Dummy-", "Thread-tqdm", "AnyIO worker", "Dask-Offload")
 GRACE_SECONDS = 2.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -320,6 +321,52 @@ def test_a_report_with_contents(run: logix.Run, queries: Path, tmp_path: Path, m
 )
 def test_contents_that_are_not_there(run: logix.Run, queries: Path, name: str, message: str) -> None:
     assert message in usage_error(call("report", run.path, "--queries", queries, "--data", name))
+
+
+# plan
+
+
+def test_a_plan_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "from torch import nn", "def build():", "    return nn.Linear(1000, 1000)", "def wrong():", "    return 3"
+    (tmp_path / "model_to_plan.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ("--samples", 1000, "--epochs", 2)
+    told = json.loads(call("plan", "--model", "model_to_plan:build", *arguments, "--json").stdout)
+    assert (told["modules"], told["numbers"], told["rows"], told["row"]) == (1, 1024, 2000, 2048)
+    assert "for 2,000 rows" in call("plan", "--model", "model_to_plan:build", *arguments).stdout
+    assert "returned a int; it must return the model" in usage_error(
+        call("plan", "--model", "model_to_plan:wrong", *arguments)
+    )
+
+
+# serve
+
+
+def test_a_port_in_use_is_said(run: logix.Run) -> None:
+    pytest.importorskip("starlette")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused(call("serve", run.path, "--port", port))
+    assert f"port {port} of 127.0.0.1 cannot be used" in line and "--port 0" in line
+
+
+def test_what_is_no_store_is_not_served(tmp_path: Path) -> None:
+    assert "holds no store" in refused(call("serve", tmp_path))
+
+
+def test_an_address_that_is_not_ours_is_said(run: logix.Run) -> None:
+    pytest.importorskip("starlette")
+    assert "cannot be used" in refused(call("serve", run.path, "--host", "192.0.2.1"))
+
+
+def test_serving_needs_its_packages(run: logix.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'logix_like[serve]'" in refused(call("serve", run.path))
+
+
+def test_a_model_that_is_no_pair_is_said(run: logix.Run) -> None:
+    assert "must return (model, loss_fn)" in usage_error(call("serve", run.path, "--model", "builtins:dict"))
 
 
 # The command itself

@@ -217,7 +217,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
             "'projection.init' is 'ortogonal'",
             "did you mean 'orthogonal'?",
         ),
-        ({"projection": {"init": 3}}, "is 3", "one of orthogonal, gaussian, pca, identity"),
+        ({"projection": {"init": 3}}, "is 3", "one of orthogonal, gaussian, pca, eigen, identity"),
         (
             {"projection": {"rank": 0}},
             "'projection.rank' is 0",

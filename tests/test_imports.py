@@ -50,7 +50,6 @@ LAYERS = (
     ("logix_like.estimators",),
     ("logix_like.sensitivity",),
     ("logix_like.evaluation",),
-    ("logix_like.workflows",),
     (
         "logix_like.block",
         "logix_like.extraction",
@@ -59,10 +58,11 @@ LAYERS = (
         "logix_like.session",
         "logix_like.tracking",
     ),
+    ("logix_like.workflows",),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking", "logix_like.live"),
     ("logix_like.run",),
-    ("logix_like.starting",),
+    ("logix_like.planning", "logix_like.scalars", "logix_like.starting"),
     ("logix_like", "logix_like.explorer"),
     ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
 )

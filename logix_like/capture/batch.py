@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -51,3 +51,10 @@ class ProjectedBatch:
     """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
+
+    def select(self, samples: slice) -> ProjectedBatch:
+        """Some of the samples, without the batch's moments."""
+        loss = None if self.loss is None else self.loss.reshape(-1)[samples]
+        metadata = {name: values[samples] for name, values in self.metadata.items()}
+        rows, data_id = self.rows[samples], self.data_id[samples]
+        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None)

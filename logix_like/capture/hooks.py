@@ -21,6 +21,31 @@ OnCall = Callable[[TrackedModule, Tensor, Tensor], Tensor | None]
 """Told of each call of a tracked module (module, input, output); may return another output."""
 
 
+class OwnHook:
+    """A hook of ours: a copy of it, which a copied or pickled model has, does nothing."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._act(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return do_nothing
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return nothing_to_do, ()
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copied model has in the place of our hooks."""
+
+
+def nothing_to_do() -> Callable[..., None]:
+    """What a pickled model makes of our hooks."""
+    return do_nothing
+
+
 class HookSet:
     """Forward hooks on all tracked modules between ``__enter__`` and ``__exit__``.
 
@@ -43,7 +68,7 @@ class HookSet:
             self._attach(tracked.module, partial(_forward_hook, self._on_call, tracked))
         for composite in self._composites:
             replayer = Replayer(composite, self._on_call, self._batch)
-            self._handles.append(composite.module.register_forward_pre_hook(replayer.before))
+            self._handles.append(composite.module.register_forward_pre_hook(OwnHook(replayer.before)))
             self._attach(composite.module, replayer.after)
         if "torch._dynamo" in sys.modules:  # nothing can have been compiled before it is imported
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -60,7 +85,7 @@ class HookSet:
             self._handles.pop().remove()
 
     def _attach(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(OwnHook(hook), with_kwargs=True))
 
 
 class Replayer:

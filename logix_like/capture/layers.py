@@ -71,6 +71,8 @@ class Rule(ABC):
     """Whether the module's ``weight`` is stored as ``[d_in, d_out]``."""
     shares_input = False
     """Whether several modules that read one tensor may share its projection."""
+    by_position = False
+    """Whether what is between the first and the last dimension counts positions that have nothing to do with others."""
 
     @abstractmethod
     def shape(self, module: Any) -> tuple[int, int]:
@@ -108,6 +110,7 @@ class LinearRule(Rule):
 
     kind = "linear"
     shares_input = True
+    by_position = True
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
@@ -201,7 +204,8 @@ class ConvTransposeRule(ConvRule):
 
     def matrix(self, module: Any, gradient: Tensor) -> Tensor:
         groups = gradient.unflatten(0, (module.groups, -1))
-        return groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        joined: Tensor = groups.transpose(1, 2).flatten(0, 1).flatten(1)
+        return joined
 
 
 class EmbeddingRule(Rule):
@@ -209,6 +213,7 @@ class EmbeddingRule(Rule):
 
     kind = "embedding"
     transposed = True
+    by_position = True
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings

@@ -12,7 +12,7 @@ from torch import Tensor
 from logix_like.capture.layers import Side
 from logix_like.capture.selection import BlockShape, Use
 from logix_like.layout import Layout, ModuleBlock
-from logix_like.projection import Init, rank_for
+from logix_like.projection import Init, largest_coordinates, rank_for
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Projector:
             for b in blocks
             for r in (rank_for(b.name, b.shape, rank),)
         }
+        self._kept: dict[str, tuple[int, ...]] = {}
+        if init.picks:  # which ones is known after the warm-up
+            for b in blocks:
+                r = rank_for(b.name, b.shape, rank)
+                self._kept[b.name] = tuple(range(min(r, b.shape[0]) * min(r, b.shape[1])))
         self.capped = {b.name for b in blocks if not min(self._ranks[b.name]) >= rank_for(b.name, b.shape, rank)}
         """Blocks whose rank is smaller than asked for, because a dimension is."""
 
@@ -62,6 +67,8 @@ class Projector:
             self._groups[block.name] = block.input_group
             self._ranks[block.name] = block.rank
             self._matrices[block.name] = Projection(*stored[block.name])
+            if block.coordinates is not None:
+                self._kept[block.name] = block.coordinates
         self._sides.clear()
 
     @property
@@ -72,6 +79,8 @@ class Projector:
     def fit(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Take the warm-up's second moments ``(input, output)`` of every block."""
         self._moments = moments
+        for name, kept in self._kept.items():
+            self._kept[name] = tuple(largest_coordinates(*moments[name], self._ranks[name], len(kept)))
         self._sides.clear()
 
     def group(self, block: str) -> str | None:
@@ -101,6 +110,7 @@ class Projector:
                 input_group=self._groups.get(shape.name, shape.name),
                 tied=shape.tied,
                 parameters=shape.parameters,
+                coordinates=self._kept.get(shape.name),
             )
             blocks.append(block)
             offset += block.size
@@ -159,7 +169,7 @@ def _with_ranks(mine: Layout, stored: Layout) -> Layout:
     if mine.names != stored.names:
         return mine
     blocks = [
-        ModuleBlock(**{**vars(block), "rank": other.rank, "offset": other.offset})
+        ModuleBlock(**{**vars(block), "rank": other.rank, "offset": other.offset, "coordinates": other.coordinates})
         for block, other in zip(mine, stored, strict=True)
     ]
     return Layout(blocks)

@@ -148,8 +148,9 @@ class BlockRecorder:
         for block in self._layout:
             found = self._blocks.get(block.name)
             if found is None:
-                found = torch.zeros(self._batch, block.size, dtype=self._dtype, device=self._device)
-            rows.append(found.flatten(1).to(self._device))
+                rows.append(torch.zeros(self._batch, block.size, dtype=self._dtype, device=self._device))
+            else:
+                rows.append(self._layout.pick(block.name, found).to(self._device))
         return torch.cat(rows, 1)
 
     def moments(self, factor: float) -> FactorMoments | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -90,11 +91,13 @@ def select_modules(
     types: Sequence[str] = tuple(RULES),
     batch_dim: Mapping[str, int] | None = None,
     frozen: bool = False,
+    meta: bool = False,
 ) -> Selection:
     """Choose modules by type, by ``include`` and ``exclude`` globs on their qualified names.
 
     A module named exactly (without wildcards) is tracked whatever its type. ``frozen`` modules are those with no
-    trainable parameter; they are left out unless asked for.
+    trainable parameter; they are left out unless asked for. With ``meta``, modules whose weights are on the meta device
+    are chosen, too: enough to plan with, not to log.
 
     Raises:
         UnsupportedModuleError: a module named exactly has no rule, or cannot be captured.
@@ -118,7 +121,7 @@ def select_modules(
             elif name in uncalled and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
                 skipped[name] = uncalled[name]
             continue
-        reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact)
+        reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact, meta)
         if reason is None:
             assert kind is not None
             chosen.append((name, module, RULES[kind]))
@@ -129,7 +132,9 @@ def select_modules(
             )
         elif next(module.parameters(), None) is not None:
             skipped[name] = reason
-    _check_patterns(list(candidates), include)
+    _check_patterns(list(candidates), include, "include")
+    _check_patterns(list(candidates), list(batch_dim or ()), "batch_dim")
+    _warn_of_patterns(list(candidates), exclude)
     if not chosen:
         raise ConfigError(
             f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
@@ -264,7 +269,7 @@ def _assemble(
     return Selection(tuple(modules), tuple(blocks.values()), skipped, covered, max(total, covered))
 
 
-def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | None:
+def _reason_against(module: nn.Module, kind: str | None, frozen: bool, meta: bool) -> str | None:
     if kind is None:
         return "its type has no rule"
     parameters = list(module.parameters(recurse=False))
@@ -272,7 +277,7 @@ def _reason_against(module: nn.Module, kind: str | None, frozen: bool) -> str | 
         return "its weight is not a plain parameter"
     if any(isinstance(p, UninitializedParameter) for p in parameters):
         return "its shape is not known before the model has run once"
-    if parameters[0].is_meta:
+    if parameters[0].is_meta and not meta:
         return "its weights are on the meta device: load them first"
     if not frozen and not any(p.requires_grad for p in parameters):
         return "its parameters are frozen (requires_grad=False)"
@@ -293,12 +298,25 @@ def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:
     return any(isinstance(module, getattr(nn, name)) for name in types if hasattr(nn, name))
 
 
-def _check_patterns(names: Sequence[str], include: Sequence[str]) -> None:
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"modules.include: {pattern!r} fits no module of the model; its modules are {_some(names)}"
-            )
+def _check_patterns(names: Sequence[str], patterns: Sequence[str], setting: str) -> None:
+    for pattern in _idle(names, patterns):
+        raise ConfigError(f"modules.{setting}: {pattern!r} fits no module of the model; its modules are {_some(names)}")
+
+
+def _warn_of_patterns(names: Sequence[str], exclude: Sequence[str]) -> None:
+    # One config may serve several models: "*head" says "if there is any", a whole path does not.
+    for pattern in _idle(names, [pattern for pattern in exclude if not pattern.startswith("*")]):
+        warnings.warn(
+            f"modules.exclude: {pattern!r} fits no module of the model, so nothing is left out by it; its modules are "
+            f"{_some(names)}",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _idle(names: Sequence[str], patterns: Sequence[str]) -> Iterator[str]:
+    """Patterns that fit none of the names."""
+    yield from (pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names))
 
 
 def _dim_for(name: str, batch_dim: Mapping[str, int]) -> int:

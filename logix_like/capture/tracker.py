@@ -86,7 +86,7 @@ class Tracker:
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        what each call adds, position by position.
+        each call's part as well.
         """
         return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
 
@@ -102,10 +102,11 @@ class Tracker:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
         self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
         rule, module = call.tracked.rule, call.tracked.module
-        value, gradient = _finite(call.value, call.gradient)
+        value, gradient = _finite(call.value, call.gradient, recording.mask if rule.by_position else None)
         wide = value if value.is_floating_point() else gradient
         for use in call.tracked.uses:
             inward, outward = self.projector.raw_sides(use, wide.dtype, wide.device)
@@ -156,18 +157,16 @@ def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
     return torch.cat(columns, 1) if columns else None
 
 
-def _finite(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the samples of which a number is not finite: they would spoil every moment."""
+def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both without the samples of which a number is not finite: they would spoil every moment.
+
+    Positions that ``mask`` leaves out are not there either; the others are samples of their own then.
+    """
     keep = value.flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
+    if mask is not None and mask.shape == value.shape[:2] == gradient.shape[:2]:
+        counted = mask.bool().to(keep.device) & keep.unsqueeze(1)
+        return value[counted], gradient[counted]
     return (value, gradient) if bool(keep.all()) else (value[keep], gradient[keep])
-
-
-def _both(first: OnFactors, second: OnFactors) -> OnFactors:
-    def tell(block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
-        first(block, inputs, outputs, shared)
-        second(block, inputs, outputs, shared)
-
-    return tell
 
 
 class Recording:
@@ -183,10 +182,11 @@ class Recording:
         detached: bool,
         on_factors: OnFactors | None = None,
     ) -> None:
-        self._tracker = tracker
         self._on_factors = on_factors
+        self._tracker = tracker
         self._batch = batch
-        self._mask = mask
+        self.mask = mask
+        """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
         self.factor = 1.0
         """What the captured gradients are to be multiplied by; set when the block ends."""
@@ -280,7 +280,7 @@ class Recording:
         return BlockRecorder(
             self._tracker.layout,
             self._batch,
-            mask=self._mask,
+            mask=self.mask,
             moments=self._with_moments,
             dtype=self._tracker.dtype,
             device=self._tracker.device,
@@ -298,3 +298,11 @@ class Recording:
     def _keep_call(self, tracked: TrackedModule, kept: object, gradient: Tensor) -> None:
         assert isinstance(kept, Tensor)
         self.calls.append(_RawCall(tracked, kept, gradient.detach().clone()))
+
+
+def _both(first: OnFactors, second: OnFactors) -> OnFactors:
+    def hand_on(block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
+        first(block, inward, outward, shared)
+        second(block, inward, outward, shared)
+
+    return hand_on

@@ -3,7 +3,7 @@
 Each module adds its group of commands to :data:`app`; the help shows them in the order of the imports here.
 """
 
-from logix_like.cli import ask, look, show
+from logix_like.cli import ask, keep, look, plan, show
 from logix_like.cli.app import app
 
-__all__ = ["app", "ask", "look", "show"]
+__all__ = ["app", "ask", "keep", "look", "plan", "show"]

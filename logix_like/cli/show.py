@@ -81,7 +81,10 @@ def serve(
     from logix_like.explorer.state import Explorer
 
     explorer = Explorer(store, load_object(data), _model(model))
-    run_server(explorer, host, port, lambda address: typer.echo(f"open {address}", err=True))
+    try:
+        run_server(explorer, host, port, lambda address: typer.echo(f"open {address}", err=True))
+    finally:
+        explorer.close()
 
 
 def _model(name: str | None) -> Any:

@@ -60,6 +60,7 @@ class Sweep:
         objective: What the model is trained for.
         selection: Its tracked modules.
         mask: ``mask(batch) -> [batch, positions]``; without it, the ``attention_mask`` of a batch that has one.
+        projector: Makes factors small; without it they have full size.
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class Sweep:
         selection: Selection,
         *,
         mask: Callable[[Batch], Tensor | None] | None = None,
+        projector: Projector | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
         self.selection = selection
         self._mask = mask or _attention_mask
-        self._projector = Projector(selection.blocks, INITS["identity"], rank=1, seed=0)
+        self._projector = projector or Projector(selection.blocks, INITS["identity"], rank=1, seed=0)
 
     @property
     def layout(self) -> Layout:

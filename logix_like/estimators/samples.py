@@ -71,8 +71,8 @@ class Samples:
     def collect(self, what: str, values: Callable[[Batch], Tensor]) -> Tensor:
         """``[..., samples]``: ``values(batch) -> [..., batch]`` side by side, averaged over the sets of weights."""
         sums: list[Tensor] = []
-        for number in self._weights():
-            for position, batch in enumerate(self._bar(what)):
+        for number in self.weights():
+            for position, batch in enumerate(self.batches(what)):
                 found = values(batch).cpu()
                 if number == 1:
                     sums.append(found)
@@ -82,18 +82,12 @@ class Samples:
             raise EmptyStoreError("there are no samples to score: the loader yielded no batch")
         return torch.cat(sums, -1) / number
 
-    def mean(self, values: Callable[[], Tensor]) -> Tensor:
-        """``values()`` averaged over the sets of weights."""
-        total, count = torch.zeros(()), 0
-        for count in self._weights():
-            found = values()
-            total = found if count == 1 else total + found
-        return total / max(count, 1)
-
-    def _weights(self) -> Iterator[int]:
+    def weights(self) -> Iterator[int]:
+        """Numbers 1, 2, ... of the sets of weights, each while it is in the model."""
         for number, _ in enumerate(self._at(), start=1):
             yield number
 
-    def _bar(self, what: str) -> Iterable[Batch]:
+    def batches(self, what: str) -> Iterable[Batch]:
+        """All batches once, under a bar named ``what``."""
         total = len(self._loader) if isinstance(self._loader, Sized) else None
         return tqdm(self._loader, total=total, desc=what, unit="batch", disable=not self._progress)

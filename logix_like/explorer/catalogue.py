@@ -56,7 +56,7 @@ class Catalogue:
         self.self_influence: NDArray[np.float64] | None = None
         """``[samples]``, once it has been computed."""
         self._orders: dict[str, Numbers] = {}
-        self._columns: dict[str, list[str]] = {}
+        self._texts_of: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,6 +66,18 @@ class Catalogue:
         """Ids in the store's order."""
         listed: list[DataId] = self.rows.data_id.tolist()
         return listed
+
+    @cached_property
+    def metadata(self) -> Mapping[str, NDArray[np.object_]]:
+        """The user's columns."""
+        return dict(self.rows.metadata)
+
+    @cached_property
+    def numbers(self) -> Mapping[str, NDArray[np.float64]]:
+        """Columns of numbers by the name of their order; NaN where a value is not known."""
+        rows = self.rows
+        steps = np.where(rows.step < 0, np.nan, rows.step)
+        return {"gradient norm": rows.norm, "loss": rows.loss, "visits": rows.visits.astype(np.float64), "step": steps}
 
     @cached_property
     def _texts(self) -> list[str]:
@@ -82,21 +94,21 @@ class Catalogue:
     @cached_property
     def choices(self) -> dict[str, list[str]]:
         """By column of few different values these values, the most frequent first."""
-        return {name: values for name in self.rows.metadata if (values := self._values(name))}
+        return {name: values for name in self.metadata if (values := self._values(name))}
 
     def _values(self, name: str) -> list[str]:
         counted = Counter(self._column(name))
         return [value for value, _ in counted.most_common()] if len(counted) <= CHOICES else []
 
     def _column(self, name: str) -> list[str]:
-        if name not in self._columns:
-            self._columns[name] = [str(value) for value in self.rows.metadata[name].tolist()]
-        return self._columns[name]
+        if name not in self._texts_of:
+            self._texts_of[name] = [str(value) for value in self.metadata[name].tolist()]
+        return self._texts_of[name]
 
     @property
     def has_steps(self) -> bool:
         """Whether rows know their step."""
-        return bool(len(self)) and bool((self.rows.step >= 0).any())
+        return bool(np.isfinite(self.numbers["step"]).any())
 
     def take_self_influence(self, ids: list[DataId], scores: NDArray[np.float64]) -> None:
         """Keep the self-influences of the samples called ``ids``."""
@@ -121,12 +133,12 @@ class Catalogue:
             wanted = wish.text.casefold()
             mask &= np.fromiter((wanted in text for text in self._texts), bool, len(self))
         for name, value in wish.where.items():
-            if name in self.rows.metadata:
+            if name in self.metadata:
                 mask &= np.fromiter((one == value for one in self._column(name)), bool, len(self))
         if wish.first_step is not None:
-            mask &= self.rows.step >= wish.first_step
+            mask &= self.numbers["step"] >= wish.first_step
         if wish.last_step is not None:
-            mask &= self.rows.step <= wish.last_step
+            mask &= self.numbers["step"] <= wish.last_step
         return mask
 
     def _order(self, sort: str) -> Numbers:
@@ -139,18 +151,18 @@ class Catalogue:
         return self._orders[sort]
 
     def _sorted_by(self, sort: str) -> NDArray[np.float64] | None:
-        rows = self.rows
-        if sort == SELF_INFLUENCE:
-            return self.self_influence
-        columns = {"gradient norm": rows.norm, "loss": rows.loss, "visits": rows.visits, "step": rows.step}
-        return None if sort not in columns else np.asarray(columns[sort], dtype=np.float64)
+        return self.self_influence if sort == SELF_INFLUENCE else self.numbers.get(sort)
 
     def facts(self, place: int) -> dict[str, Any]:
-        """What is known of one sample."""
-        rows = self.rows
-        known: dict[str, Any] = {name: rows.metadata[name][place] for name in rows.metadata}
-        loss, norm = float(rows.loss[place]), float(rows.norm[place])
-        known |= {} if np.isnan(loss) else {"loss": loss}
-        known |= {"gradient norm": norm, "visits": int(rows.visits[place])}
-        step = int(rows.step[place])
-        return known | ({"step": step} if step >= 0 else {})
+        """What is known of one sample: the user's columns, then numbers."""
+        known: dict[str, Any] = {name: column[place] for name, column in self.metadata.items()}
+        numbers = {name: float(column[place]) for name, column in self.numbers.items()}
+        whole = ("visits", "step")
+        return known | {
+            name: int(value) if name in whole else value for name, value in numbers.items() if not np.isnan(value)
+        }
+
+    def of(self, data_id: DataId) -> dict[str, Any]:
+        """The same by a sample's id; nothing for one that is not there."""
+        place = self.place(data_id)
+        return {} if place is None else self.facts(place)

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from logix_like.damping import Damping
 from logix_like.errors import QueryError
 from logix_like.explorer.catalogue import SELF_INFLUENCE, SORTS, Catalogue, Wish
 from logix_like.explorer.state import Explorer, Job, Options
@@ -17,7 +18,6 @@ from logix_like.layout import DataId
 from logix_like.preconditioner import PRECONDITIONERS
 from logix_like.query.modes import MODES
 from logix_like.report import figures, plots
-from logix_like.report.columns import SampleColumns
 from logix_like.report.content import Contents, short_name, shown
 from logix_like.report.page import Album, Sources, query_blocks
 from logix_like.report.summary import StoreSummary
@@ -60,15 +60,17 @@ def wish_of(asked: Mapping[str, str]) -> Wish:
 
 def options_of(asked: Mapping[str, str], defaults: Options) -> Options:
     """How to ask, from the fields of a form; :class:`QueryError` for what is no number."""
+    given = asked.get("damping", "").strip()
     try:
-        k, damping = int(asked.get("k") or defaults.k), float(asked.get("damping") or defaults.damping)
+        k = int(asked.get("k") or defaults.k)
+        damping = float(given) if given not in ("", "auto", str(Damping.of(defaults.damping))) else None
     except ValueError as error:
-        raise QueryError(f"samples and damping must be numbers: {error}") from error
+        raise QueryError(f"samples and damping must be numbers (damping may be auto): {error}") from error
     return Options(
         k=max(1, min(100, k)),
         mode=asked.get("mode") or defaults.mode,
         preconditioner=asked.get("preconditioner") or defaults.preconditioner,
-        damping=damping,
+        damping="auto" if given == "auto" else defaults.damping if damping is None else damping,
     )
 
 
@@ -141,6 +143,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
     text, key = asked.get("text", "")[:LINE_LIMIT], asked.get("sample", "")
     page: dict[str, Any] = {
         "options": options,
+        "damping": str(Damping.of(options.damping)),
         "wish": wish,
         "modes": tuple(MODES),
         "preconditioners": tuple(PRECONDITIONERS),
@@ -166,7 +169,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
         return page | {"error": str(error)}
     album = Album()
     asking = Contents({result.query_id[0]: text}) if text.strip() else explorer.contents
-    sources = Sources(explorer.contents, asking, SampleColumns(explorer.store))
+    sources = Sources(explorer.contents, asking, catalogue)
     (block,) = query_blocks(result, options.k, sources, album)
     return page | {"query": block, "pictures": album.pictures, "note": result.note}
 
@@ -236,7 +239,7 @@ def _norms(explorer: Explorer) -> str:
 
 
 def _seconds_logged(explorer: Explorer) -> float:
-    """From the store's creation to its last commit."""
+    """From the store's creation to its last commit; 0 where files have no times, as on object stores."""
     files = [writer.folder / COMMITS for writer in explorer.store.writers]
     # Object stores are not asked: when each of their commits came is not worth a request.
     last = max((file.stat().st_mtime for file in files if isinstance(file, Path) and file.is_file()), default=0.0)

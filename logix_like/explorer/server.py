@@ -34,7 +34,7 @@ def serve(explorer: Explorer, host: str, port: int, told: Callable[[str], object
         raise MissingDependencyError(
             f"the explorer needs starlette and uvicorn ({error}): pip install 'logix_like[serve]'"
         ) from error
-    listening = _listen(host, port)
+    listening = listen(host, port)
     token = secrets.token_urlsafe(24)
     name = f"[{host}]" if ":" in host else host
     hosts = [*LOCAL] if _is_local(host) else [*LOCAL, name] if host not in ("0.0.0.0", "::") else ["*"]
@@ -45,7 +45,8 @@ def serve(explorer: Explorer, host: str, port: int, told: Callable[[str], object
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; :class:`ConfigError` where that cannot be."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)

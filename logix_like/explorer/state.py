@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
+from logix_like.damping import DampingSetting
 from logix_like.errors import LogixError, QueryError
 from logix_like.explorer.catalogue import Catalogue, Wish
 from logix_like.layout import DataId
@@ -25,7 +26,7 @@ from logix_like.store.table import RowTable
 LossOfText = Callable[[nn.Module, str], Tensor]
 SCORED_AT_ONCE = 400_000_000
 """Self-influence is computed without being asked for while the rows together hold fewer numbers than this."""
-PATIENCE = 0.5
+PATIENCE = 0.3
 """Seconds that a page waits for the samples' ids before it shows the first rows alone."""
 
 
@@ -70,7 +71,7 @@ class Options:
     k: int = 10
     mode: str = "dot"
     preconditioner: str = "auto"
-    damping: float = 0.1
+    damping: DampingSetting = 0.1
 
 
 class Explorer:
@@ -83,7 +84,10 @@ class Explorer:
     """
 
     def __init__(
-        self, path: str | Path | Place, data: Provider | None = None, model: tuple[nn.Module, LossOfText] | None = None
+        self,
+        path: str | PathLike[str] | Place,
+        data: Provider | None = None,
+        model: tuple[nn.Module, LossOfText] | None = None,
     ) -> None:
         self.run = load(path, None if model is None else model[0])
         self.store: GradientStore = open_store(path)
@@ -110,7 +114,7 @@ class Explorer:
     def _list(self, job: Job) -> Catalogue:
         """All samples; ids and classes are read now, since that is what takes time."""
         catalogue = Catalogue(self.store.view("last"))
-        _ = catalogue.ids, catalogue.choices
+        _ = catalogue.ids, catalogue.choices, catalogue.numbers, catalogue.place("")
         if 0 < len(self.store) * self.store.modules.width < SCORED_AT_ONCE:
             self.score(catalogue)
         return catalogue

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from logix_like.errors import StatisticsError
+from logix_like.errors import ModelMismatchError, QueryError, StatisticsError
+from logix_like.layout import Layout
 from logix_like.linalg.finite import require_finite
 from logix_like.preconditioner import has_kronecker
+from logix_like.query.gradients import QueryGradients
 from logix_like.query.scan import Candidates
 from logix_like.statistics import (
     COVARIANCE_LIMIT,
@@ -178,3 +180,22 @@ def _with_row_sums(
         for name, fields in computed.sums.items()
     }
     return Statistics(layout, sums, computed.rows, statistics.superseded)
+
+
+def require_answerable(query: QueryGradients, layout: Layout, store: QueryStore) -> None:
+    """Refuse what cannot be asked: no query, one that is not finite, or one of another model or other projections."""
+    if not isinstance(query, QueryGradients):
+        raise QueryError(
+            f"the query is a {type(query).__name__}; it must be QueryGradients: those of 'with run.query(...) as "
+            "q' are q.gradients, saved ones come from QueryGradients.load(...)"
+        )
+    if query.layout != layout:
+        layout.require_same(query.layout)
+    known = store.projections_digest if query.projections else ""
+    if known and query.projections != known:
+        raise ModelMismatchError(
+            f"the queries were projected with other matrices ({query.projections}) than the rows ({known}): "
+            "another seed or another basis, so that no number of theirs means the same; capture the queries with "
+            "the store's projections (resume the run, or load them from the store)"
+        )
+    query.require_answerable()

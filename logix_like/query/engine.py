@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from logix_like.damping import Damping, DampingSetting
-from logix_like.errors import EmptyStoreError, ModelMismatchError, QueryError
+from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.layout import DataId
 from logix_like.preconditioner import FittedPreconditioner, require_preconditioner
-from logix_like.query.completion import QueryStore
+from logix_like.query.completion import QueryStore, require_answerable
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence, named_groups, second_order
-from logix_like.query.index import FlatIndex
+from logix_like.query.index import Vectors, load_faiss
+from logix_like.query.indexing import IndexSearch
+from logix_like.query.keeping import IndexKey
 from logix_like.query.labels import id_array, labels, ranking
 from logix_like.query.modes import MODES
 from logix_like.query.parts import Parts, parts_of
@@ -31,7 +33,6 @@ from logix_like.query.scoring import (
     every_part,
     every_score,
     exact_extremes,
-    indexed_extremes,
     parts_of_extremes,
 )
 from logix_like.query.selection import Where, select
@@ -59,7 +60,7 @@ class QueryEngine:
         self._fitter = Fitter(store)
         self._candidates: Recent[Candidates] = Recent(2)
         self._lengths: Recent[Tensor] = Recent(4)
-        self._indexes: Recent[FlatIndex] = Recent(1)
+        self._search = IndexSearch()
 
     def influence(
         self,
@@ -76,6 +77,7 @@ class QueryEngine:
         per: str | None = None,
         normalize: bool = False,
         client: object = None,
+        index: str = "Flat",
         progress: bool | None = None,
     ) -> InfluenceResult:
         """Score every sample of the store for every query: ``g_q^T (F + lambda I)^-1 g_i``.
@@ -100,6 +102,7 @@ class QueryEngine:
             normalize: Ask with each query's gradient at length 1 (in the preconditioner's geometry), so that scores
                 of different queries can be compared.
             client: For ``engine="dask"``: a Dask client or an executor; see :mod:`logix_like.query.distributed`.
+            index: For ``engine="faiss"``: a factory string of FAISS; see :mod:`logix_like.query.index`.
             progress: Show a progress bar: always, never, or (None) on a terminal when it takes long.
 
         Raises:
@@ -110,12 +113,13 @@ class QueryEngine:
         """
         question = Question(k, preconditioner, Damping.of(damping), mode, reduce, engine, per, normalize)
         candidates = select(select(self._every(reduce), where), data_id)
-        self._require_answerable(query, candidates)
+        require_answerable(query, candidates.rows.layout, self._store)
         if k is not None and k > candidates.count:
             raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
         fit = self._fitter.fit(preconditioner, question.damping, progress)
         task = self._task(question, query, candidates, fit, progress)
         parts = None if per is None else parts_of(candidates.rows.layout, per)
+        answer, remark = self._answer(question, task, fit, parts, client, index)
         return InfluenceResult(
             query_id=tuple(query.data_id),
             samples=candidates.count,
@@ -124,10 +128,10 @@ class QueryEngine:
             damping=question.damping.setting,
             reduce=reduce,
             engine=engine,
-            note=self._note(question, candidates, fit, query),
+            note=self._note(question, candidates, fit, query, remark),
             source=str(getattr(self._store, "path", "")),
             part_names=() if parts is None else parts.names,
-            **self._answer(question, task, fit, parts, client),
+            **answer,
         )
 
     def self_influence(
@@ -148,7 +152,7 @@ class QueryEngine:
         question = Question(None, preconditioner, Damping.of(damping), "dot", reduce)
         candidates = select(select(self._every(reduce), where), data_id)
         if query is not None:
-            self._require_answerable(query, candidates)
+            require_answerable(query, candidates.rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, question.damping, progress)
         settings = preconditioner, question.damping.setting, reduce, self._note(question, candidates, fit, query)
         if query is not None:
@@ -181,13 +185,16 @@ class QueryEngine:
             order: 1 sums the samples' scores; 2 takes one Newton step on the loss of the remaining samples, whose
                 curvature lacks that of the set (:func:`logix_like.query.groups.second_order`). Order 2 is the better
                 the larger the set's share in any direction; both agree for small sets.
-            preconditioner, damping, reduce, progress: As in :meth:`influence`.
+            preconditioner: As in :meth:`influence`.
+            damping: As in :meth:`influence`.
+            reduce: As in :meth:`influence`.
+            progress: As in :meth:`influence`.
         """
         if order not in (1, 2):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (one Newton step)")
         question = Question(None, preconditioner, Damping.of(damping), "dot", reduce)
         named, every = named_groups(groups), self._every(reduce)
-        self._require_answerable(query, every)
+        require_answerable(query, every.rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, question.damping, progress)
         preconditioned = fit.preconditioner.apply(query.gradients.detach().cpu())
         scores, sizes = [], []
@@ -217,8 +224,8 @@ class QueryEngine:
     ) -> InfluenceResult:
         """The samples whose stored gradients are most like those of ``data_id``, each sample itself left out.
 
-        A cosine near 1 tells of a near-duplicate for the model, however different the data look. ``options`` are those of
-        :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
+        A cosine near 1 tells of a near-duplicate for the model, however different the data look. ``options`` are those
+        of :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
         """
         every = self._every(reduce)
         asked = select(every, data_id)
@@ -243,7 +250,7 @@ class QueryEngine:
     ) -> Tensor:
         """``(F + lambda I)^-1 g_q`` of each query, ``[queries, width]``: its product with any row is a score."""
         require_preconditioner(preconditioner)
-        self._require_answerable(query, self._every("none"))
+        require_answerable(query, self._every("none").rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, Damping.of(damping), progress)
         return fit.preconditioner.apply(query.gradients.detach().cpu())
 
@@ -259,23 +266,6 @@ class QueryEngine:
                 "the store holds no rows: log some samples and commit them (run.commit() or run.finalize()) "
                 "before asking"
             )
-
-    def _require_answerable(self, query: QueryGradients, candidates: Candidates) -> None:
-        if not isinstance(query, QueryGradients):
-            raise QueryError(
-                f"the query is a {type(query).__name__}; it must be QueryGradients: those of 'with run.query(...) as "
-                "q' are q.gradients, saved ones come from QueryGradients.load(...)"
-            )
-        if query.layout != candidates.rows.layout:
-            candidates.rows.layout.require_same(query.layout)
-        known = self._store.projections_digest if query.projections else ""
-        if known and query.projections != known:
-            raise ModelMismatchError(
-                f"the queries were projected with other matrices ({query.projections}) than the rows ({known}): "
-                "another seed or another basis, so that no number of theirs means the same; capture the queries with "
-                "the store's projections (resume the run, or load them from the store)"
-            )
-        query.require_answerable()
 
     def _every(self, reduce: str) -> Candidates:
         """All rows of a view that can be ranked."""
@@ -302,31 +292,49 @@ class QueryEngine:
             lengths = lengths if factor is None else lengths * factor.square()
         return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, factor), progress)
 
-    def _answer(self, question: Question, task: Task, fit: Fit, parts: Parts | None, client: object) -> dict[str, Any]:
-        """The fields of a result that hold scores."""
+    def _answer(
+        self, question: Question, task: Task, fit: Fit, parts: Parts | None, client: object, index: str
+    ) -> tuple[dict[str, Any], str]:
+        """The fields of a result that hold scores, and a remark on how they were found."""
         candidates, reduce = task.candidates, question.reduce
         if question.k is None:
             ids, step = labels(candidates, candidates.positions(), reduce)
             split = None if parts is None else every_part(task, parts)
             scores = every_score(task) if split is None else split.sum(dim=2)
-            return {"data_id": ids, "scores": scores, "step": step, "parts": split}
-        top, bottom = self._extremes(question, question.k, task, fit, client)
+            return {"data_id": ids, "scores": scores, "step": step, "parts": split}, ""
+        (top, bottom), remark = self._extremes(question, question.k, task, fit, client, index)
 
         def named(side: Extremes) -> Any:
             return ranking(candidates, side, reduce, None if parts is None else parts_of_extremes(task, side, parts))
 
-        return {"top": named(top), "bottom": named(bottom)}
+        return {"top": named(top), "bottom": named(bottom)}, remark
 
-    def _extremes(self, question: Question, k: int, task: Task, fit: Fit, client: object) -> Sides:
-        if question.engine == "faiss":
-            wanted = None if task.candidates.complete else task.candidates.wanted
-            named = self._index(question, task, fit).candidates(task.scorer.queries, k, wanted)
-            return indexed_extremes(task, *named, k)
+    def _extremes(
+        self, question: Question, k: int, task: Task, fit: Fit, client: object, index: str
+    ) -> tuple[Sides, str]:
         if question.engine == "dask":
             from logix_like.query.distributed import distributed_extremes
 
-            return distributed_extremes(task, question.mode, k, client)
-        return exact_extremes(task, k)
+            return distributed_extremes(task, question.mode, k, client), ""
+        if question.engine == "exact":
+            return exact_extremes(task, k), ""
+        every = self._every(question.reduce)
+        if every.fits_in_memory:
+            load_faiss()  # what is missing is said whatever the store's size
+            return exact_extremes(task, k), "the store is so small that scoring every row is faster than an index"
+        scaled = f"{fit.key}" if task.scorer.mode.uses_lengths else ""
+        key = IndexKey(index, question.reduce, question.mode, scaled)
+        cache = getattr(self._store, "cache", None)
+        return self._search.extremes(task, k, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
+
+    def _vectors(self, every: Candidates, task: Task, fit: Fit) -> Vectors:
+        """All rows that can be ranked, laid out for an index, whichever of them are asked for."""
+        scorer = task.scorer
+        lengths = torch.zeros(len(every.rows), dtype=every.dtype)
+        if scorer.mode.uses_lengths:
+            lengths = self._row_lengths(every, fit, task.progress)
+            lengths = lengths if scorer.factor is None else lengths * scorer.factor.square()
+        return Vectors(every, scorer.mode, lengths, scorer.factor, task.progress)
 
     def _row_lengths(self, candidates: Candidates, fit: Fit, progress: bool | None) -> Tensor:
         """``[rows]``: squared lengths of the rows themselves, 0 for those that are not wanted."""
@@ -343,26 +351,14 @@ class QueryEngine:
             return compute()
         return self._lengths.get((candidates.rows.key, fit.key), compute)
 
-    def _index(self, question: Question, task: Task, fit: Fit) -> FlatIndex:
-        """The index of all valid rows, whichever of them are asked for."""
-        every = self._every(question.reduce)
-        scorer = task.scorer
-
-        def build() -> FlatIndex:
-            lengths = torch.zeros(len(every.rows), dtype=every.dtype)
-            if scorer.mode.uses_lengths:
-                lengths = self._row_lengths(every, fit, task.progress)
-                lengths = lengths if scorer.factor is None else lengths * scorer.factor.square()
-            return FlatIndex(every, scorer.mode, lengths, scorer.factor, task.progress)
-
-        return self._indexes.get((every.rows.key, question.reduce, fit.key, question.mode), build)
-
-    def _note(self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None) -> str:
+    def _note(
+        self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None, remark: str = ""
+    ) -> str:
         parts = [
             f"{candidates.count:,} {REDUCTIONS[question.reduce]}",
             question.described if query is not None else "self-influence",
             fit.described,
-            f"{question.engine} engine",
+            f"{question.engine} engine" + (f" ({remark})" if remark else ""),
         ]
         left_out = len(self._store) - fit.rows
         if left_out:

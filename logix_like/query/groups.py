@@ -20,8 +20,8 @@ LARGEST_GROUP = 8192
 class GroupInfluence:
     """Scores of sets of samples for queries.
 
-    A positive score means that training on the set lowered the query's loss; negative, that it raised it. Divided by the
-    number of rows of the curvature it estimates how much the loss rises when the set is left out.
+    A positive score means that training on the set lowered the query's loss; negative, that it raised it. Divided by
+    the number of rows of the curvature it estimates how much the loss rises when the set is left out.
     """
 
     query_id: tuple[DataId, ...]
@@ -47,7 +47,7 @@ class GroupInfluence:
         return "\n".join([f"Influence of {len(self.groups)} sets of samples", self.note, head, *lines])
 
 
-def named_groups(groups: Mapping[str, Sequence[DataId]] | Sequence[DataId]) -> dict[str, list[DataId]]:
+def named_groups(groups: object) -> dict[str, list[DataId]]:
     """Sets by name; one list of ids is a set called ``group``."""
     if isinstance(groups, str) or not isinstance(groups, Mapping | Sequence) or not len(groups):
         raise QueryError(f"groups is {groups!r}; it must be a list of ids, or a mapping of names to lists of ids")

@@ -1,4 +1,9 @@
-"""FAISS: an index of rows kept in memory, asked for candidates that are then scored exactly.
+"""FAISS: an index of rows that names candidates, which are then scored exactly from the store.
+
+What is indexed is not the rows themselves. Rows are brought to the few hundred directions in which they are largest (by
+a randomised singular value decomposition of a sample) and to equal variance there: quantisers, lists and graphs would
+else follow the few giant directions that a preconditioner cancels. A query carries the inverse of that scaling, so that
+inner products stay those of the rows' part in these directions, whatever preconditioner and damping is asked with.
 
 faiss-cpu and faiss-gpu own the same module ``faiss``: install one of them, never both. The module is
 imported on first use, after torch, since the order decides which OpenMP runtime the process gets.
@@ -6,6 +11,9 @@ imported on first use, after torch, since the order decides which OpenMP runtime
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,71 +21,180 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logix_like.errors import MissingDependencyError
+from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query.modes import Mode
 from logix_like.query.scan import Candidates
 
+DIRECTIONS = 512
+"""Rows are brought to so many numbers before they are indexed."""
+SAMPLED_ROWS = 8192
+"""The directions are found, and an index is trained, on so many rows."""
+VARIANCE_FLOOR = 1e-3
+"""Directions are scaled as if none had less than this share of the mean variance."""
+SMALLEST_POOL = 200
+"""Candidates for each side of a query, at least."""
+POOL = 20
+"""Candidates for each side of a query, at least so many times k."""
 
-class FlatIndex:
-    """Every valid row as float32, in one :class:`faiss.IndexFlatIP`.
 
-    Rows are laid out for one mode and one preconditioner, so that the queries' preconditioned gradients
-    are all that a search needs. Takes 4 bytes for each number of the rows.
-    """
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """The rows of a store, laid out so that a mode's scores are inner products."""
 
-    def __init__(
-        self,
-        candidates: Candidates,
-        mode: Mode,
-        lengths: Tensor,
-        factor: Tensor | None,
-        progress: bool | None,
-    ) -> None:
-        """Read the rows of ``candidates`` in a stream.
+    candidates: Candidates
+    mode: Mode
+    lengths: Tensor
+    """``[rows]``, squared lengths of the rows, times ``factor`` squared."""
+    factor: Tensor | None
+    """``[rows]`` or None: what each row is multiplied by."""
+    progress: bool | None
 
-        Args:
-            candidates: The rows to index.
-            mode: How they are scored.
-            lengths: ``[rows]``, squared lengths of the rows, times ``factor`` squared.
-            factor: ``[rows]`` or None: what each row is multiplied by.
-            progress: As in :meth:`Candidates.tiles`.
-        """
-        faiss = _faiss()
+    def of(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """``[n, d]`` float32."""
+        scaled = rows if self.factor is None else rows * self.factor[positions, None]
+        return self.mode.indexed(scaled, self.lengths[positions]).to(torch.float32)
+
+    def stream(self) -> Iterator[Tensor]:
+        """All of them, a bounded piece at a time."""
+        for tile in self.candidates.tiles(self.progress, "index"):
+            yield self.of(tile.values, tile.positions)
+
+    def sample(self) -> Tensor:
+        """Some, evenly spread."""
+        positions = self.candidates.positions()
+        chosen = positions[:: -(-len(positions) // SAMPLED_ROWS)]
+        return self.of(self.candidates.fetch(chosen), chosen)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells the rows from others, by their norms and number."""
+        norms = np.asarray(self.candidates.rows.norm)[self.candidates.positions().numpy()]
+        return hashlib.blake2b(np.ascontiguousarray(norms).tobytes(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A change to few coordinates of like variance."""
+
+    basis: Tensor | None
+    """``[d, directions]``, orthonormal columns; None where there are few numbers anyway."""
+    scale: Tensor
+    """``[directions]``: what the coordinates are divided by."""
+
+    @classmethod
+    def fit(cls, sample: Tensor) -> Reduction:
+        """Find the largest directions of ``sample [m, d]``."""
+        basis, reduced = None, sample
+        if sample.shape[1] > DIRECTIONS:
+            with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from torch's generator
+                torch.manual_seed(0)
+                basis = torch.svd_lowrank(sample, q=min(DIRECTIONS, len(sample)), niter=2)[2]
+            reduced = sample @ basis
+        variance = reduced.square().mean(0)
+        floor = variance.mean() * VARIANCE_FLOOR + torch.finfo(torch.float32).tiny
+        return cls(basis, (variance + floor).sqrt())
+
+    def rows(self, vectors: Tensor) -> NDArray[np.float32]:
+        """Coordinates of rows."""
+        reduced = vectors if self.basis is None else vectors @ self.basis
+        return np.ascontiguousarray((reduced / self.scale).numpy())
+
+    def queries(self, vectors: Tensor) -> NDArray[np.float32]:
+        """Coordinates of queries: inner products with :meth:`rows` are those of the vectors, as far as these reach."""
+        reduced = vectors if self.basis is None else vectors @ self.basis
+        return np.ascontiguousarray((reduced * self.scale).numpy())
+
+
+class RowIndex:
+    """An index of all rows that can be ranked; names candidates."""
+
+    def __init__(self, index: Any, reduction: Reduction, mode: Mode, positions: Tensor, factory: str) -> None:
+        self.index = index
+        self.reduction = reduction
+        self.factory = factory
         self._mode = mode
-        self._positions = candidates.positions()
-        self._index: Any = None
-        for tile in candidates.tiles(progress, "index"):
-            rows = tile.values if factor is None else tile.values * factor[tile.positions, None]
-            vectors = mode.indexed(rows, lengths[tile.positions]).to(torch.float32)
-            if self._index is None:
-                self._index = faiss.IndexFlatIP(vectors.shape[1])
-            self._index.add(np.ascontiguousarray(vectors.numpy()))
+        self._positions = positions
+        self._searched = _on_gpus(index)
+        self.pool = POOL
+        """How many times k candidates are named for each side of a query."""
+        self.recall: dict[int, float] = {}
+        """By k: the recall that was measured."""
+
+    @classmethod
+    def build(cls, vectors: Vectors, factory: str) -> RowIndex:
+        """Read the rows in a stream and index them.
+
+        Raises :class:`QueryError` when FAISS does not know ``factory``, or has too few rows to train it.
+        """
+        sample = vectors.sample()
+        reduction = Reduction.fit(sample)
+        width = len(reduction.scale)
+        faiss = load_faiss()
+        try:
+            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+            if not index.is_trained:
+                index.train(reduction.rows(sample))
+        except (RuntimeError, TypeError) as error:
+            raise QueryError(
+                f"FAISS cannot make an index {factory!r} of {width} numbers from {len(sample):,} rows "
+                f"({str(error).splitlines()[-1].strip()}); known are for example Flat, SQ8, HNSW32, 'IVF256,Flat'"
+            ) from error
+        found = cls(index, reduction, vectors.mode, vectors.candidates.positions(), factory)
+        found.add(vectors.stream())
+        return found
+
+    def add(self, rows: Iterator[Tensor]) -> None:
+        """Index further rows, which follow those before."""
+        for vectors in rows:
+            self.index.add(self.reduction.rows(vectors))
+        self._searched = _on_gpus(self.index)
 
     def candidates(self, queries: Tensor, k: int, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows that may be among the ``k`` highest and ``k`` lowest of preconditioned ``queries``.
 
         Only rows where ``wanted [rows]`` holds are looked at, all without it. Both results are positions
-        ``[queries, c]`` among the store's rows, ``c`` at least ``k``.
+        ``[queries, c]`` among the store's rows; -1 stands for no row.
         """
-        asked = self._mode.asked(queries).to(torch.float32).numpy()
+        asked = self.reduction.queries(self._mode.asked(queries).to(torch.float32))
         parameters, limit = None, len(self._positions)
         if wanted is not None:
             inside = wanted[self._positions].nonzero().flatten().numpy()
-            parameters, limit = _faiss().SearchParameters(sel=_faiss().IDSelectorBatch(inside)), len(inside)
-        count = min(limit, 2 * k + MARGIN)
+            parameters, limit = self._parameters(inside), len(inside)
+        count = min(limit, max(self.pool * k, SMALLEST_POOL))
         highest, lowest = (self._search(side, count, parameters) for side in (asked, -asked))
-        return self._positions[torch.from_numpy(highest)], self._positions[torch.from_numpy(lowest)]
+        return highest, lowest
 
-    def _search(self, asked: NDArray[np.float32], count: int, parameters: Any) -> NDArray[np.int64]:
-        _, found = self._index.search(np.ascontiguousarray(asked), count, params=parameters)
-        return np.asarray(found, dtype=np.int64)
+    def _search(self, asked: NDArray[np.float32], count: int, parameters: Any) -> Tensor:
+        try:
+            _, found = self._searched.search(asked, count, params=parameters)
+        except (RuntimeError, TypeError) as error:
+            raise QueryError(
+                f"the FAISS index {self.factory!r} cannot be asked so ({str(error).splitlines()[-1].strip()}); ask for "
+                "all samples, with another index=, or with engine='exact'"
+            ) from error
+        numbers = torch.from_numpy(np.asarray(found, dtype=np.int64))
+        return torch.where(numbers < 0, -1, self._positions[numbers.clamp_min(0)])
+
+    def _parameters(self, inside: NDArray[np.int64]) -> Any:
+        faiss = load_faiss()
+        selector = faiss.IDSelectorBatch(inside)
+        kind = {"IndexIVF": faiss.SearchParametersIVF, "IndexHNSW": faiss.SearchParametersHNSW}
+        name = next((name for name in kind if type(self.index).__name__.startswith(name)), None)
+        return (faiss.SearchParameters if name is None else kind[name])(sel=selector)
 
 
-MARGIN = 32
-"""Candidates beyond twice k, so that rows whose scores differ by rounding alone are ranked exactly."""
+def _on_gpus(index: Any) -> Any:
+    """A copy on all GPUs, in shards, where this FAISS has any; else the index itself."""
+    faiss = load_faiss()
+    if not hasattr(faiss, "index_cpu_to_all_gpus") or not faiss.get_num_gpus():
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard = True
+    return faiss.index_cpu_to_all_gpus(index, co=options)
 
 
-def _faiss() -> Any:
+def load_faiss() -> Any:
+    """The module; :class:`MissingDependencyError` says what to install."""
     try:
         import faiss
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,12 +43,20 @@ class Products:
         self._candidates = candidates
         self._queries = queries
         self._allowed = narrow
-        self._narrow = queries.to(torch.bfloat16)
-        norms = torch.linalg.vector_norm(queries.double(), dim=1)
-        dropped = torch.linalg.vector_norm(queries.double() - self._narrow.double(), dim=1)
-        rounding = WIDE_ROUNDING if queries.dtype == torch.float32 else torch.finfo(torch.float64).eps * 2**10
-        self._wide_error = norms * rounding
-        self._narrow_error = dropped + norms * rounding
+
+    @cached_property
+    def _narrow(self) -> Tensor:
+        return self._queries.to(torch.bfloat16)
+
+    @cached_property
+    def _wide_error(self) -> Tensor:
+        rounding = WIDE_ROUNDING if self._queries.dtype == torch.float32 else torch.finfo(torch.float64).eps * 2**10
+        return torch.linalg.vector_norm(self._queries.double(), dim=1) * rounding
+
+    @cached_property
+    def _narrow_error(self) -> Tensor:
+        dropped = torch.linalg.vector_norm(self._queries.double() - self._narrow.double(), dim=1)
+        return dropped + self._wide_error
 
     def exact(self, tile: Tile) -> Tensor:
         """``[n, queries]`` in the queries' own precision; rows as the left factor is faster for few queries."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +21,8 @@ from logix_like.store.view import Rows
 
 PROGRESS_NUMBERS = 2**28
 """Rows with fewer numbers than this in all are scanned in a moment: no progress bar."""
+CHUNKS_AHEAD = 2
+"""So many chunks are read before they are needed, where they are not mapped."""
 PROGRESS_DELAY = 2.0
 """Seconds before a progress bar shows itself."""
 PIECE_BYTES = 2 * 2**20
@@ -174,6 +178,11 @@ class Candidates:
         finally:
             self.memory.spare.append(lent)
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all of them, decoded, are few enough to be kept."""
+        return self.count * self.rows.layout.width * self.dtype.itemsize <= self.memory.keep_bytes
+
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""
         return self.wanted.nonzero().flatten()
@@ -183,8 +192,7 @@ class Candidates:
 
         ``progress`` shows a bar named ``what``: always, never, or (None) on a terminal when it takes long.
         """
-        size = self.count * self.rows.layout.width * self.dtype.itemsize
-        if self.complete and size <= self.memory.keep_bytes:
+        if self.complete and self.fits_in_memory:
             yield self._kept()
             return
         tiles = self._streamed()
@@ -214,10 +222,22 @@ class Candidates:
         return self.memory.tile
 
     def _streamed(self) -> Iterator[Tile]:
-        if self.count == len(self.rows):
-            for chunk in self.rows.chunks():
-                yield ChunkTile(torch.arange(chunk.start, chunk.stop), chunk)
-            return
         positions = self.positions()
-        for chunk in self.rows.gradients.selected(positions.numpy()):
+        chunks = self.rows.chunks() if self.count == len(self.rows) else self.rows.gradients.selected(positions.numpy())
+        if not self.rows.gradients.mapped:
+            chunks = ahead(chunks)
+        for chunk in chunks:
             yield ChunkTile(positions[chunk.start : chunk.stop], chunk)
+
+
+def ahead(chunks: Iterator[RowChunk]) -> Iterator[RowChunk]:
+    """The same chunks, of which the next ones are read by a thread while one is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        coming = deque(reader.submit(next, chunks, None) for _ in range(CHUNKS_AHEAD))
+        try:
+            while (chunk := coming.popleft().result()) is not None:
+                coming.append(reader.submit(next, chunks, None))
+                yield chunk
+        finally:
+            for future in coming:
+                future.cancel()

@@ -48,8 +48,8 @@ def _as_mask(where: object, rows: int) -> Tensor | None:
         return None
     if array.shape != (rows,):
         raise QueryError(
-            f"the mask given as where has the shape {array.shape}, but {rows} rows are ranked: give one truth value for "
-            "each row of store.view(reduce)"
+            f"the mask given as where has the shape {array.shape}, but {rows} rows are ranked: give one truth value "
+            "for each row of store.view(reduce)"
         )
     return torch.from_numpy(array.copy())
 

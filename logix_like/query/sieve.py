@@ -132,7 +132,7 @@ class Sieve:
         positions = group.positions
         products = torch.cat([found.values for found in group.products]).T.to(self._scorer.queries.dtype)
         scores = self._scorer.scores(products.contiguous(), positions)
-        slack = self._slack(group, scores.dtype)
+        slack = self._slack(group, positions, scores.dtype)
         passing = torch.zeros_like(scores, dtype=torch.bool)
         for running, sign in ((self.highest, 1), (self.lowest, -1)):
             signed = scores if sign > 0 else -scores
@@ -144,13 +144,12 @@ class Sieve:
             passing |= ~(signed < least[:, None])  # so that what is not a number passes
         self._take_in(group, passing, positions)
 
-    def _slack(self, group: Group, dtype: torch.dtype) -> Tensor:
-        worst = torch.zeros(len(self._queries), dtype=torch.float64)
-        for tile, found in zip(group.tiles, group.products, strict=True):
-            norms = self._norms[tile.positions]
-            worst = torch.maximum(worst, self._scorer.slack(found, norms, tile.positions))
+    def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[queries]``: how far a score of the group can be off, its own rounding aside."""
+        bounds = {id(found.absolute): found for found in group.products}  # one, or two where tiles differ
+        slacks = [self._scorer.slack(found, self._norms[positions], positions) for found in bounds.values()]
         # A bound that is itself rounded to ``dtype`` must not become a larger one.
-        return worst * 1.01 + torch.finfo(dtype).tiny
+        return torch.stack(slacks).amax(0) * 1.01 + torch.finfo(dtype).tiny
 
     def _first(self, group: Group, signed: Tensor, sign: int, positions: Tensor) -> Tensor:
         """``[queries]``: a signed score that the k-th best of the group reaches for sure."""
@@ -178,12 +177,12 @@ class Sieve:
         decoded = group.take(rows)
         products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
-        for query, start, stop in _runs(queries, piece):
+        for query, start, stop in runs(queries, piece):
             products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
         return self._scorer.pair_scores(products, queries, positions[columns])
 
 
-def _runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
+def runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
     """Runs of equal ``queries``, as ``(query, start, stop)``, none longer than ``longest``."""
     values, counts = queries.unique_consecutive(return_counts=True)
     begin = 0

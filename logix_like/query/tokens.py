@@ -52,8 +52,8 @@ class TokenCollector:
 
     def __call__(self, name: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
         """Take in factors ``[samples, positions, rank]`` of one call of the module ``name``."""
-        block = self._layout[name]
-        asked = self._queries[:, block.columns].reshape(-1, *block.rank).to(outward)
+        numbers = self._queries[:, self._layout[name].columns]
+        asked = self._layout.spread(name, numbers).to(outward)
         scores = torch.einsum("bto,qoi,bti->qbt", outward, asked, inward).cpu()
         count = scores.shape[2]
         self._positions[count] += 1

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
+from logix_like.damping import Damping
 from logix_like.errors import LogixError, QueryError
 from logix_like.layout import DataId
 from logix_like.query.files import replace_file
@@ -17,7 +19,7 @@ from logix_like.query.result import InfluenceResult, Provider, Ranking
 from logix_like.report import figures, plots
 from logix_like.report.columns import SampleColumns
 from logix_like.report.concentration import share_of_first
-from logix_like.report.content import Content, Contents, short_name, shown
+from logix_like.report.content import Content, Contents, short_name, shown, visible
 from logix_like.report.summary import StoreSummary
 from logix_like.report.templates import render, script_hash, source
 from logix_like.store import GradientStore, open_store
@@ -70,13 +72,21 @@ class Album:
         return [(number, address) for address, number in self.numbers.items()]
 
 
+class Columns(Protocol):
+    """What a store knows of samples beside their gradients."""
+
+    def of(self, data_id: DataId) -> Mapping[str, Any]:
+        """What is known of one, by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sources:
     """Where a page takes from what it shows beside scores."""
 
     samples: Contents
     queries: Contents
-    columns: SampleColumns | None = None
+    columns: Columns | None = None
 
     def facts(self, data_id: DataId, content: Content | None) -> dict[str, str]:
         """What is known of a sample: the store's columns, with what the user gave over them."""
@@ -112,7 +122,8 @@ def write_report(
         queries: The same for the ids of the queries.
         store: The store that was asked (or its path), for visits, losses, columns and coverage; None: the one that
             the result names, if it is still there.
-        modules: By module (or layer) its share of the scores, to be drawn.
+        modules: By module (or layer) its share of the scores, to be drawn; None: that of a result asked for with
+            ``per=``.
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
@@ -133,7 +144,7 @@ def write_report(
         queries=blocks,
         warnings=_warnings(sources),
         tiles=_tiles(result),
-        charts=_charts(result, modules),
+        charts=_charts(result, _shares(result, k) if modules is None else modules),
         about=_about(result, opened),
         sortable=_sortable(blocks),
         pictures=album.pictures,
@@ -159,13 +170,15 @@ def query_blocks(result: InfluenceResult, k: int, sources: Sources, album: Album
                 "facts": {} if content is None else content.facts,
                 "content": album.shown(content, f"query {name}"),
                 "strip": strips[q],
-                "sides": [_side(s, r, q, largest, sources, album) for s, r in rankings.items()],
+                "sides": [_side(result, s, r, q, largest, sources, album) for s, r in rankings.items()],
             }
         )
     return blocks
 
 
-def _side(name: str, ranking: Ranking, query: int, largest: float, sources: Sources, album: Album) -> dict[str, Any]:
+def _side(
+    result: InfluenceResult, name: str, ranking: Ranking, query: int, largest: float, sources: Sources, album: Album
+) -> dict[str, Any]:
     sign, meaning = SIDES[name]
     lines = []
     scores = ranking.scores[query].tolist()
@@ -174,6 +187,8 @@ def _side(name: str, ranking: Ranking, query: int, largest: float, sources: Sour
         facts = sources.facts(data_id, content)
         if ranking.step is not None:
             facts = {"step": shown(int(ranking.step[query, place]))} | facts
+        if ranking.parts is not None:
+            facts |= {"most from": _strongest(result, ranking.parts[query, place])}
         lines.append(
             {
                 "place": place + 1,
@@ -189,6 +204,13 @@ def _side(name: str, ranking: Ranking, query: int, largest: float, sources: Sour
             }
         )
     return {"name": name.capitalize(), "sign": sign, "meaning": meaning, "lines": lines}
+
+
+def _strongest(result: InfluenceResult, parts: Tensor) -> str:
+    """The part of the model that adds most to one score, and its share of what all add."""
+    strength = parts.double().abs()
+    most = int(strength.argmax())
+    return f"{visible(result.part_names[most])} ({float(strength[most] / strength.sum().clamp_min(1e-300)):.0%})"
 
 
 def _strips(result: InfluenceResult, k: int) -> list[dict[str, Any]]:
@@ -215,7 +237,7 @@ def _tiles(result: InfluenceResult) -> dict[str, str]:
         scores = plots.all_scores(result)
         tiles["held by the strongest 1 %"] = f"{np.median([share_of_first(row) for row in scores]):.0%}"
         tiles["positive scores"] = f"{(scores > 0).mean():.0%}"
-    return tiles | {"mode": result.mode, "damping": f"{result.damping:g}"}
+    return tiles | {"mode": result.mode, "damping": str(Damping.of(result.damping))}
 
 
 def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> list[dict[str, str]]:
@@ -244,16 +266,26 @@ def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> lis
                     max(1.6, 0.6 + 0.22 * len(modules)),
                     "share of each module in the scores",
                 ),
-                "caption": "Share of each module in the scores that are shown.",
+                "caption": "What each part of the model adds to the scores of the proponents that are shown.",
             }
         )
     return charts
 
 
+def _shares(result: InfluenceResult, k: int) -> dict[str, float]:
+    """What each part of the model adds to the scores of the proponents that are shown; nothing without ``per=``."""
+    parts = result.proponents(min(k, result.held)).parts
+    if parts is None:
+        return {}
+    added = parts.double().sum((0, 1))
+    total = float(added.abs().sum()) or 1.0
+    return dict(zip(result.part_names, (added / total).tolist(), strict=True))
+
+
 def _about(result: InfluenceResult, store: GradientStore | None) -> dict[str, str]:
     about = {
-        "scores": f"{result.mode}, in the curvature “{result.preconditioner}” with damping {result.damping:g} times "
-        "the mean eigenvalue of each module's block",
+        "scores": f"{result.mode}, in the curvature “{result.preconditioner}”",
+        "damping": _damping(result),
         "visits of a sample": result.reduce,
         "engine": result.engine,
     }
@@ -270,6 +302,11 @@ def _about(result: InfluenceResult, store: GradientStore | None) -> dict[str, st
         "checkpoints": str(len(summary.checkpoints)),
         "created": f"{summary.created[:19].replace('T', ' ')} UTC by logix_like {summary.library}",
     }
+
+
+def _damping(result: InfluenceResult) -> str:
+    damping = Damping.of(result.damping)
+    return f"{damping}" + (" times the mean eigenvalue of each module's block" if damping.kind == "relative" else "")
 
 
 def _warnings(sources: Sources) -> list[str]:

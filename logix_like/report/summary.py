@@ -112,6 +112,8 @@ class StoreSummary:
         yield "row", f"{self.numbers:,} numbers as {self.dtype}, {len(self.modules)} modules:"
         yield from (("", line) for line in _table(["module", "kind", "shape", "rank", "numbers"], self.modules))
         covered = f", over {self.statistics_rows:,} of {self.rows:,} rows" if self.statistics else ""
+        if self.statistics and self.statistics_rows < self.rows:
+            covered += " (a query computes sums over rows anew, Kronecker factors stay those of the rows covered)"
         if self.statistics_superseded:
             covered += f"; {self.statistics_superseded:,} of them superseded, in the Kronecker factors still"
         kinds = [f"{name} ({count} modules)" for name, count in self.statistics.items()]
@@ -157,7 +159,7 @@ def _writers(store: GradientStore) -> tuple[dict[str, Any], ...]:
             "epoch": w.cursor[0],
             "step": w.cursor[1],
             "statistics_rows": w.statistics_rows,
-            "state": w.state,
+            "state": f"{w.state}: {w.dropped}" if w.dropped else w.state,
         }
         for w in store.writers
     )

@@ -5,6 +5,7 @@ Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`sa
 :func:`open_store` gives a :class:`GradientStore`, whose views satisfy :class:`Rows`.
 """
 
+from logix_like.store.attempts import WriterInfo
 from logix_like.store.checkpoints import (
     CheckpointRecord,
     list_checkpoints,
@@ -13,11 +14,12 @@ from logix_like.store.checkpoints import (
 )
 from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
 from logix_like.store.encoding import ENCODINGS, Encoding
+from logix_like.store.export import export_rows
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
 from logix_like.store.journal import PathJournal
 from logix_like.store.merging import MergeReport, merge_parts
-from logix_like.store.reader import GradientStore, OnDamage, WriterInfo, build_view, open_store
+from logix_like.store.reader import GradientStore, OnDamage, build_view, open_store
 from logix_like.store.repair import RepairReport, repair
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
 from logix_like.store.superseding import supersede_samples, supersede_steps
@@ -49,6 +51,7 @@ __all__ = [
     "build_view",
     "create_store",
     "describe",
+    "export_rows",
     "is_store",
     "list_checkpoints",
     "load_checkpoint",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -170,6 +170,22 @@ def read_commits(folder: Place) -> Commits:
                 "restore the file from a copy"
             ) from error
     return _collect(records, torn=bool(unfinished), spoilt=_is_whole(unfinished, len(records)))
+
+
+class CommitReader:
+    """Reads record files again only when they have changed, so that following a live store is cheap."""
+
+    def __init__(self) -> None:
+        self._known: dict[Place, tuple[Hashable, Commits]] = {}
+
+    def read(self, folder: Place) -> Commits:
+        """As :func:`read_commits`."""
+        stamp = files_of(folder).stamp(folder / COMMITS)  # taken first: what is appended meanwhile is read next time
+        known = self._known.get(folder)
+        if known is None or stamp is None or known[0] != stamp:
+            known = (stamp, read_commits(folder))
+            self._known[folder] = known
+        return known[1]
 
 
 def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:

@@ -37,12 +37,12 @@ STALE_SECONDS = 3600.0
 """Half-written views are removed when they are older: by then their writer is gone."""
 
 
-def cache_folder(store: Place, created: str) -> Path:
-    """The folder for views of a store that this process may not write to (not created)."""
+def cache_folder(store: Place, created: str, kind: str = "views") -> Path:
+    """The folder of a user's for what is made of a store that this process may not write to (not created)."""
     chosen = os.environ.get(CACHE_VARIABLE)
     root = Path(chosen).absolute() if chosen else user_cache_path("logix_like", appauthor=False)
     name = hashlib.blake2b(f"{store}\n{created}".encode(), digest_size=12).hexdigest()
-    return root / "views" / name
+    return root / kind / name
 
 
 def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:

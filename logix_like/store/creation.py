@@ -22,7 +22,7 @@ from logix_like.errors import (
 from logix_like.layout import Layout
 from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_document, write_group
 from logix_like.store.encoding import encoding_named
-from logix_like.store.files import Place, as_bytes, as_place, files_of, remove_tree
+from logix_like.store.files import Place, as_bytes, as_place, files_of, named_errors, remove_tree
 from logix_like.store.schema import (
     PROJECTIONS,
     WRITERS,
@@ -70,8 +70,9 @@ def create_store(
             f"{store} exists and is no store of this library that can be read; nothing was changed: "
             "choose another project, or move it away"
         )
-    write_group(store / WRITERS, sync=True)
-    write_manifest(store, manifest)
+    with named_errors(store):
+        write_group(store / WRITERS, sync=True)
+        write_manifest(store, manifest)
     return store
 
 
@@ -107,6 +108,23 @@ def describe(
         manifest.layout.require_same(layout)
         _require_same(store, manifest, encoding, shared)
         return manifest
+    with named_errors(store):
+        _write_projections(store, shared, sync=sync)
+        manifest = manifest.described(
+            layout=layout,
+            encoding=encoding_named(encoding).name,
+            projection=_plain(projection or {}),
+            projection_shapes={
+                side: {name: None if matrix is None else tuple(matrix.shape) for name, matrix in shared[side].items()}
+                for side in SIDES
+            },
+            fingerprints=dict(fingerprints or {}),
+        )
+        write_manifest(store, manifest)
+    return manifest
+
+
+def _write_projections(store: Place, shared: Mapping[str, Mapping[str, Tensor | None]], *, sync: bool) -> None:
     remove_tree(store / PROJECTIONS)  # what a run that was killed here left behind
     write_group(store / PROJECTIONS, sync=sync)
     for module in sorted({module for matrices in shared.values() for module in matrices}):
@@ -115,25 +133,14 @@ def describe(
             matrix = shared[side].get(module)
             if matrix is not None:
                 _write_matrix(store / PROJECTIONS / segment(module) / side, matrix, sync=sync)
-    manifest = manifest.described(
-        layout=layout,
-        encoding=encoding_named(encoding).name,
-        projection=_plain(projection or {}),
-        projection_shapes={
-            side: {name: None if matrix is None else tuple(matrix.shape) for name, matrix in shared[side].items()}
-            for side in SIDES
-        },
-        fingerprints=dict(fingerprints or {}),
-    )
-    write_manifest(store, manifest)
-    return manifest
 
 
 def add_fingerprints(path: str | PathLike[str] | Place, fingerprints: Mapping[str, str]) -> None:
     """Add fingerprints of the model to a described store's manifest, in one atomic step."""
     store = as_place(path)
     manifest = read_manifest(store)
-    write_manifest(store, manifest.described(fingerprints={**manifest.fingerprints, **fingerprints}))
+    with named_errors(store):
+        write_manifest(store, manifest.described(fingerprints={**manifest.fingerprints, **fingerprints}))
 
 
 def read_projections(store: Place, manifest: StoreManifest) -> dict[str, tuple[Tensor | None, Tensor | None]]:

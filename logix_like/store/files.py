@@ -7,6 +7,7 @@ machine (:mod:`logix_like.store.local`) or an object store (:mod:`logix_like.sto
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logix_like.errors import LogixError, StoreWriteError
 from logix_like.store.local import LOCAL, sync_folder, temporary_name
 from logix_like.store.storage import Bytes, Content, Files, ObjectPath, Place
 
@@ -41,6 +43,20 @@ def as_place(path: str | PathLike[str] | ObjectPath) -> Place:
 
         return place_of_url(path)
     return Path(path).absolute()  # once: where the process stands later changes nothing
+
+
+@contextmanager
+def named_errors(place: Place) -> Iterator[None]:
+    """What the storage refuses while something is written to ``place``, as a :class:`StoreWriteError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LogixError):
+            raise
+        raise StoreWriteError(
+            f"{place} could not be written to: {error}; what was committed before is safe: make room, or see to the "
+            "storage and its permissions"
+        ) from error
 
 
 def checksum(buffer: Bytes, start: int = 0) -> int:

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
@@ -103,6 +104,11 @@ class GradientReader:
     def shape(self) -> tuple[int, int]:
         """``(rows, width)``."""
         return self.rows, self._layout.width
+
+    @property
+    def mapped(self) -> bool:
+        """Whether chunks are mapped files; else each is read, and decompressed, when it comes."""
+        return all(segment.codec == "none" and isinstance(segment.folder, Path) for segment in self._segments)
 
     def __getitem__(self, key: RowKey) -> Tensor:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""

@@ -163,6 +163,13 @@ class LocalFiles(Files):
 
         return zarr.open_group(folder, mode="r", zarr_format=3)
 
+    def stamp(self, path: Path) -> Hashable:
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def lock(self, store: Path, folder: Path, rank: int) -> WriterLock:
         return WriterLock(store, folder / f"{rank}.lock", rank)
 

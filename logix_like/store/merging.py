@@ -20,6 +20,7 @@ from torch import Tensor
 
 from logix_like.errors import StoreError
 from logix_like.store.arrays import write_group
+from logix_like.store.codecs import UNCOMPRESSED, codec_named
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.encoding_base import StoredRows
@@ -144,7 +145,10 @@ def _write(store: GradientStore, kept: np.ndarray, folder: Path, old: list[str],
     table = store.table
     write_group(folder, {"replaces": old}, sync=True)
     rows = chunk_rows(table.layout, table.encoding, _chunk_mib(store))
-    out = RowWriter(folder, table.layout, table.encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, sync=True)
+    codec = codec_named(table.segments[-1].codec) if table.segments else UNCOMPRESSED
+    out = RowWriter(
+        folder, table.layout, table.encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=True
+    )
     try:
         out.record_replaced(old)
         cursor = max((writer.cursor for writer in store.writers), key=lambda one: one[1], default=(-1, -1))

@@ -136,6 +136,11 @@ class ObjectFiles(Files):
 
         return zarr.open_group(ObjectStore(self.store, read_only=True), path=folder.key, mode="r", zarr_format=3)
 
+    def stamp(self, path: ObjectPath) -> Hashable:
+        with _os_errors(path):
+            found = [entry for batch in obstore.list(self.store, f"{path.key}/") for entry in batch]
+        return tuple(sorted((entry["path"], entry["e_tag"]) for entry in found)) or None
+
     def lock(self, store: ObjectPath, folder: ObjectPath, rank: int) -> ObjectLease:
         return ObjectLease(store, folder / f"{rank}.lock", self.store)
 

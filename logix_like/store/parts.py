@@ -42,6 +42,8 @@ class EncodedRows:
         return len(self.stored)
 
 
+GROWTH = 8
+"""By how much the arrays' shapes grow at a time: there is a document for each, a file to be written."""
 SUSPICIOUS_NORM = 1e18
 """A row of a smaller norm (in float32) is finite, and stays so in each encoding."""
 
@@ -119,7 +121,7 @@ class PartWriter:
             self._specs |= dict.fromkeys(new, _TEXTS)
         if chunks > self._capacity:
             # The first chunk of a part is often its only one.
-            self._capacity = chunks if self._capacity == 0 else 2 * chunks
+            self._capacity = chunks if self._capacity == 0 else GROWTH * chunks
         elif not new:
             return
         self._write_documents(self._capacity * self._chunk_rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -11,9 +12,11 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
+from logix_like.store.behind import Behind
 from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of, names_in, remove_tree
+from logix_like.store.parts import EncodedRows
 from logix_like.store.rowwriter import RowWriter
 from logix_like.store.schema import (
     INVALID,
@@ -65,7 +68,8 @@ def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
 class RowPipeline:
     """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time.
 
-    ``guard`` is asked before each commit and raises where nothing more may be written.
+    While one chunk is written the next is staged and encoded. ``guard`` is asked before each commit, and raises where
+    nothing more may be written.
     """
 
     def __init__(
@@ -83,10 +87,11 @@ class RowPipeline:
         self._guard = guard
         self._sync = sync
         self._accumulator = statistics
-        self._staged = StagedChunk(layout, encoding, rows)
+        self._staged = StagedChunk(layout, encoding, rows, keep_rows=statistics is not None)
         self._rows = RowWriter(
             folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=sync
         )
+        self._behind = Behind("logix_like-files")
         self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0
         self._cursor = (-1, -1)
@@ -102,7 +107,7 @@ class RowPipeline:
         return self._staged.count
 
     def add(self, batch: ProjectedBatch) -> None:
-        """Take in the rows of one batch; each chunk that gets full is committed."""
+        """Take in the rows of one batch; each chunk that gets full is flushed."""
         first = 0
         while first < len(batch.data_id):
             first += self._staged.fill(batch, first)
@@ -114,21 +119,31 @@ class RowPipeline:
             self._accumulator.add_moments(moments)
 
     def flush(self) -> None:
-        """Commit the rows that wait; fewer than a chunk become a short part of their own."""
+        """Have the rows that wait committed; fewer than a chunk become a short part of their own.
+
+        They are when :meth:`wait` has returned; a failure is raised there, or by the next call of this.
+        """
         if not self.staged:
             return
-        self._guard()
         rows = self._staged.encoded()
         flags = torch.from_numpy(rows.numbers[:, 5].astype("int64"))
         valid = flags & int(INVALID) == 0
         if self._accumulator is not None:
             given = self._staged.rows
             self._accumulator.update(given if valid.all() else given[valid], covered=len(rows))
-        epoch, step = self._cursor
+        nonfinite = int((flags & int(Flag.NONFINITE) != 0).sum())
+        self._behind.run(partial(self._write, rows, *self._cursor, nonfinite))
+        self._staged.clear()
+
+    def wait(self) -> None:
+        """Return once everything that was flushed is committed."""
+        self._behind.wait()
+
+    def _write(self, rows: EncodedRows, epoch: int, step: int, nonfinite: int) -> None:
+        self._guard()
         self._rows.write(rows, epoch=epoch, step=step)
         self.committed += len(rows)
-        self.nonfinite += int((flags & int(Flag.NONFINITE) != 0).sum())
-        self._staged.clear()
+        self.nonfinite += nonfinite
 
     def save_statistics(self, statistics: Statistics | None = None) -> None:
         """Write a new generation of the statistics, switch to it, and remove the old one.
@@ -136,6 +151,7 @@ class RowPipeline:
         ``statistics`` stands in for the gathered ones. Call after :meth:`flush`, so that
         all gathered rows are committed.
         """
+        self.wait()
         if statistics is None:
             if self._accumulator is None or self._saved_at == self.committed:
                 return
@@ -158,8 +174,10 @@ class RowPipeline:
         """Commit everything and seal the record."""
         self.flush()
         self.save_statistics()
+        self._behind.close()
         self._rows.seal()
 
     def abandon(self) -> None:
-        """Let go of the record file after a failure; nothing is written."""
+        """Let go of the record file after a failure; nothing more is written."""
+        self._behind.close()
         self._rows.abandon()

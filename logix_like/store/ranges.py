@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from logix_like.errors import QueryError
 from logix_like.layout import Layout
 from logix_like.store.encoding import ENCODINGS
+from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import GradientReader, RowChunk, RowKey, row_numbers
 from logix_like.store.segments import Segment
 from logix_like.store.table import RowTable
@@ -26,7 +28,7 @@ class RowRange:
     start: int
     stop: int
     segments: tuple[Segment, ...]
-    """The chunks that hold them."""
+    """The chunks that hold them; their folders are text, since a connection cannot be sent to another process."""
     layout: Layout
     encoding: str
     """Name of the rows' encoding."""
@@ -46,7 +48,8 @@ class RowRange:
     def open(self) -> RangeGradients:
         """A reader of these rows."""
         numbers = np.arange(self.start, self.stop) if self.numbers is None else self.numbers
-        return RangeGradients(GradientReader(self.segments, self.layout, ENCODINGS[self.encoding]), numbers)
+        segments = [replace(segment, folder=as_place(str(segment.folder))) for segment in self.segments]
+        return RangeGradients(GradientReader(segments, self.layout, ENCODINGS[self.encoding]), numbers)
 
 
 class RangeGradients:
@@ -58,6 +61,11 @@ class RangeGradients:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether chunks are mapped files."""
+        return self._reader.mapped
 
     def __getitem__(self, key: RowKey) -> Tensor:
         """Decoded rows ``[n, width]``."""
@@ -78,5 +86,6 @@ def row_range(rows: Rows, start: int, stop: int) -> RowRange:
             f"{type(rows).__name__} lies in this process alone: only rows of a store can be read elsewhere"
         )
     first, last = (start, stop - 1) if numbers is None else (int(numbers[0]), int(numbers[-1]))
-    segments = tuple(s for s in table.segments if s.first <= last and first < s.stop)
+    held = (segment for segment in table.segments if segment.first <= last and first < segment.stop)
+    segments = tuple(replace(segment, folder=cast(Place, str(segment.folder))) for segment in held)
     return RowRange(rows.key, start, stop, segments, table.layout, table.encoding.name, numbers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
@@ -16,18 +17,20 @@ from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
+from logix_like.store.attempts import WriterInfo, read_writers, without_damage
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.commits import Commits, StatisticsRecord, read_commits
+from logix_like.store.commits import CommitReader, StatisticsRecord, read_commits
+from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
-from logix_like.store.files import Place, as_place, files_of, folder_size, names_in
+from logix_like.store.files import Place, as_place, files_of, folder_size
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.journal import load_state, read_path
-from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,
+    COMMITS,
     DOCUMENT,
     PROJECTIONS,
     STATISTICS_FOLDER,
@@ -47,42 +50,6 @@ if TYPE_CHECKING:
     import zarr
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WriterInfo:
-    """One writing process, as its record tells of it."""
-
-    name: str
-    """``<rank>-<attempt>``."""
-    rank: int
-    """Number of the process."""
-    attempt: int
-    """Which start of it, from 1."""
-    folder: Place
-    """Its part of the store."""
-    commits: Commits
-    """Its record."""
-
-    @property
-    def rows(self) -> int:
-        """Committed rows."""
-        return self.commits.total
-
-    @property
-    def cursor(self) -> tuple[int, int]:
-        """``(epoch, step)`` of the last committed row, -1 unknown."""
-        return (self.commits.rows[-1].epoch, self.commits.rows[-1].step) if self.commits.rows else (-1, -1)
-
-    @property
-    def statistics_rows(self) -> int:
-        """How many of the rows the written statistics cover."""
-        return self.commits.statistics.watermark if self.commits.statistics else 0
-
-    @property
-    def state(self) -> str:
-        """``closed``; or ``open``, which a live writer and a killed one are alike."""
-        return "closed" if self.commits.closed else "open"
 
 
 @dataclass(frozen=True)
@@ -133,7 +100,8 @@ class GradientStore:
         self.path: Place = as_place(path)
         """The store's folder."""
         self._intact = IntactRows() if on_damage == "skip" else None
-        self._snapshot = _read(self.path, self._intact)
+        self._commits = CommitReader()
+        self._snapshot = _read(self.path, self._commits, self._intact)
         self._tell_damages()
 
     def __len__(self) -> int:
@@ -144,7 +112,7 @@ class GradientStore:
 
     def refresh(self) -> Self:
         """See what was committed since; returns the store itself."""
-        snapshot = _read(self.path, self._intact)
+        snapshot = _read(self.path, self._commits, self._intact)
         known_state = (self.writers, self.manifest, self.retractions)
         if known_state != (snapshot.writers, snapshot.manifest, snapshot.retractions):
             known, self._snapshot = self.damages, snapshot
@@ -165,6 +133,9 @@ class GradientStore:
         return self._snapshot.damaged_rows
 
     def _tell_damages(self) -> None:
+        for writer in self.writers:
+            if writer.commits.spoilt:
+                _log.warning("%s: %s; restore %s from a copy", self.path, writer.dropped, writer.folder / COMMITS)
         if self.damages:
             lines = "\n  ".join(self.damages)
             _log.warning("%s: %d damaged rows are left out:\n  %s", self.path, self.damaged_rows, lines)
@@ -259,6 +230,11 @@ class GradientStore:
         """Rows by slice, numbers or mask: decoded tensors ``[n, width]``."""
         return self.table.gradients
 
+    @property
+    def cache(self) -> Path:
+        """A folder of the user's for what others make of this store, such as indexes; it need not be there."""
+        return cache_folder(self.path, self.manifest.created, "indexes")
+
     def chunks(self) -> Iterator[RowChunk]:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.table.chunks()
@@ -346,7 +322,10 @@ class GradientStore:
     def as_zarr(self) -> zarr.Group:
         """The store as a read-only Zarr group, for tools of that world.
 
-        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN.
+        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN (by their scale,
+        where rows have one). ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
+        are these times ``scale`` (by row and module) times ``coordinate_scale`` (one row for each chunk), where there
+        are such arrays. The attributes of ``gradients`` say how int4 and sign are packed.
         """
         return files_of(self.path).zarr_group(self.path)
 
@@ -357,18 +336,18 @@ def build_view(path: str | PathLike[str] | Place) -> Place | None:
     For the process that owns the store (a reader's views go to its cache folder). Returns the view's
     folder, or None when no sample has two visits, where the rows themselves are the view.
     """
-    return _read(as_place(path)).views.build()
+    return _read(as_place(path), CommitReader()).views.build()
 
 
-def _read(path: Place, intact: IntactRows | None = None) -> _Snapshot:
+def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) -> _Snapshot:
     manifest = read_manifest(path)
     if manifest.layout is not None and manifest.encoding not in ENCODINGS:
         raise StoreDamagedError(
             f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
             f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
         )
-    committed = _read_writers(path)
-    writers = committed if intact is None else _without_damage(committed, intact)
+    committed = read_writers(path, records)
+    writers = committed if intact is None else without_damage(committed, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
     retractions = read_retractions(path)
@@ -379,36 +358,6 @@ def _read(path: Place, intact: IntactRows | None = None) -> _Snapshot:
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
     views = SampleViews(path, manifest.created, table)
     return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
-
-
-def _without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tuple[WriterInfo, ...]:
-    kept, first = [], 0
-    for writer in writers:
-        kept.append(replace(writer, commits=intact.of(writer.folder, writer.commits, first)))
-        first += writer.rows
-    return tuple(kept)
-
-
-def _read_writers(path: Place) -> tuple[WriterInfo, ...]:
-    folder = path / WRITERS
-    listed = names_in(folder)
-    while True:
-        parts = _read_parts(folder, listed)
-        known, listed = listed, names_in(folder)
-        if listed == known:  # else a merge may just have put one part in the place of others
-            return parts
-
-
-def _read_parts(folder: Place, listed: Sequence[str]) -> tuple[WriterInfo, ...]:
-    names = {name: parse_writer_name(name) for name in listed}
-    if not names:  # there is at least the group's document
-        raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
-    started = sorted((order, name) for name, order in names.items() if order is not None)
-    parts = [
-        WriterInfo(name, rank, attempt, folder / name, read_commits(folder / name)) for (attempt, rank), name in started
-    ]
-    replaced = {name for part in parts for name in part.commits.replaces}
-    return tuple(part for part in parts if part.name not in replaced)
 
 
 def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:

@@ -19,6 +19,7 @@ from logix_like.errors import StoreError
 from logix_like.layout import Layout
 from logix_like.store.arrays import write_group
 from logix_like.store.checkpoints import damaged_checkpoints
+from logix_like.store.codecs import CODECS, UNCOMPRESSED
 from logix_like.store.commits import (
     CloseRecord,
     GoneRecord,
@@ -206,6 +207,7 @@ class _Repair:
                 encoding,
                 chunk_rows=own[0].rows,
                 column_names=WRITER_COLUMNS,
+                codec=CODECS.get(own[0].codec, UNCOMPRESSED),
             )
             arrays.restore_documents(max(one.start + one.rows for one in own), own[0].crc)
         attempt, rank = parse_writer_name(folder.name) or (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,20 +12,26 @@ from torch import Tensor
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import DataId, Layout
 from logix_like.store.columns import id_text, value_text
-from logix_like.store.encoding import Encoding
+from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.schema import DATA_ID, METADATA, WRITER_COLUMNS, Flag, segment
 
 
 class StagedChunk:
-    """One chunk of rows in memory; encoded when it is to be written, and filled again."""
+    """One chunk of rows in memory; encoded when it is to be written, and filled again.
 
-    def __init__(self, layout: Layout, encoding: Encoding, capacity: int) -> None:
+    Where neither scales nor whoever wants to ``keep_rows`` needs them together, rows are encoded as they come.
+    """
+
+    def __init__(self, layout: Layout, encoding: Encoding, capacity: int, *, keep_rows: bool) -> None:
         self._layout = layout
         self._encoding = encoding
         # Allocated once, since fresh memory for each chunk costs a page fault every 4 KiB.
-        self._rows = torch.empty(capacity, layout.width, dtype=encoding.staging)
-        self._values = encoding.buffer(capacity, layout.width)
+        self._whole = keep_rows or encoding.scaled
+        self._rows = torch.empty(capacity if self._whole else 0, layout.width, dtype=encoding.staging)
+        self._norms: list[Tensor] = []
+        # In turn: one is still being written when the next is filled.
+        self._values = [encoding.buffer(capacity, layout.width) for _ in range(2)]
         self._columns = StagedColumns()
         self.capacity = capacity
         self.count = 0
@@ -37,24 +44,32 @@ class StagedChunk:
 
     @property
     def rows(self) -> Tensor:
-        """The waiting rows as they were given, ``[count, width]``; valid until the next :meth:`fill`."""
+        """The waiting rows as they were given, ``[count, width]``, where they are kept; valid until :meth:`fill`."""
         return self._rows[: self.count]
 
     def fill(self, batch: ProjectedBatch, first: int) -> int:
         """Take rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
         taken = min(self.capacity - self.count, len(batch.data_id) - first)
-        self._rows[self.count : self.count + taken] = batch.rows[first : first + taken]
-        self._columns.add(batch, slice(first, first + taken))
+        if taken < len(batch.data_id):
+            batch = batch.select(slice(first, first + taken))
+        target = slice(self.count, self.count + taken)
+        if self._whole:
+            self._rows[target] = batch.rows
+        else:
+            self._encode(batch.rows.to(self._encoding.staging), target)
+        self._columns.add(batch)
         self.count += taken
         return taken
 
     def encoded(self) -> EncodedRows:
-        """The waiting rows as they will stand on disk, valid until the next :meth:`fill`.
+        """The waiting rows as they will stand on disk, valid until they were asked for twice more.
 
         Rows that are not finite (or would not be, as stored) get their flag.
         """
-        stored = self._encoding.encode(self.rows, self._layout, self._values[: self.count])
-        norm = torch.linalg.vector_norm(self.rows, dim=1).double()
+        everything = slice(0, self.count)
+        stored = self._encode(self.rows, everything) if self._whole else StoredRows(self._values[0][everything])
+        self._values.reverse()
+        norm = torch.cat(self._norms).double()
         rows = EncodedRows(stored, self._columns.numbers(norm.numpy()), self._columns.texts())
         flag_nonfinite(rows, self._encoding, self._layout)
         return rows
@@ -62,7 +77,12 @@ class StagedChunk:
     def clear(self) -> None:
         """Forget the waiting rows."""
         self.count = 0
+        self._norms = []
         self._columns = StagedColumns()
+
+    def _encode(self, rows: Tensor, target: slice) -> StoredRows:
+        self._norms.append(torch.linalg.vector_norm(rows, dim=1))
+        return self._encoding.encode(rows, self._layout, self._values[0][target])
 
 
 class _Piece(NamedTuple):
@@ -71,7 +91,7 @@ class _Piece(NamedTuple):
     ids: tuple[DataId, ...]
     told: tuple[int, int, float]
     loss: Tensor | None
-    metadata: dict[str, tuple[str | int | float, ...]]
+    metadata: Mapping[str, tuple[str | int | float, ...]]
     flags: int
     """Those that the whole batch has."""
 
@@ -82,13 +102,11 @@ class StagedColumns:
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
 
-    def add(self, batch: ProjectedBatch, samples: slice) -> None:
-        """Take the samples ``samples`` of a batch, which become the next rows."""
-        loss = None if batch.loss is None else batch.loss.detach().reshape(-1)[samples]
-        metadata = {name: values[samples] for name, values in batch.metadata.items()}
+    def add(self, batch: ProjectedBatch) -> None:
+        """Take the samples of a batch, which become the next rows."""
         flags = int(Flag.OVERFLOW) if batch.overflow else 0
         told = (batch.step, batch.epoch, batch.lr)
-        self._pieces.append(_Piece(batch.data_id[samples], told, loss, metadata, flags))
+        self._pieces.append(_Piece(batch.data_id, told, batch.loss, batch.metadata, flags))
 
     def numbers(self, norm: np.ndarray) -> np.ndarray:
         """The columns ``WRITER_COLUMNS`` of all rows, float64 ``[rows, columns]``."""
@@ -113,8 +131,8 @@ class StagedColumns:
 
     def _losses(self) -> np.ndarray:
         unknown = torch.tensor([torch.nan])
-        losses = [unknown.expand(len(p.ids)) if p.loss is None else p.loss for p in self._pieces]
-        return torch.cat(losses).double().numpy()
+        losses = [unknown.expand(len(p.ids)) if p.loss is None else p.loss.reshape(-1) for p in self._pieces]
+        return torch.cat(losses).detach().double().numpy()
 
     def _values(self, name: str) -> list[str]:
         values: list[str] = []

@@ -173,5 +173,9 @@ class Files(ABC):
         """The Zarr group in ``folder``, read-only."""
 
     @abstractmethod
+    def stamp(self, path: Any) -> Hashable:
+        """Changes whenever the record at ``path`` does, and is had without reading it; None where there is none."""
+
+    @abstractmethod
     def lock(self, store: Any, folder: Any, rank: int) -> Lock:
         """Become the one writer of a rank; :class:`StoreError` while there is another."""

@@ -31,6 +31,11 @@ class Gradients(Protocol):
         """Decoded rows ``[n, width]``."""
         ...
 
+    @property
+    def mapped(self) -> bool:
+        """Whether chunks are mapped files; else each is read, and decompressed, when it comes."""
+        ...
+
     def selected(self, rows: np.ndarray, /) -> Iterator[RowChunk]:
         """The rows of these ascending numbers, by chunk; ``start`` counts within them."""
         ...
@@ -250,6 +255,11 @@ class SelectedGradients:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
         wanted = self._rows[row_numbers(key, len(self._rows))]
         return self._gradients[int(wanted[0]) if isinstance(key, int | np.integer) else wanted]
+
+    @property
+    def mapped(self) -> bool:
+        """Whether chunks are mapped files."""
+        return self._gradients.mapped
 
     def selected(self, rows: np.ndarray) -> Iterator[RowChunk]:
         """The rows of these ascending numbers, by chunk; ``start`` counts within them."""

@@ -23,7 +23,7 @@ from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.codecs import codec_named
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
-from logix_like.store.files import Place, as_place, files_of
+from logix_like.store.files import Place, as_place, files_of, named_errors
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
 
@@ -218,20 +218,25 @@ class StoreWriter:
         store = as_place(path)
         stored_as, compression, sync = encoding_named(encoding), codec_named(codec), durability == "commit"
         _require_described(store, layout, encoding)
-        self._lock = files_of(store).lock(store, store / WRITERS, rank)
-        self.folder = claim_writer(store, rank, sync=sync)
-        """The writer's part of the store."""
         rows = chunk_rows(layout, stored_as, chunk_mib)
-        self._pipeline = RowPipeline(
-            self.folder,
-            layout,
-            stored_as,
-            rows=rows,
-            statistics=statistics,
-            codec=compression,
-            sync=sync,
-            guard=self._lock.require,
-        )
+        with named_errors(store):
+            self._lock = files_of(store).lock(store, store / WRITERS, rank)
+            try:
+                self.folder = claim_writer(store, rank, sync=sync)
+                """The writer's part of the store."""
+                self._pipeline = RowPipeline(
+                    self.folder,
+                    layout,
+                    stored_as,
+                    rows=rows,
+                    statistics=statistics,
+                    codec=compression,
+                    sync=sync,
+                    guard=self._lock.require,
+                )
+            except BaseException:
+                self._lock.close()
+                raise
         self._width = layout.width
         self._raises = on_error == "raise"
         self._inbox = _Inbox(int(queue_mib * 2**20))

@@ -2,7 +2,7 @@
 
 ``LOGIX_BENCH_ROWS=1000000`` takes that many rows for B9 (8.2 GB on disk); the default is 200,000. Both sides of a
 ratio run in one process, in turn. The processor decides which arithmetic wins, so the floor of B8 is also shown for
-float32 products of widened pieces.
+float32 products of widened pieces. ``LOGIX_BENCH_THREADS=1`` is the steadier on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.query.result import InfluenceResult
 from logix_like.store import GradientStore
 from tests.bench import w1
 from tests.bench.memory import resident
 from tests.bench.synthetic import make_store, queries
+from tests.bench.trained import make as make_trained
 
 WIDTH = 4096
-ROWS = 100_000
+ROWS = int(os.environ.get("LOGIX_BENCH_B8_ROWS", 100_000))
 LARGE = int(os.environ.get("LOGIX_BENCH_ROWS", 200_000))
 OPTIONS = {"preconditioner": "identity", "k": 10, "progress": False}
 
@@ -33,7 +36,7 @@ OPTIONS = {"preconditioner": "identity", "k": 10, "progress": False}
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("LOGIX_BENCH_THREADS", 2)))
     yield
     torch.set_num_threads(before)
 
@@ -93,7 +96,7 @@ def test_b9_larger_than_memory_likes(tmp_path: Path) -> None:
             before = resident()
             engine.influence(query, **OPTIONS)  # checksums are compared once
             start = time.perf_counter()
-            with _watched(peaks):
+            with Watched(peaks):
                 engine.influence(query, **OPTIONS)
             took = time.perf_counter() - start
             show(
@@ -123,7 +126,7 @@ def test_cost_grows_with_the_rows(tmp_path: Path) -> None:
             file.unlink()
 
 
-class _watched:
+class Watched:
     """Notes this process's memory every few milliseconds."""
 
     def __init__(self, seen: list[int]) -> None:
@@ -143,3 +146,59 @@ class _watched:
     def __exit__(self, *raised: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+INDEXED = int(os.environ.get("LOGIX_BENCH_B10_ROWS", 10_000))
+
+
+@pytest.mark.timeout(3600)
+def test_b10_index_and_exact_ranking(tmp_path: Path) -> None:
+    """Against the exact float32 scan (rows widened, nothing else); recall against float64 on the stored rows."""
+    run, query = make_trained(tmp_path, INDEXED, 64)
+    store, engine = run.store, QueryEngine(run.store, keep_bytes=0)
+    truth = _truth(store, engine.preconditioned(query), 10)
+    exact = engine.influence(query, k=10, progress=False)
+    show(f"B10 {INDEXED:,} rows of a trained language model; exact engine: recall@10 {_recall(exact, truth):.3f}")
+    start = time.perf_counter()
+    found = engine.influence(query, k=10, engine="faiss", progress=False)
+    show(f"B10 index: first answer after {time.perf_counter() - start:.1f} s, recall@10 {_recall(found, truth):.3f}")
+    show(f"   {found.note}")
+    for count in (1, 64):
+        some = QueryGradients(query.data_id[:count], query.gradients[:count], query.layout)
+        asked = engine.preconditioned(some)
+        ask = partial(engine.influence, some, k=10, engine="faiss", progress=False)
+        ratio = w1.compare(f"B10 {count} queries: float32 scan / index", floor_of_pieces(store, asked), ask, pairs=7)
+        show(ratio)
+    assert _recall(exact, truth) == 1.0
+    assert _recall(found, truth) >= 0.98
+
+
+def _truth(store: GradientStore, asked: Tensor, k: int) -> list[set[object]]:
+    scores = torch.cat([asked.double() @ chunk.decode().double().T for chunk in store.chunks()], 1)
+    return [set(store.data_id[line].tolist()) for side in (scores, -scores) for line in side.topk(k, 1).indices]
+
+
+def _recall(result: InfluenceResult, truth: list[set[object]]) -> float:
+    found = [set(line) for side in (result.proponents(), result.opponents()) for line in side.ids.tolist()]
+    shares = [len(a & b) / len(b) for a, b in zip(found, truth, strict=True)]
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.timeout(3600)
+def test_b11_dask(tmp_path: Path) -> None:
+    """Two workers of one thread against the exact engine on the same two cores."""
+    dask = pytest.importorskip("distributed")
+    store = make_store(tmp_path / "store", LARGE, WIDTH)
+    query = queries(WIDTH, 8)
+    with (
+        dask.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        dask.Client(cluster) as client,
+    ):
+        ask = partial(QueryEngine(store).influence, query, **OPTIONS)
+        on_dask = partial(QueryEngine(store).influence, query, engine="dask", client=client, **OPTIONS)
+        one, other = ask(), on_dask()
+        for a, b in ((one.proponents(), other.proponents()), (one.opponents(), other.opponents())):
+            assert a.ids.tolist() == b.ids.tolist() and a.scores.equal(b.scores)
+        show(w1.compare(f"B11 8 queries x {LARGE:,}: Dask / exact", on_dask, ask, pairs=5, warmup=1))
+    for file in (tmp_path / "store").rglob("c.*"):
+        file.unlink()

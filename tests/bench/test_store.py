@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -101,38 +100,17 @@ def test_b7_writing(tmp_path: Path, durability: Literal["process", "commit"]) ->
 
 
 @pytest.mark.timeout(900)
-def test_b4_bytes_and_what_they_buy(tmp_path: Path) -> None:
-    """Rows with few large numbers and many small, as gradients have: normal numbers times log-normal scales."""
-    layout, generator = wide_layout(), torch.Generator().manual_seed(1)
-    rows = torch.randn(ROWS // 4, layout.width, generator=generator)
-    rows *= torch.randn(layout.width, generator=generator).exp()
-    rows += torch.randn(8, layout.width, generator=generator)[torch.arange(len(rows)) % 8]  # 8 kinds of samples
-    queries = rows[:8] + torch.randn(8, layout.width, generator=generator)
-    exact = queries @ rows.T
+def test_b4_bytes(tmp_path: Path) -> None:
+    """As many rows as W1 has sequences; ``test_encodings.py`` says what the bytes buy."""
+    layout = wide_layout()
     for encoding in ENCODINGS:
         store = new_store(tmp_path / encoding, layout, encoding)
-        start = time.perf_counter()
         with StoreWriter(store, layout, encoding) as out:
-            for n, part in enumerate(rows.split(BATCH)):
-                out.put(ProjectedBatch(tuple(f"sample-{n * BATCH + i}" for i in range(len(part))), part, step=n))
-        written = time.perf_counter() - start
-        opened = open_store(store)
-        size = opened.bytes["rows"] / len(rows)
-        start = time.perf_counter()
-        found = queries @ opened.gradients[:].float().T
-        read = time.perf_counter() - start
-        rate = rows.nbytes / 2**20
-        show(
-            f"B4 {encoding:<9} {size:8,.0f} bytes a row; of float32: write {rate / written:6,.0f} MiB/s, "
-            f"read {rate / read:6,.0f} MiB/s; Spearman of scores {spearman(found, exact):.6f}"
-        )
+            for batch in w1_batches(layout.width, w1.SEQUENCES):
+                out.put(batch)
+        size = open_store(store).bytes["rows"] / w1.SEQUENCES
+        show(f"B4 {encoding:<9} {size:8,.0f} bytes a row of {layout.width:,} numbers")
         assert size <= LIMITS.get(encoding, size)
-
-
-def spearman(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Mean over queries of the rank correlation of their scores."""
-    pairs = zip(found.argsort(1).argsort(1).double(), exact.argsort(1).argsort(1).double(), strict=True)
-    return sum(torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs) / len(exact)
 
 
 OPENING = """

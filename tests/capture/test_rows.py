@@ -1,5 +1,8 @@
 """Rows equal per-sample gradients: over the whole zoo, in float64, with and without projection."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,7 +73,7 @@ def test_an_output_size_that_the_layer_does_not_say_is_refused() -> None:
         model(torch.randn(BATCH, 2, 4), output_size=[10]).sum().backward()
 
 
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pca"])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pca", "eigen"])
 @pytest.mark.parametrize("case", ZOO, ids=str)
 def test_projected_rows_are_the_projected_gradients(case: Case, init: str) -> None:
     model, batch = build(case)
@@ -84,7 +87,9 @@ def test_projected_rows_are_the_projected_gradients(case: Case, init: str) -> No
     for block in tracker.settle():
         projection = tracker.projector.projection(block.name)
         inward, outward = projection.input.double(), projection.output.double()
-        expected = outward @ gradients[block.name] @ inward.T
+        expected = tracker.layout.pick(block.name, outward @ gradients[block.name] @ inward.T).unflatten(
+            -1, block.matrix
+        )
         found = tracker.layout.split(rows)[block.name]
         scale = max(float(gradients[block.name].norm()), 1e-3)
         assert float((found - expected).abs().max()) < 10 * case.tolerance * scale, block.name
@@ -156,3 +161,35 @@ def test_a_backward_after_the_block_is_not_counted() -> None:
     rows = recording.project()[0].clone()
     loss.backward()
     assert torch.equal(recording.project()[0], rows)
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_a_model_copied_inside_a_block_is_free_of_us(copied: str) -> None:
+    case = ZOO[0]
+    model, batch = build(case)
+    tracker = tracker_for(model, case)
+    with tracker.recording(BATCH) as recording:
+        copy = deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
+        case.losses(copy, batch).mean().backward()
+        case.losses(model, batch).mean().backward()
+    recording.factor = float(BATCH)
+    expected, _ = record(tracker, case, model, batch).project()
+    assert torch.equal(recording.project()[0], expected)
+    case.losses(copy, {name: value[:2] for name, value in batch.items()}).mean().backward()
+
+
+@pytest.mark.parametrize("name", ["transformer", "gpt2"])
+def test_a_warm_up_leaves_masked_positions_out(name: str) -> None:
+    """Other tokens there, which no loss counts and no counted position reads, change no projection."""
+    case = next(c for c in ZOO if c.name == name)
+    model, batch = build(case)
+    others = {**batch, "x": torch.where(batch["mask"], batch["x"], 7)}
+    found = []
+    for one in (batch, others):
+        tracker = tracker_for(model, case, "pca")
+        recording = record(tracker, case, model, one)
+        tracker.fit([recording])
+        found.append([tracker.projector.projection(block.name) for block in tracker.layout])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine.input, theirs.input, atol=1e-6)
+        assert torch.allclose(mine.output, theirs.output, atol=1e-6)

@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from logix_like.capture.selection import select_modules
+from logix_like.errors import ConfigError
 from tests.models import Transformer, gpt2
 
 LINEAR = ("Linear", "Conv1D")
@@ -59,3 +60,14 @@ def test_a_reused_bias_is_refused() -> None:
     model[1].bias = model[0].bias
     with pytest.raises(Exception, match="'0' and '1' share one bias"):
         select_modules(model)
+
+
+def test_globs_that_fit_nothing_are_said() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    with pytest.raises(
+        ConfigError, match=r"modules.batch_dim: 'inner.\*' fits no module of the model; its modules are"
+    ):
+        select_modules(model, batch_dim={"inner.*": 1})
+    with pytest.warns(RuntimeWarning, match="modules.exclude: 'heads' fits no module of the model, so nothing is left"):
+        select_modules(model, exclude=("heads",))
+    select_modules(model, exclude=("*lm_head",))

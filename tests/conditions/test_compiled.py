@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import logix_like as logix
 from tests.training import SAMPLES, batches, data, full, network, own_gradients
@@ -96,3 +97,46 @@ def test_a_step_first_compiled_behind_a_block_is_still_compiled(tmp_path: Path) 
     compiled(x)
     assert compilations() == before + 1
     run.finalize()
+
+
+class WithLoss(nn.Module):
+    """The loss is computed inside the compiled region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(x), y)
+
+
+def test_a_loss_inside_the_compiled_region(tmp_path: Path) -> None:
+    model, (x, y) = WithLoss(), data()
+    compiled = whole(model, "aot_eager")
+    compiled(x, y).backward()
+    compiled.zero_grad()
+    before = compilations()
+    run = logix.init("run", compiled, full(tmp_path), verbose=False)
+    with run(data_id=range(SAMPLES)):
+        compiled(x, y).backward()
+    compiled(x, y).backward()
+    run.finalize()
+    assert compilations() == before
+    expected = own_gradients(network(), x, y)
+    assert float((run.store.gradients[:] - expected).norm() / expected.norm()) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's inductor needs a C++ compiler")
+@pytest.mark.parametrize("wrap", [whole, in_place, regional])
+def test_rows_and_no_recompilation_by_inductor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[nn.Module, str], nn.Module]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes that outlives the test
+    run, again = log_between_compiled_steps(tmp_path, wrap(network(), "inductor"))
+    assert again == 0
+    expected = own_gradients(network(), *data())
+    assert float((run.store.gradients[:] - expected).norm() / expected.norm()) < EXACT

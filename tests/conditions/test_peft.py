@@ -61,14 +61,44 @@ def test_adapters_are_tracked_and_the_frozen_base_is_not(tmp_path: Path) -> None
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in frozen)
 
 
+def quantise(layer: nn.Linear, bits: int) -> nn.Module:
+    """The same layer with its weight in 4 or 8 bits, as transformers makes it at loading."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes, weight = (layer.in_features, layer.out_features), layer.weight.detach()
+    if bits == 4:
+        made = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
+    else:
+        made = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    quantised: nn.Module = made.to("cpu")  # which rounds the weight
+    return quantised
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_is_left_alone(tmp_path: Path, bits: int) -> None:
-    quantised = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    kind = quantised.nn.Linear4bit if bits == 4 else quantised.nn.Linear8bitLt
-    model = nn.Sequential(kind(8, 8), nn.Linear(8, 3))
-    model[0].requires_grad_(False)
+def test_adapters_of_a_quantised_base(tmp_path: Path, bits: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, attn_implementation="eager",
+    )  # fmt: skip
+    base = LlamaForCausalLM(config)
+    for attention in (layer.self_attn for layer in base.model.layers):
+        attention.q_proj, attention.v_proj = quantise(attention.q_proj, bits), quantise(attention.v_proj, bits)
+    setattr(base, f"is_loaded_in_{bits}bit", True)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0)
+    model, tokens = peft.get_peft_model(base, lora), torch.randint(VOCABULARY, (SAMPLES, LENGTH))
     run = logix.init("run", model, full(tmp_path), verbose=False)
     with run(data_id=range(SAMPLES)):
-        F.cross_entropy(model(torch.randn(SAMPLES, 8)), torch.zeros(SAMPLES, dtype=torch.long)).backward()
+        model(input_ids=tokens, labels=tokens).loss.backward()
     run.finalize()
-    assert run.store.modules.names == ("1",)
+    blocks = run.store.modules
+    assert len(blocks) == 4
+    assert all("lora_" in block.name for block in blocks)
+    for row, own in zip(run.store.gradients[:], tokens.split(1), strict=True):
+        model.zero_grad()
+        model(input_ids=own, labels=own).loss.backward()
+        expected = torch.cat([model.get_submodule(block.name).weight.grad.flatten() for block in blocks])
+        assert float((row - expected).norm() / expected.norm()) < FLOAT32

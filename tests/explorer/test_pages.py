@@ -114,7 +114,7 @@ def test_every_order_is_one(explorer: Explorer, sort: str) -> None:
     assert sorted(down.tolist()) == list(range(67))
     assert up.tolist() == down[::-1].tolist()
     if sort == "loss":
-        assert (np.diff(catalogue.rows.loss[down]) <= 0).all()
+        assert (np.diff(catalogue.numbers["loss"][down]) <= 0).all()
 
 
 def test_nonsense_in_the_address_is_harmless(client: TestClient) -> None:
@@ -167,6 +167,7 @@ def test_a_typed_query_is_answered(explorer: Explorer, client: TestClient, texts
 def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestClient) -> None:
     text = page(client, "/ask", sample="stext-3", mode="cosine", damping=0.5, preconditioner="kfac")
     assert "cosine score" in text and "damping 0.5" in text and "kfac (2 modules)" in text
+    assert "damping auto" in page(client, "/ask", sample="stext-3", damping="auto")
     filtered = page(client, "/ask", sample="stext-3", **{"is:class": "kitchen"})
     assert "class kitchen" in filtered and "class animals" not in filtered
     assert "no sample fits the filter" in page(client, "/ask", sample="stext-3", to=0)
@@ -180,6 +181,7 @@ def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestCl
         ({"sample": "ix"}, "is no key of a sample"),
         ({"sample": "stext-3", "mode": "dott"}, "unknown mode 'dott'"),
         ({"sample": "stext-3", "damping": "much"}, "must be numbers"),
+        ({"sample": "stext-3", "damping": "-1"}, "damping is -1.0; it must be"),
     ],
 )
 def test_what_cannot_be_asked_is_said(client: TestClient, asked: dict[str, str], message: str) -> None:

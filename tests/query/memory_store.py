@@ -19,6 +19,8 @@ from logix_like.store.gradients import RowChunk, RowKey, row_numbers
 class MemoryGradients:
     """Rows by slice or index array."""
 
+    mapped = True
+
     def __init__(self, table: MemoryRows) -> None:
         self._table = table
 

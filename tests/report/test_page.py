@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -157,6 +158,20 @@ def test_a_provider_that_fails_is_named(tmp_path: Path) -> None:
 def test_shares_of_modules_are_drawn(tmp_path: Path) -> None:
     source = result().report(tmp_path / "a.html", modules={"layer.0": 0.75, "layer.1": 0.25}).read_text()
     assert "Where in the model" in source and "layer.0" in source
+
+
+def test_parts_of_the_model_are_told(tmp_path: Path) -> None:
+    full = result()
+    assert full.scores is not None
+    parts = torch.stack([0.75 * full.scores, 0.25 * full.scores], dim=2)
+    split = replace(full, part_names=("layer.0", "<b>1</b>"), parts=parts)
+    text = " ".join(page_of(split.report(tmp_path / "a.html")).text)
+    assert "Where in the model" in text and "most from layer.0 (75%)" in text and "<b>1</b>" in text
+
+
+def test_any_damping_is_told(tmp_path: Path) -> None:
+    for damping, words in ((0.2, "0.2 times the mean"), ("auto", "auto"), ({"absolute": 3.0}, "3 (absolute)")):
+        assert words in " ".join(page_of(replace(result(), damping=damping).report(tmp_path / "a.html")).text)
 
 
 def test_the_store_adds_losses_visits_and_columns(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ class Killed(BaseException):
 class BrokenDisk:
     """Forwards to :mod:`os`; the ``n``-th call that writes (from 1) fails, and so do all behind it if ``dead``.
 
-    With ``ENOSPC`` half of what was to be written is there before the disk is full, as on a real one.
+    With ``ENOSPC`` half of what was to be written is there before the disk is full, and it stays full.
     """
 
     def __init__(self, fail_at: int = 0, code: int = errno.ENOSPC, *, dead: bool = False) -> None:
@@ -37,8 +37,9 @@ class BrokenDisk:
 
     def _call(self, name: str, real: Any, *args: Any, **more: Any) -> Any:
         self.calls += 1
-        if self.calls != self._fail_at and not (self._dead and self.failed):
-            return real(*args, **more)
+        stays = self._dead or (self._code == errno.ENOSPC and name in ("open", "write", "mkdir"))
+        if self.calls != self._fail_at and not (stays and self.failed):
+            return None if name == "fsync" else real(*args, **more)  # no test cuts the power: counting it is enough
         first, self.failed = not self.failed, self.failed or name
         if first and name == "write" and self._code == errno.ENOSPC:
             return real(args[0], bytes(args[1])[: len(args[1]) // 2]) or self._end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from logix_like.errors import ConfigError, StoreDamagedError
-from logix_like.store import ENCODINGS, build_view, open_store, verify
+from logix_like.store import ENCODINGS, build_view, merge_parts, open_store, repair, verify
 from logix_like.store.codecs import CODECS, codec_named
 from logix_like.store.commits import read_commits
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, new_store, writer, zarr_values
@@ -108,6 +109,28 @@ def test_a_view_of_compressed_rows_is_made(tmp_path: Path) -> None:
                 out.put(batch)
     assert build_view(store) is not None
     torch.testing.assert_close(open_store(store).view("mean").gradients[:], rows)
+
+
+@pytest.mark.parametrize("codec", COMPRESSING)
+@pytest.mark.parametrize("encoding", ["bfloat16", "int4"])
+def test_a_repaired_and_a_merged_store_are_compressed_as_before(tmp_path: Path, codec: str, encoding: str) -> None:
+    store = compressed_store(tmp_path / "s", codec, torch.randn(40, WIDTH), encoding)
+    rows = open_store(store).gradients[:]
+    document = store / "writers/0-1/gradients/zarr.json"
+    content = document.read_bytes()
+    document.write_bytes(content.replace(b"codecs", b"codeCs"))
+    repair(store)
+    assert json.loads(document.read_bytes())["codecs"] == json.loads(content)["codecs"]
+    assert verify(store).ok and open_store(store).gradients[:].equal(rows)
+    with writer(store, encoding, codec=codec) as out:
+        for batch in batches(torch.randn(24, WIDTH)):
+            out.put(batch)
+    rows = open_store(store).gradients[:]
+    merge_parts(store)
+    opened = open_store(store)
+    assert opened.gradients[:].equal(rows) and len(opened.writers) == 1
+    assert {segment.codec for segment in opened.table.segments} == {codec}
+    assert all(len(zarr_values(array)) for array in store.glob("writers/**/gradients"))
 
 
 def test_an_unknown_codec_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logix_like.errors import LogixError, StoreDamagedError
+from logix_like.report.summary import StoreSummary
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import open_store
 from logix_like.store.commits import CommitLog, RowsRecord, format_record, read_commits
@@ -42,12 +43,15 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int | str) -> None:
     assert opened.writers[0].commits.torn and opened.writers[0].state == "open"
 
 
-def test_a_bad_last_line_is_dropped(tmp_path: Path) -> None:
+def test_a_bad_last_line_is_dropped_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, rows, commits = three_commits(tmp_path)
     content = bytearray(commits.read_bytes())
     content[-20] ^= 1
     commits.write_bytes(content)
-    assert open_store(store).gradients[:].equal(rows[:20])
+    opened = open_store(store)
+    assert opened.gradients[:].equal(rows[:20])
+    assert "last record is damaged, and the rows of that commit are left out" in caplog.text
+    assert "last record is damaged" in str(StoreSummary.of(opened))
 
 
 def test_a_bad_line_before_the_last_is_named(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ class FilesContract:
         records.close()
         assert files.read_records(root / "commits").split() == [b"one", *(b"%d" % n for n in range(12))]
 
+    def test_a_stamp_changes_with_the_record(self, root: Place, files: Files) -> None:
+        files.make_folder(root)
+        assert files.stamp(root / "commits") is None
+        records = files.records(root / "commits")
+        records.append(b"one")
+        first = files.stamp(root / "commits")
+        assert first is not None and first == files.stamp(root / "commits")
+        records.append(b"two")
+        assert files.stamp(root / "commits") != first
+        records.close()
+
     def test_a_local_file_can_be_taken_over(self, root: Place, files: Files, tmp_path: Path) -> None:
         files.make_folder(root)
         (tmp_path / "weights").write_bytes(b"w" * 1000)

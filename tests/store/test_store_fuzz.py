@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,36 @@ def read_everything(store: Path) -> None:
 READERS: tuple[Callable[[Path], object], ...] = (read_everything, verify)
 
 
+@pytest.fixture
+def one_gibibyte() -> Iterator[None]:
+    """No allocation goes more than 1 GiB beyond what the process has: it would be a MemoryError, no named one."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class Hang(BaseException):
+    """Reading takes for ever; nothing that is read may catch this."""
+
+
+@contextlib.contextmanager
+def no_hang(seconds: int) -> Iterator[None]:
+    """Whatever takes longer is given up with an error that is not a named one."""
+
+    def give_up(*_: object) -> None:
+        raise Hang(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    left = signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(left)  # pytest-timeout has one of its own
+        signal.signal(signal.SIGALRM, before)
+
+
 def run_fuzz(original: Path, name: str, data: st.DataObject) -> None:
     file = original / DOCUMENTS[name]
     kept = file.with_name("kept")
@@ -116,7 +148,7 @@ def run_fuzz(original: Path, name: str, data: st.DataObject) -> None:
     try:
         file.write_bytes(forge(file, data))
         for read in READERS:
-            with contextlib.suppress(LogixError):
+            with contextlib.suppress(LogixError), no_hang(60):
                 read(original)
     finally:
         kept.replace(file)
@@ -128,6 +160,7 @@ FUZZ: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("one_gibibyte")
 @pytest.mark.parametrize("name", DOCUMENTS)
 @settings(max_examples=40, **FUZZ)
 @given(data=st.data())
@@ -137,6 +170,7 @@ def test_forged_metadata_gives_a_named_error_or_none(original: Path, name: str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+@pytest.mark.usefixtures("one_gibibyte")
 @pytest.mark.parametrize("name", DOCUMENTS)
 @settings(max_examples=2000, **FUZZ)
 @given(data=st.data())

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -93,6 +94,10 @@ def _check(store: Path, rows: torch.Tensor, acknowledged: list[int]) -> list[int
     return found
 
 
+def _show(line: str) -> None:
+    sys.stdout.write(f"\n{line}\n")  # seen with pytest -s
+
+
 def _count(store: Path, acknowledged: list[int]) -> list[int]:
     """How many rows of each rank the records tell of; none that was acknowledged is missing."""
     writers = open_store(store).writers
@@ -114,6 +119,7 @@ def test_no_kill_loses_doubles_or_tears_a_row(tmp_path: Path, kills: int) -> Non
         done = _check(store, rows, acknowledged) if number % 10 == 0 else _count(store, acknowledged)
         gained += sum(acknowledged) > 0
     assert _check(store, rows, done) == done
+    _show(f"{kills} kills of {RANKS} writers each, seed {SEED}: opened {kills} times, {sum(done):,} rows, none lost")
     assert verify(store).ok
     assert gained > 0 and len(open_store(store).writers) == kills * RANKS
     for rank in range(RANKS):  # the last start is let live

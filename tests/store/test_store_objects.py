@@ -18,6 +18,7 @@ from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Place,
     as_place,
+    commits,
     create_store,
     is_store,
     load_checkpoint,
@@ -93,6 +94,28 @@ def test_readers_see_what_is_committed_and_no_more(root: str) -> None:
             out.put(batch)
             out.commit()
             assert open_store(root).gradients[:].equal(rows[: 5 * number])
+
+
+def test_following_a_live_store_reads_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rows, read = new_store(as_place(root)), torch.randn(40, WIDTH), list[str]()
+    original = commits.read_commits
+
+    def counting(folder: Place) -> commits.Commits:
+        read.append(folder.name)
+        return original(folder)
+
+    log(store, rows[:20])
+    reader = open_store(root)
+    monkeypatch.setattr(commits, "read_commits", counting)
+    with writer(store, rank=1) as out:
+        for number, batch in enumerate(batches(rows[20:], size=10), start=1):
+            out.put(batch)
+            out.commit()
+            assert reader.refresh().gradients[:].equal(rows[: 20 + 10 * number])
+            table = reader.table
+            assert reader.refresh().table is table, "nothing has changed"
+    assert set(read) == {"1-1"} and len(read) == 2
+    assert reader.refresh().writers[1].state == "closed"
 
 
 def test_a_flipped_bit_is_found_and_can_be_left_out(root: str) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import logix_like as logix
 from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreNotFoundError
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import GradientStore, build_view, open_store, save_checkpoint, verify
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
+from tests.training import data, network, trained_run
 
 SEED = 20
 
@@ -112,6 +117,7 @@ def test_every_flipped_bit_is_found_and_none_gives_another_answer(tmp_path: Path
         spoilt = file.name == "commits"  # a bad last record is dropped as torn: fewer rows, and verify says so
         assert spoilt or found == expected, f"{where} changed an answer"
         shutil.copyfile(kept / file.relative_to(original), file)
+    sys.stdout.write(f"\n{flips} single bits flipped in {len(files)} files, seed {SEED}: all found, 0 other answers\n")
 
 
 def test_a_flipped_bit_in_a_gradient_is_found_at_its_first_reading(tmp_path: Path) -> None:
@@ -147,3 +153,23 @@ def test_damaged_rows_can_be_left_out(tmp_path: Path, array: str, caplog: pytest
 def test_what_to_do_with_damage_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="known: raise, skip"):
         open_store(new_store(tmp_path / "s"), on_damage="ignore")
+
+
+def test_a_loaded_run_fails_on_damage_or_says_what_it_left_out(tmp_path: Path) -> None:
+    model = network(torch.float32)
+    trained_run(tmp_path, model, epochs=2, store={"chunk_mib": 10 * 86 * 2 / 2**20})
+    store = tmp_path / "run"
+    file = next((store / "writers/0-1/gradients").glob("c.1.*"))
+    flip(file, 99)
+    x, y = data(torch.float32)
+
+    def answer(**options: Any) -> logix.InfluenceResult:
+        run = logix.load(store, model, **options)
+        with run.query(data_id=["q"]) as query:
+            F.cross_entropy(model(x[:1]), y[:1]).backward()
+        return run.compute_influence_all(query, reduce="none", preconditioner="identity")
+
+    with pytest.raises(StoreDamagedError, match=r"c\.1\..*does not match its checksum"):
+        answer()
+    left = answer(on_damage="skip")
+    assert "10 stored rows left out (their files are damaged)" in left.note and left.samples == 36

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import logix_like as logix
+from logix_like.capture.selection import select_modules
 from logix_like.estimators import Estimator
 from logix_like.evaluation.scored import score_matrix
 from tests.bench.lds.problems import Problem
@@ -58,9 +59,17 @@ class Bench:
         """Logged by one pass at the final weights."""
         return self._run("posthoc", self._log_pass, rank, init, dtype, config)
 
-    def estimated(self, estimator: Estimator) -> Tensor:
-        """Scores of an estimator that is asked with the batch of all queries."""
+    def estimated(self, kind: Callable[..., Estimator], **options: Any) -> Tensor:
+        """Scores of an estimator made from a model, batches and an objective; ``at`` is :attr:`at_all` or nothing."""
+        model = self.training().model if "at" in options else self.model
+        selection = select_modules(model, types=("Linear", "Conv2d"), exclude=self.problem.exclude)
+        batches = [batch for _, batch in self.batches()]
+        estimator = kind(model, batches, self.problem.objective, selection=selection, progress=False, **options)
         return score_matrix(estimator, self.problem.samples, self.problem.queries, self.problem.asked())
+
+    def at_all(self) -> Iterator[nn.Module]:
+        """The logged training's model at each of its checkpoints."""
+        return self.training().run.at_checkpoints("all")
 
     def batches(self, size: int = 50) -> list[tuple[range, Any]]:
         """Training samples in order: their numbers and the batch."""

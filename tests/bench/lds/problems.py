@@ -5,13 +5,14 @@ Each is a frozen record, so that it travels to worker processes as a few numbers
 
 from __future__ import annotations
 
-import zlib
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from logix_like.examples.images import load_digits
 from logix_like.examples.language_model import LanguageModel, Settings
 from logix_like.examples.text import PADDING, Words, batch_of, gospels
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -183,17 +185,27 @@ class Convolutions(Images):
         )
 
 
-VOCABULARY = 1000
+VOCABULARY, KNOWN_FROM = 1000, 800
+"""Words that have a number: the most frequent ones of at least so many verses."""
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Verses as numbers of words: to train on, to ask about, and all others."""
+
+    training: list[Tensor]
+    asked: list[Tensor]
+    others: list[Tensor]
+    words: int
 
 
 @cache
-def _verses(samples: int, queries: int, length: int) -> tuple[list[Tensor], list[Tensor], int]:
+def _corpus(samples: int, queries: int, length: int) -> Corpus:
     texts = list(gospels().values())
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = [texts[i] for i in islice(order, samples + queries)]
-    words = Words(chosen[:samples], VOCABULARY)
-    encoded = [words.encode(text, length) for text in chosen]
-    return encoded[:samples], encoded[samples:], words.size
+    words = Words([texts[i] for i in order[: max(samples, KNOWN_FROM)]], VOCABULARY)
+    encoded = [words.encode(texts[i], length) for i in order]
+    return Corpus(encoded[:samples], encoded[samples : samples + queries], encoded[samples + queries :], words.size)
 
 
 Passages = Mapping[str, Tensor]
@@ -225,25 +237,43 @@ class Verses(Problem):
     lr: float = 3e-3
     width: int = 64
     length: int = 32
+    pretraining: int = 0
+    """Steps on other verses, before."""
 
     preset = "language_model"
     exclude = ("*lm_head",)
     objective = Objective(Categorical(), outputs=_logits, targets=_targets)
 
+    @property
+    def corpus(self) -> Corpus:
+        """Loaded once a process."""
+        return _corpus(self.samples, self.queries, self.length)
+
     def model(self) -> nn.Module:
-        *_, vocabulary = _verses(self.samples, self.queries, self.length)
-        return LanguageModel(vocabulary, Settings(width=self.width, heads=4, layers=2, length=self.length))
+        settings = Settings(width=self.width, heads=4, layers=2, length=self.length)
+        model = LanguageModel(self.corpus.words, settings)
+        if self.pretraining:
+            model.load_state_dict(_pretrained(self, model))
+        return model
+
+    def pretrain(self, model: nn.Module) -> None:
+        """Train on other verses."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        others, generator = self.corpus.others, torch.Generator().manual_seed(1)
+        for _ in range(self.pretraining):
+            chosen = torch.randint(len(others), (32,), generator=generator).tolist()
+            self.loss(model, _padded({i: others[i] for i in chosen})).backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=self.lr)
 
     def training(self, samples: Samples) -> Passages:
-        passages, *_ = _verses(self.samples, self.queries, self.length)
-        return _padded({i: passages[i] for i in samples})
+        return _padded({i: self.corpus.training[i] for i in samples})
 
     def asked(self) -> Passages:
-        _, passages, _ = _verses(self.samples, self.queries, self.length)
-        return _padded(dict(enumerate(passages)))
+        return _padded(dict(enumerate(self.corpus.asked)))
 
     def mask(self, batch: Passages) -> Tensor:
         return batch["targets"] != PADDING
@@ -253,10 +283,21 @@ class Verses(Problem):
         return F.cross_entropy(logits, batch["targets"], ignore_index=PADDING)
 
 
-PROBLEMS: Mapping[str, Problem] = {"images": Images(), "convolutions": Convolutions(), "verses": Verses()}
+def _pretrained(problem: Verses, model: nn.Module) -> Mapping[str, Tensor]:
+    """Weights after pretraining, kept in a file, since every retraining begins with them."""
+    file = Path(tempfile.gettempdir()) / "lds-cache" / f"pretrained-{problem.pretraining}-{problem.width}.safetensors"
+    if not file.exists():
+        problem.pretrain(model)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file(dict(model.state_dict()), unfinished)
+        unfinished.replace(file)
+    return load_file(file)
 
 
-def checksum(problem: Problem) -> int:
-    """Of the queries' measurements before training: two machines with other data or code differ."""
-    torch.manual_seed(0)
-    return zlib.crc32(problem.measure(problem.model()).numpy().round(3).tobytes())
+PROBLEMS: Mapping[str, Problem] = {
+    "images": Images(),
+    "convolutions": Convolutions(),
+    "verses": Verses(),
+    "finetuning": Verses(samples=400, lr=1e-3, pretraining=800),
+}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds.bench import Row
-from tests.bench.lds.full_size import ekfac
 
 MAIN: Mapping[str, Row] = {
     "default: rows of training, mean over visits": lambda b: b.training().scores(),
@@ -18,8 +18,9 @@ MAIN: Mapping[str, Row] = {
     "LoGra, post-hoc": lambda b: b.posthoc().scores(),
     "LoGra, post-hoc, PCA": lambda b: b.posthoc(init="pca").scores(),
     "LoGra, post-hoc, K-FAC": lambda b: b.posthoc().scores(preconditioner="kfac"),
-    "EK-FAC, full size, final weights": ekfac,
-    "EK-FAC, full size, all averaged over checkpoints": lambda b: ekfac(b, averaged=True),
+    "EK-FAC, full size, final weights": lambda b: b.estimated(EKFAC, mask=b.problem.mask),
+    "EK-FAC, full size, all averaged over checkpoints": lambda b: b.estimated(EKFAC, mask=b.problem.mask, at=b.at_all),
+    "TRAK, one model": lambda b: b.estimated(TRAK),
     "post-hoc GradDot": lambda b: b.posthoc().scores(preconditioner="identity"),
 }
 """One line for each way of scoring, at the default rank."""
@@ -58,7 +59,9 @@ CURVATURE: Mapping[str, Row] = {
 """Preconditioner x damping."""
 
 BYTES: Mapping[str, Row] = {
-    f"{dtype}, rank {rank}": _stored(dtype, rank) for dtype in ("float32", "bfloat16", "int8") for rank in RANKS
+    f"{dtype}, rank {rank}": _stored(dtype, rank)
+    for dtype in ("float32", "bfloat16", "int8", "int4", "sign")
+    for rank in RANKS
 }
 """Type of the stored numbers x rank."""
 

@@ -1,0 +1,83 @@
+"""EK-FAC as an approximate inverse for vectors of all parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from logix_like.capture.selection import Selection, TrackedModule
+from logix_like.curvature.curvature import Curvature
+from logix_like.curvature.operators import Flattener
+
+
+class KroneckerPreconditioner:
+    """``(F + lambda I)^-1`` block by block; parameters without a block are divided by the mean curvature.
+
+    Args:
+        model: Whose parameters are flattened.
+        curvature: What is inverted.
+        selection: The tracked modules of ``curvature``.
+        flattener: The order of the parameters.
+        damping: ``lambda``, absolute.
+    """
+
+    def __init__(
+        self, model: nn.Module, curvature: Curvature, selection: Selection, flattener: Flattener, damping: float
+    ) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._curvature = curvature
+        self._flattener = flattener
+        self._damping = damping
+        self._parts = [
+            (tracked, tracked.uses[-1].block, *_names(tracked, names))
+            for tracked in selection.modules
+            if tracked.uses[-1].block == tracked.name
+        ]
+        values = [curvature.eigenvalues[block].flatten() for _, block, *_ in self._parts]
+        self._mean = float(torch.cat(values).mean()) if values else 0.0
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """The approximate inverse times each of ``vectors [n, size]``."""
+        tensors = self._flattener.split(vectors)
+        found = {name: tensor / (self._mean + self._damping) for name, tensor in tensors.items()}
+        for tracked, block, weight, bias in self._parts:
+            if any(name is not None and name not in tensors for name in (weight, bias)):
+                continue
+            matrices = _matrices(tracked, tensors, weight, bias)
+            if matrices is None or matrices.shape[1:] != self._curvature.layout[block].shape:
+                continue
+            moved = self._curvature.apply(lambda _, values: 1 / (values + self._damping), {block: matrices})[block]
+            _scatter(tracked, moved, found, weight, bias)
+        return self._flattener.join(found, 1).to(vectors)
+
+
+def _names(tracked: TrackedModule, names: dict[int, str]) -> tuple[str | None, str | None]:
+    use = tracked.uses[-1]
+    weight = names.get(id(tracked.module.weight)) if use.weight else None
+    bias = names.get(id(tracked.module.bias)) if use.bias else None
+    return weight, bias
+
+
+def _matrices(
+    tracked: TrackedModule, tensors: dict[str, Tensor], weight: str | None, bias: str | None
+) -> Tensor | None:
+    """``[n, d_out, d_in]`` as the block's."""
+    columns = []
+    if weight is not None:
+        value = tensors[weight]
+        value = value.mT if tracked.rule.transposed else value
+        columns.append(value.flatten(2) if value.ndim > 2 else value.unsqueeze(2))
+    if bias is not None:
+        columns.append(tensors[bias].unsqueeze(2))
+    return torch.cat(columns, 2) if columns else None
+
+
+def _scatter(
+    tracked: TrackedModule, matrices: Tensor, tensors: dict[str, Tensor], weight: str | None, bias: str | None
+) -> None:
+    if bias is not None:
+        tensors[bias] = matrices[:, :, -1]
+        matrices = matrices[:, :, :-1]
+    if weight is not None:
+        value = matrices.mT if tracked.rule.transposed else matrices
+        tensors[weight] = value.reshape(tensors[weight].shape)

@@ -1,0 +1,158 @@
+"""Products with the Hessian and the Gauss-Newton matrix of a model's parameters, by ``torch.func``."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from logix_like.curvature.sweep import Losses, on_device
+from logix_like.errors import ConfigError
+from logix_like.objective import Batch, Objective, bound
+from logix_like.weights import frozen
+
+
+class Flattener:
+    """Some parameters of a model as one vector.
+
+    Args:
+        model: Whose parameters they are; at its present weights.
+        include: Globs on parameter names, among those that are trained.
+    """
+
+    def __init__(self, model: nn.Module, include: Sequence[str] = ("*",)) -> None:
+        self.parameters = {
+            name: p.detach()
+            for name, p in model.named_parameters()
+            if p.requires_grad and any(fnmatchcase(name, pattern) for pattern in include)
+        }
+        if not self.parameters:
+            raise ConfigError(f"no trained parameter of the model fits {list(include)}")
+        self.sizes = [p.numel() for p in self.parameters.values()]
+        self.size = sum(self.sizes)
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """By name, ``vectors [..., size]`` in the parameters' shapes, dtypes and devices."""
+        pieces = zip(self.parameters.items(), vectors.split(self.sizes, -1), strict=True)
+        return {name: piece.view(*vectors.shape[:-1], *p.shape).to(p) for (name, p), piece in pieces}
+
+    def join(self, tensors: Mapping[str, Tensor], leading: int = 0) -> Tensor:
+        """``[..., size]`` of tensors by name that have ``leading`` dimensions before the parameters' own."""
+        return torch.cat([tensors[name].flatten(leading) for name in self.parameters], -1)
+
+
+class Operator(ABC):
+    """The mean over samples of one curvature matrix of the objective, as products."""
+
+    def __init__(self, model: nn.Module, objective: Objective, flattener: Flattener) -> None:
+        self._model = model
+        self._objective = objective
+        self._flattener = flattener
+
+    def sum(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """``sum_i H_i v`` over the samples of a batch, for each of ``vectors [n, size]``."""
+        with differentiable(self._model):
+            device = next(iter(self._flattener.parameters.values())).device
+            return self._sum(on_device(batch, device), vectors)
+
+    def samples(self, batch: Batch) -> int:
+        """How many samples a batch has."""
+        return len(self._objective.labels(batch))
+
+    def mean(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
+        """``H v`` over all samples."""
+        total, count = torch.zeros_like(vectors), 0
+        for batch in batches:
+            total += self.sum(batch, vectors)
+            count += self.samples(batch)
+        return total / max(count, 1)
+
+    @abstractmethod
+    def _sum(self, batch: Batch, vectors: Tensor) -> Tensor: ...
+
+
+class GaussNewton(Operator):
+    """``J^T L J``, ``L`` the losses' Hessian in the outputs: never negative, the Fisher of exponential families."""
+
+    def _sum(self, batch: Batch, vectors: Tensor) -> Tensor:
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            return self._objective.forward(bound(self._model, parameters), batch)
+
+        flattener, targets = self._flattener, self._objective.labels(batch)
+        found, pull = _vjp(outputs, flattener.parameters)
+        products = []
+        for vector in vectors:
+            pushed = _jvp(outputs, flattener.parameters, flattener.split(vector))
+            (back,) = pull(self._objective.likelihood.hessian_product(found, targets, pushed))
+            products.append(flattener.join(back))
+        return torch.stack(products).to(vectors)
+
+
+class Hessian(Operator):
+    """The Hessian itself, which need not be positive away from a minimum."""
+
+    def _sum(self, batch: Batch, vectors: Tensor) -> Tensor:
+        def total(parameters: dict[str, Tensor]) -> Tensor:
+            return self._objective.losses(bound(self._model, parameters), batch).sum()
+
+        flattener, gradient = self._flattener, grad(total)
+        products = [flattener.join(_jvp(gradient, flattener.parameters, flattener.split(vector))) for vector in vectors]
+        return torch.stack(products).to(vectors)
+
+
+OPERATORS: Mapping[str, type[Operator]] = {"ggn": GaussNewton, "hessian": Hessian}
+"""By the name that a user gives."""
+
+
+def sample_gradients(model: nn.Module, flattener: Flattener, batch: Batch, losses: Losses) -> Tensor:
+    """``[samples, size]``: one backward pass for each sample."""
+    with differentiable(model):
+        values, pull = _vjp(lambda p: losses(bound(model, p), batch), flattener.parameters)
+        units = torch.eye(len(values), dtype=values.dtype, device=values.device)
+        return torch.stack([flattener.join(pull(unit)[0]) for unit in units])
+
+
+def directional_derivatives(
+    model: nn.Module, flattener: Flattener, batch: Batch, losses: Losses, vectors: Tensor
+) -> Tensor:
+    """``[n, samples]``: ``g_i . v`` for each of ``vectors [n, size]``, without forming any ``g_i``."""
+
+    def values(parameters: dict[str, Tensor]) -> Tensor:
+        return losses(bound(model, parameters), batch)
+
+    with differentiable(model):
+        return torch.stack([_jvp(values, flattener.parameters, flattener.split(v)) for v in vectors])
+
+
+def _vjp(function: Callable[[Any], Tensor], at: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    found: Any = vjp(function, at)
+    return found[0], found[1]
+
+
+def _jvp(function: Callable[[Any], Any], at: dict[str, Tensor], along: dict[str, Tensor]) -> Any:
+    _load_forward_mode()
+    found: Any = jvp(function, (at,), (along,))
+    return found[1]
+
+
+@cache
+def _load_forward_mode() -> None:
+    with warnings.catch_warnings():  # torch warns of its own use of torch.jit when it first loads the rules
+        warnings.simplefilter("ignore", FutureWarning)
+        jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[Any]:
+    """Eval mode, and attention by a formula that can be differentiated twice (fused kernels cannot)."""
+    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+        yield

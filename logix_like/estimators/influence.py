@@ -1,0 +1,185 @@
+"""Influence functions with the curvature itself, solved to a stated residual (Koh and Liang 2017)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor, nn
+
+from logix_like.curvature.curvature import Curvature
+from logix_like.curvature.fitting import default_selection, fit_curvature
+from logix_like.curvature.mapping import KroneckerPreconditioner
+from logix_like.curvature.operators import (
+    OPERATORS,
+    Flattener,
+    directional_derivatives,
+    sample_gradients,
+)
+from logix_like.curvature.sweep import Losses, on_device
+from logix_like.errors import ConfigError, QueryError
+from logix_like.estimators.base import Estimator
+from logix_like.estimators.samples import DataIds, Samples
+from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa, Solution, Solver, System
+from logix_like.objective import Batch, Objective
+from logix_like.query.result import Ids
+
+SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
+    {
+        "exact": Exact,
+        "cg": ConjugateGradient,
+        "ekfac-cg": ConjugateGradient,
+        "lissa": Lissa,
+        "arnoldi": Arnoldi,
+    }
+)
+"""By name, with their defaults; ``ekfac-cg`` is preconditioned by EK-FAC."""
+
+
+class InfluenceFunction(Estimator):
+    """``g_q^T (H + lambda I)^-1 g_i`` over all trained parameters, ``H`` the mean over samples.
+
+    The change of the query's loss when sample ``i`` is left out is score / n. ``H`` is seen through its products
+    with vectors alone, one pass over the samples each; no layer needs a rule.
+
+    Args:
+        model: At the weights that are asked about; not changed.
+        loader: Batches of training samples, always in the same order.
+        objective: What the model is trained for; a classifier unless told otherwise.
+        solver: A key of :data:`SOLVERS`, or a solver with options of its own. ``ekfac-cg`` needs far fewer products
+            than ``cg`` where curvatures differ much.
+        matrix: ``ggn`` (Gauss-Newton, never negative) or ``hessian``.
+        damping: ``lambda``, absolute; an L2 penalty of the training, divided by the number of samples, belongs here.
+        parameters: Globs on the names of trained parameters.
+        curvature: EK-FAC fitted before, for ``ekfac-cg``; fitted when first needed if not given.
+        data_id: Names of the samples, as in :class:`KroneckerInfluence`.
+        progress: Whether bars are shown.
+
+    Warns:
+        RuntimeWarning: a solution has not converged; it states residual and steps.
+    """
+
+    name = "influence function"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Batch],
+        objective: Objective | None = None,
+        *,
+        solver: str | Solver = "ekfac-cg",
+        matrix: str = "ggn",
+        damping: float = 1e-3,
+        parameters: Sequence[str] = ("*",),
+        curvature: Curvature | None = None,
+        data_id: DataIds = None,
+        progress: bool = True,
+    ) -> None:
+        if isinstance(solver, str) and solver not in SOLVERS:
+            raise ConfigError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+        if matrix not in OPERATORS:
+            raise ConfigError(f"unknown matrix {matrix!r}; known: {', '.join(OPERATORS)}")
+        self._model = model
+        self._loader = loader
+        self._objective = objective or Objective()
+        self._samples = Samples(loader, self._objective, data_id=data_id, progress=progress)
+        self._flattener = Flattener(model, parameters)
+        self._operator = OPERATORS[matrix](model, self._objective, self._flattener)
+        self._kronecker = solver == "ekfac-cg"
+        self._solver = SOLVERS[solver]() if isinstance(solver, str) else solver
+        self._curvature = curvature
+        self._progress = progress
+        self.damping = damping
+        self.solution: Solution | None = None
+        """Of the last question: residuals, steps, whether it converged."""
+
+    @property
+    def data_id(self) -> Ids:
+        """``[samples]``."""
+        return self._samples.data_id
+
+    def scores(self, queries: Batch, losses: Losses | None = None) -> Tensor:
+        """``[queries, samples]`` for a batch of queries.
+
+        Args:
+            queries: A batch as the training's.
+            losses: What is asked about, ``losses(model, batch) -> [queries]``, where it is not the objective's loss.
+        """
+        vectors = self._solve(self._gradients(queries, losses), self._system())
+
+        def of_batch(batch: Batch) -> Tensor:
+            batch = self._moved(batch)
+            return directional_derivatives(self._model, self._flattener, batch, self._objective.losses, vectors)
+
+        return self._samples.collect("influence scores", of_batch)
+
+    def self_influence(self) -> Tensor:
+        """``[samples]``: one solution for each sample, so for few samples."""
+        system = self._system()
+
+        def of_batch(batch: Batch) -> Tensor:
+            gradients = self._gradients(batch, None)
+            return (gradients * self._solve(gradients, system)).sum(1)
+
+        return self._samples.collect("self-influence", of_batch)
+
+    def group_influence(self, queries: Batch, group: Batch, *, order: int = 2, losses: Losses | None = None) -> Tensor:
+        """``[queries]``: the score of ``group``'s samples, a batch, as a whole; / n, the change without them.
+
+        Of order 1 the sum of their scores; of order 2 one Newton step with the curvature of the remaining samples.
+        """
+        if order not in (1, 2):
+            raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (Newton step)")
+        total = self._gradients(group, None).sum(0, keepdim=True)
+        moved = self._solve(total, self._system(without=group if order == 2 else None))
+        return (self._gradients(queries, losses) @ moved.T)[:, 0]
+
+    def _system(self, without: Batch | None = None) -> System:
+        count = len(self.data_id)
+
+        def product(vectors: Tensor) -> Tensor:
+            whole = self._operator.mean(self._loader, vectors)
+            return whole if without is None else whole - self._operator.sum(without, vectors) / count
+
+        batches = _forever(self._loader)
+
+        def sampled(vectors: Tensor) -> Tensor:
+            batch = next(batches)
+            return self._operator.sum(batch, vectors) / self._operator.samples(batch)
+
+        return System(product, self.damping, sampled, self._preconditioner() if self._kronecker else None)
+
+    def _preconditioner(self) -> KroneckerPreconditioner:
+        selection = default_selection(self._model)
+        if self._curvature is None:
+            self._curvature = fit_curvature(
+                self._model, self._loader, self._objective, selection=selection, progress=self._progress
+            )
+        return KroneckerPreconditioner(self._model, self._curvature, selection, self._flattener, self.damping)
+
+    def _gradients(self, batch: Batch, losses: Losses | None) -> Tensor:
+        found = sample_gradients(self._model, self._flattener, self._moved(batch), losses or self._objective.losses)
+        if not bool(found.isfinite().all()):
+            raise QueryError("a gradient is not finite: it cannot be scored")
+        return found
+
+    def _moved(self, batch: Batch) -> Batch:
+        return on_device(batch, next(iter(self._flattener.parameters.values())).device)
+
+    def _solve(self, b: Tensor, system: System) -> Tensor:
+        self.solution = self._solver.solve(system, b)
+        if not self.solution.converged:
+            warnings.warn(
+                f"solver {self._solver.name!r} has not converged: the relative residual is "
+                f"{float(self.solution.residual.max()):.2g} after {self.solution.steps} steps (tolerance "
+                f"{self.solution.tolerance:.2g}); allow more steps, a larger damping, or use 'ekfac-cg'",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return self.solution.x
+
+
+def _forever(loader: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from loader

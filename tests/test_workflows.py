@@ -1,0 +1,150 @@
+"""Workflows on a tiny run, and on scores in which the answer is planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import logix_like as logix
+from logix_like.errors import EvaluationError, QueryError
+from logix_like.estimators.stored import StoredInfluence
+from logix_like.objective import Gaussian, Objective
+from logix_like.workflows import curate, detect_poison, explain, find_mislabeled
+from tests import training
+from tests.evaluation.additive import Additive
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return training.network()
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: nn.Module) -> logix.Run:
+    return training.trained_run(tmp_path, model, epochs=3, checkpoints="every_epoch", store={"dtype": "float64"})
+
+
+def test_explain_asks_about_the_models_own_answers(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+    answers = model(x).argmax(1)
+    assert not torch.equal(answers, y)
+    with run.query(range(len(x))) as query:
+        F.cross_entropy(model(x), answers).backward()
+    expected = run.compute_influence_all(query)
+    model.train()
+    found = explain(run, model, (x, y), k=None)
+    assert model.training
+    torch.testing.assert_close(found.scores, expected.scores)
+    with run.query(range(len(x))) as query:
+        F.cross_entropy(model(x), y).backward()
+    given = explain(run, model, (x, y), k=None, predicted=False, data_id=[f"q{i}" for i in range(len(x))])
+    torch.testing.assert_close(given.scores, run.compute_influence_all(query).scores)
+    assert given.query_id[:2] == ("q0", "q1")
+
+
+def test_explain_over_checkpoints_and_with_options(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    query = run.query_fn((x, model(x).argmax(1)), loss, checkpoints="all")
+    found = explain(run, model, (x, y), k=3, checkpoints="all", mode="cosine")
+    expected = run.compute_influence_all(query, k=3, mode="cosine")
+    assert (found.proponents().ids == expected.proponents().ids).all()
+    assert found.mode == "cosine"
+
+
+def test_explain_leaves_out_positions_that_do_not_count(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+    hidden = y.clone()
+    hidden[0] = -100
+    assert explain(run, model, (x[:2], hidden[:2]), k=None).scores[0].abs().max() == 0
+
+
+def test_explain_needs_classes_to_predict_one(run: logix.Run, model: nn.Module) -> None:
+    x, _ = training.data()
+    with pytest.raises(QueryError, match="a Gaussian likelihood has no loss to explain"):
+        explain(run, model, (x, torch.zeros(len(x), 3)), objective=Objective(Gaussian()))
+
+
+def test_stored_influence_is_the_runs_own_answer(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+    with run.query(["a", "b"]) as query:
+        F.cross_entropy(model(x[:2]), y[:2]).backward()
+    estimator = StoredInfluence(run, damping=0.3, mode="cosine", reduce="last")
+    result = run.compute_influence_all(query, damping=0.3, mode="cosine", reduce="last")
+    assert torch.equal(estimator.scores(query), result.scores)
+    assert estimator.data_id.tolist() == result.data_id.tolist()
+    own = run.compute_self_influence(damping=0.3, reduce="last")
+    assert torch.equal(estimator.self_influence(), own.scores)
+
+
+def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+    own = run.compute_self_influence()
+    found = find_mislabeled(run, share=0.2)
+    assert found.data_id.tolist() == own.highest(5).ids[0].tolist()
+    assert find_mislabeled(StoredInfluence(run), share=0.2).data_id.tolist() == found.data_id.tolist()
+    assert str(found).startswith("5 of 23 samples to check")
+    with run.query(range(len(x))) as query:
+        F.cross_entropy(model(x), y).backward()
+    harm = -run.compute_influence_all(query).scores.sum(0)
+    by_harm = find_mislabeled(run, share=1.0, validation=query)
+    assert torch.equal(by_harm.scores, harm.sort(descending=True).values)
+    assert torch.equal(find_mislabeled(StoredInfluence(run), share=1.0, validation=query).scores, by_harm.scores)
+    with pytest.raises(EvaluationError, match=r"share is 0\.001: 0 of 23"):
+        find_mislabeled(run, share=0.001)
+
+
+def test_curate_drops_what_harms() -> None:
+    world = Additive(q=1)
+    values = world.effects[0]
+    found = curate(world.oracle, values, drop=0.25, draws=50)
+    assert list(found.dropped) == values.argsort()[:15].tolist()
+    assert sorted(found.kept + found.dropped) == list(range(60))
+    assert found.before == pytest.approx(values.sum().item())
+    assert found.after == pytest.approx(values.sort().values[15:].sum().item())
+    assert found.after > found.random.max().item()
+    assert "without 15 of 60 samples" in str(found)
+    with pytest.raises(EvaluationError, match="must remove some"):
+        curate(world.oracle, values, drop=0.0)
+
+
+def planted(queries: int = 60, samples: int = 500) -> Tensor:
+    """Scores of noise; those of the first 8 queries are high for samples 100 to 107."""
+    scores = torch.randn(queries, samples, generator=torch.Generator().manual_seed(0))
+    scores[:8, 100:108] += 5
+    return scores
+
+
+def test_a_planted_group_is_found() -> None:
+    found = detect_poison(planted())
+    assert found.suspicious.nonzero().flatten().tolist() == list(range(8))
+    assert set(found.first(8)) == set(range(100, 108))
+    assert found.overlap > 0.7
+    assert str(found).startswith("8 of 60 queries hang on the same few samples")
+
+
+def test_without_one_nothing_is_suspicious() -> None:
+    found = detect_poison(torch.randn(60, 500, generator=torch.Generator().manual_seed(1)))
+    assert not found.suspicious.any()
+    assert not found.samples.any()
+    assert "no group among 60 queries" in str(found)
+
+
+def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) -> None:
+    x, y = training.data()
+    found = detect_poison(explain(run, model, (x, y), k=None), top=5, group=3, overlap=0.0, deviations=0.0)
+    assert set(found.first(3)) < {f"s{i}" for i in range(training.SAMPLES)}
+    assert detect_poison(planted(), data_id=[f"x{i}" for i in range(500)]).first(1)[0][0] == "x"
+    with pytest.raises(EvaluationError, match="ask without k="):
+        detect_poison(explain(run, model, (x, y), k=2))
+    with pytest.raises(EvaluationError, match="there are 10 queries"):
+        detect_poison(planted()[:10])
+    with pytest.raises(EvaluationError, match=r"shape \(500,\)"):
+        detect_poison(planted()[0])
