@@ -32,12 +32,12 @@ from logix_like.objective import Objective
 class Settings:
     """Size of the example; a test makes it smaller."""
 
-    training: int = 300
+    training: int = 150
     wrong: float = 0.1
     width: int = 16
-    steps: int = 60
-    batch: int = 30
-    queries: int = 20
+    steps: int = 100
+    batch: int = 15
+    queries: int = 6
     seed: int = 0
 
 
@@ -48,7 +48,7 @@ def network(pixels: int, width: int) -> nn.Module:
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings, root: Path) -> logix.Run:
     """An ordinary loop; ``record: path`` keeps what each step used."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     config = {"record": "path", "checkpoints": {"every_steps": max(settings.steps // 12, 1)}}
     run = logix.init("path", model, config, root=root, optimizer=optimizer, verbose=False)
     order = torch.cat([torch.randperm(len(images)) for _ in range(settings.steps * settings.batch // len(images) + 1)])
