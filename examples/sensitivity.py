@@ -21,12 +21,12 @@ from logix_like.sensitivity import SensitivityMonitor, choose_strength
 class Settings:
     """Size of the example; a test makes it smaller."""
 
-    training: int = 500
-    width: int = 32
-    epochs: int = 60
-    looks: int = 10
+    training: int = 300
+    width: int = 24
+    epochs: int = 40
+    looks: int = 8
     batch: int = 50
-    strength: float = 0.5
+    strength: float = 3.0
     strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     seed: int = 0
 
@@ -100,7 +100,7 @@ def main(settings: Settings | None = None) -> tuple[float, float, float]:
     settings = settings or Settings()
     generator = torch.Generator().manual_seed(settings.seed)
     torch.manual_seed(settings.seed)
-    data = load_digits(settings.training, 0.05, generator)
+    data = load_digits(settings.training, 0.0, generator)
     correlation = while_training(data, settings)
     print(f"correlation of estimate and test loss over training: {correlation:.3f}")
     return correlation, *over_strengths(data, settings)

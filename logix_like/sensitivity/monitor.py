@@ -73,8 +73,10 @@ class SensitivityMonitor:
             approximation at each look: ``diagonal``, ``kronecker`` (EK-FAC of the linear maps) or ``dense`` (exact,
             for a few thousand parameters).
         strength: of the L2 penalty ``strength / 2 ||theta||^2`` on the *summed* loss; None: ``samples x weight_decay``.
-        form: ``loo`` (without the sample, one Newton step; best), ``full`` or ``diagonal``; see
-            :func:`~logix_like.sensitivity.forms.deviations`.
+        form: ``loo`` (without the sample, one Newton step), ``full`` or ``diagonal``; see
+            :func:`~logix_like.sensitivity.forms.deviations`. Default: ``loo`` with the exact ``dense`` covariance,
+            where it is best; else ``full``, since taking a sample out of an approximate covariance may leave a negative
+            one.
         parameters: globs of the parameters that count as uncertain; the last layer alone is often enough, and cheap.
         loss: what the estimate is of, instead of the likelihood's loss. It needs no derivative (a rate of errors, say):
             the shift is then taken from ``draws`` samples of the posterior.
@@ -94,14 +96,15 @@ class SensitivityMonitor:
         samples: int,
         posterior: Source = "optimizer",
         strength: float | None = None,
-        form: Form = "loo",
+        form: Form | None = None,
         parameters: Sequence[str] = ("*",),
         loss: Loss | None = None,
         draws: int = 64,
         memory_mib: float = 256.0,
     ) -> None:
         _require(posterior, SOURCES, "posterior")
-        _require(form, tuple(FORMS), "form")
+        chosen: Form = form or ("loo" if posterior == "dense" else "full")
+        _require(chosen, tuple(FORMS), "form")
         if posterior == "optimizer" and optimizer is None:
             raise ConfigError("posterior 'optimizer' is read from the optimizer's state; give optimizer=...")
         self.model = model
@@ -114,7 +117,7 @@ class SensitivityMonitor:
         self._samples = samples
         self._source = posterior
         self._strength = strength if posterior == "optimizer" else _strength(strength, optimizer, samples)
-        self._form: Form = form
+        self._form = chosen
         self._names = trained_parameters(model, parameters)
         self._loss = loss
         self._draws = draws

@@ -163,7 +163,7 @@ def softmax() -> Softmax:
     ("form", "least", "slope"), [("loo", 0.999, 1.003), ("full", 0.99, 1.119), ("diagonal", 0.93, 0.268)]
 )
 def test_softmax_deviations_follow_retraining(softmax: Softmax, form: Form, least: float, slope: float) -> None:
-    """B1: only ``loo`` has the right size; the authors' diagonal counts the logits' common shift, which moves nothing."""
+    """B1: only ``loo`` has the right size; the diagonal counts the logits' common shift, which moves nothing."""
     found = deviations(softmax.flat, softmax.posterior, softmax.flat.theta, softmax.batch, form)
     truth = (softmax.truth.softmax(1) - found.outputs.softmax(1)).abs().sum(1).numpy()
     likelihood = softmax.flat.objective.likelihood
