@@ -126,7 +126,7 @@ class QueryConfig(_Section):
     """What a query does unless it is told otherwise."""
 
     preconditioner: Literal["auto", "identity", "diagonal", "covariance", "kfac", "ekfac"] = "auto"
-    """Curvature that scores are taken in; ``auto``: covariance where there are rows enough, else kfac."""
+    """Curvature that scores are taken in; ``auto``: covariance where there are samples enough, else kfac."""
     damping: Annotated[
         NonNegativeNumber | Literal["auto"] | AbsoluteDamping,
         Field(description="a number, 0 or more, auto, or {absolute: x} with such a number x"),

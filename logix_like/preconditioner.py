@@ -13,7 +13,7 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           rows, else kfac, else the covariance there is
+           samples, else kfac, else the covariance there is
 ========== ===================================================== ========================================
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
@@ -118,11 +118,13 @@ class ModuleFit:
 class Curvature:
     """Statistics together with the eigenbases taken from them, each computed once.
 
-    Keeping one of these makes fitting again with another damping cheap.
+    Keeping one of these makes fitting again with another damping cheap. ``samples`` says how many samples the rows
+    are of, where that is known: visits of a sample are much alike, and tell little more than one.
     """
 
-    def __init__(self, statistics: Statistics) -> None:
+    def __init__(self, statistics: Statistics, samples: int | None = None) -> None:
         self.statistics = statistics
+        self.samples = samples
         self._eigen: dict[tuple[str, str], Eigen] = {}
 
     def kronecker(self, block: ModuleBlock) -> tuple[Eigen, Eigen]:
@@ -204,7 +206,8 @@ def _spectrum(values: Tensor, rows: int) -> Spectrum:
 def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
     statistics = curvature.statistics
     gathered = statistics.has(block.name, "outer_sum")
-    if gathered and statistics.sums[block.name]["rows"].item() >= 2 * block.size:
+    known = statistics.sums[block.name]["rows"].item() if gathered else 0
+    if gathered and (known if curvature.samples is None else min(known, curvature.samples)) >= 2 * block.size:
         return _fit_covariance(curvature, block, damping)
     if has_kronecker(statistics, block):
         return _fit_kfac(curvature, block, damping)

@@ -187,6 +187,11 @@ class TestAuto:
         assert kinds == ["covariance", "kfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
         assert fitted.summary() == "covariance (3 modules), kfac (1 modules)"
 
+    def test_visits_of_few_samples_count_as_few(self, layout: Layout, rows: Tensor) -> None:
+        statistics = gathered(layout, rows[:12])
+        fitted = fit_preconditioner("auto", statistics, layout, 0.1, curvature=Curvature(statistics, samples=6))
+        assert fitted.summary() == "kfac (4 modules)"
+
     def test_few_rows_and_no_factors_leave_the_covariance(self, layout: Layout, rows: Tensor) -> None:
         accumulator = StatisticsAccumulator(layout, ["covariance"])
         accumulator.update(rows[:5])

@@ -63,7 +63,7 @@ class Fitter:
 
     def _make(self, key: tuple[str, str, Damping], progress: bool | None) -> Fit:
         _, name, damping = key
-        curvature = self._curvatures.get(key[:2], lambda: Curvature(statistics_for(name, self._store, progress)))
+        curvature = self._curvatures.get(key[:2], lambda: self._curvature(name, progress))
         statistics = curvature.statistics
         layout = statistics.layout
         fitted = fit_preconditioner(name, statistics, layout, damping, curvature=curvature)
@@ -74,6 +74,11 @@ class Fitter:
         if statistics.superseded and "kfac" in fitted.summary():
             described += f", Kronecker factors also of {statistics.superseded:,} rows that were taken back since"
         return Fit(fitted, described, rows, key)
+
+    def _curvature(self, name: str, progress: bool | None) -> Curvature:
+        # Only the choice by ``auto`` asks how many samples there are; telling visits apart is not free.
+        samples = len(self._store.view("mean")) if name == "auto" else None
+        return Curvature(statistics_for(name, self._store, progress), samples)
 
 
 def _covered(fitted: FittedPreconditioner, valid: int) -> str:

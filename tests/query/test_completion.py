@@ -113,6 +113,13 @@ def test_auto_computes_the_covariance_when_nothing_was_gathered(rows: Tensor) ->
     assert "covariance (2 modules), damping 0.1, empirical Fisher over 30 rows" in note
 
 
+def test_auto_takes_visits_of_few_samples_for_few(rows: Tensor) -> None:
+    ids = [f"s{n % 5}" for n in range(len(rows))]
+    store = MemoryStore(LAYOUT, rows, ids=ids, statistics=_statistics(rows, "covariance", "kronecker"))
+    query = QueryGradients(("q",), rows[:1].clone(), LAYOUT)
+    assert "kfac (2 modules)" in QueryEngine(store).influence(query).note
+
+
 def test_partial_coverage_is_said(rows: Tensor) -> None:
     store = MemoryStore(LAYOUT, rows, statistics=_statistics(rows[:12], "kronecker"))
     query = QueryGradients(("q",), rows[:1].clone(), LAYOUT, note="mean over 3 checkpoints")
