@@ -307,7 +307,13 @@ def test_a_report_with_contents(run: logix.Run, queries: Path, tmp_path: Path, m
     result = call("report", run.path, "--queries", queries, "--output", output, "-k", 3, *data)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"saved to {output}\n")
     page = output.read_text(encoding="utf-8")
-    for words in ("words of s0", "visits 2", "46 rows of 23 samples", "How concentrated influence is"):
+    for words in (
+        "words of s0",
+        "visits 2",
+        "46 rows of 23 samples",
+        "How concentrated influence is",
+        "Where in the model",
+    ):
         assert words in page
 
 

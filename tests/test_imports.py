@@ -61,6 +61,7 @@ LAYERS = (
     ("logix_like.workflows",),
     ("logix_like.logbook", "logix_like.recording", "logix_like.resuming"),
     ("logix_like.asking", "logix_like.live"),
+    ("logix_like.questions",),
     ("logix_like.run",),
     ("logix_like.planning", "logix_like.scalars", "logix_like.starting"),
     ("logix_like", "logix_like.explorer"),

@@ -13,6 +13,8 @@ from logix_like.cli.ask import GradientsFile
 from logix_like.cli.loading import load_object
 from logix_like.cli.options import StorePath
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.modes import MODES
+from logix_like.query.parts import parts_of
 from logix_like.query.result import InfluenceResult
 
 PAIRS_HELD = 50_000_000
@@ -50,8 +52,11 @@ def report(
 def _answer(path: str, gradients: QueryGradients, k: int) -> InfluenceResult:
     """All scores where memory allows, else the extremes alone."""
     run = load(path)
-    held = len(gradients) * len(run.store) <= PAIRS_HELD
-    options: dict[str, Any] = {} if held else {"k": k}
+    store = run.store
+    pairs, layers = len(gradients) * len(store), len(parts_of(store.modules, "layer").names)
+    options: dict[str, Any] = {} if pairs <= PAIRS_HELD else {"k": k}
+    if pairs * layers <= PAIRS_HELD and MODES[run.config.query.mode].proportional:
+        options["per"] = "layer"
     return run.compute_influence_all(gradients, **options)
 
 

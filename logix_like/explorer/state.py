@@ -17,6 +17,7 @@ from logix_like.explorer.catalogue import Catalogue, Wish
 from logix_like.layout import DataId
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.modes import MODES
 from logix_like.query.result import InfluenceResult, Provider
 from logix_like.report.content import Contents
 from logix_like.starting import load
@@ -26,6 +27,8 @@ from logix_like.store.table import RowTable
 LossOfText = Callable[[nn.Module, str], Tensor]
 SCORED_AT_ONCE = 400_000_000
 """Self-influence is computed without being asked for while the rows together hold fewer numbers than this."""
+SPLIT_PAIRS = 5_000_000
+"""Scores are split by layer while samples times modules are no more than this."""
 PATIENCE = 0.3
 """Seconds that a page waits for the samples' ids before it shows the first rows alone."""
 
@@ -210,8 +213,14 @@ class Explorer:
                 damping=options.damping,
                 mode=options.mode,
                 data_id=chosen,
+                per="layer" if self._splits(options.mode, catalogue) else None,
                 progress=False,
             )
+
+    def _splits(self, mode: str, catalogue: Catalogue) -> bool:
+        """Whether scores are split by layer: few enough, and of a mode that is a sum over layers."""
+        small = len(catalogue) * len(self.store.modules) <= SPLIT_PAIRS
+        return small and mode in MODES and MODES[mode].proportional
 
     # Health
 

@@ -51,11 +51,12 @@ class Products:
     @cached_property
     def _wide_error(self) -> Tensor:
         rounding = WIDE_ROUNDING if self._queries.dtype == torch.float32 else torch.finfo(torch.float64).eps * 2**10
-        return torch.linalg.vector_norm(self._queries.double(), dim=1) * rounding
+        norms: Tensor = torch.linalg.vector_norm(self._queries.double(), dim=1)
+        return norms * rounding
 
     @cached_property
     def _narrow_error(self) -> Tensor:
-        dropped = torch.linalg.vector_norm(self._queries.double() - self._narrow.double(), dim=1)
+        dropped: Tensor = torch.linalg.vector_norm(self._queries.double() - self._narrow.double(), dim=1)
         return dropped + self._wide_error
 
     def exact(self, tile: Tile) -> Tensor:

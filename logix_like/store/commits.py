@@ -1,5 +1,11 @@
 """The record of what was committed: an append-only file of checksummed lines.
 
+What is durable when: a chunk's files are written first, each of them atomically; then one line that names them, with
+their checksums. From that line on the rows exist, for every reader and for ever; rows that no line names do not exist,
+whatever else lies in the store. With ``durability="process"`` this holds when the writing process dies at any instant;
+with ``"commit"``, which forces files, folders and the line to the disk in this order, also when the machine does. In an
+object store each line is an object of its own that is created on the condition that there is none of its number.
+
 Each line is eight hex digits (CRC-32C of the rest), a blank and a JSON object with its ``sequence``
 number. A line is written with one call after everything that it names is written, so a kill can
 only tear the last line; a bad line before the last is damage.

@@ -12,6 +12,7 @@ This is the only place that spells a path or the format's version::
         statistics/<generation>/<field>      float64 sums of all modules, one after another
         commits                              the record: rows that it does not name do not exist (in object
                                              stores commits/<number>, one line each)
+      writers/merged-<attempt>/              the same, in the place of the parts that its record names
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
       retractions/<digest>.json              rows taken back after their commit

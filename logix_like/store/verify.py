@@ -167,7 +167,9 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
     for folder, commits in parts:
         if folder.name in replaced:
             continue
-        checks += [_document(folder), *_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
+        if commits.rows:  # a writer may have been killed as it began
+            checks.append(_document(folder))
+        checks += [*_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
         rows += commits.total
     for folder in _inside(store / MEAN_VIEWS):
         checks += [_document(folder), *_part(folder, _record(folder, damages), 0, manifest, view=True)]

@@ -83,6 +83,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     folder = Path(os.environ.get(SCREENSHOTS) or tmp_path_factory.mktemp("screenshots", numbered=False))
     folder.mkdir(parents=True, exist_ok=True)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver.set_script_timeout(180)  # the check of a large page takes a while on a busy machine
     try:
         yield Browser(driver, folder)
     finally:

@@ -25,6 +25,7 @@ from logix_like.explorer.app import make_app
 from logix_like.explorer.catalogue import SORTS, Catalogue, Wish
 from logix_like.explorer.pages import ask_address, id_of, key_of
 from logix_like.explorer.state import Explorer, Options
+from logix_like.query.modes import MODES
 from tests.explorer.stores import HOSTILE, TEXTS, loss_of_text, text_store
 
 HERE = "http://127.0.0.1:8799"
@@ -162,6 +163,12 @@ def test_a_typed_query_is_answered(explorer: Explorer, client: TestClient, texts
     for ranking in (expected.proponents(), expected.opponents()):
         for name, score in zip(ranking.ids[0], ranking.scores[0].tolist(), strict=True):
             assert escape_of(name) in text and f"{score:+.4g}" in text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_answered_with_the_layers_shares(client: TestClient, mode: str) -> None:
+    text = page(client, "/ask", sample="stext-3", mode=mode)
+    assert f"{mode} score" in text and text.count("most from ") == (20 if MODES[mode].proportional else 0)
 
 
 def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestClient) -> None:

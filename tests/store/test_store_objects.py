@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -216,3 +217,48 @@ def test_what_is_missing_to_use_a_url_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(MissingDependencyError, match=r"logix_like\[s3\]"):
         logix.open_store("s3://bucket/key")
+
+
+SCRIPT = """
+import sys, torch
+from logix_like.store import as_place
+from tests.store.store_runs import WIDTH, batches, writer
+store, mode = as_place(sys.argv[1]), sys.argv[2]
+rows = torch.arange(2000.0).unsqueeze(1).expand(2000, WIDTH).contiguous()
+out = writer(store, queue_mib=0.01)
+for number, batch in enumerate(batches(rows, size=7)):
+    out.put(batch)
+    if mode == "kill" and number % 3 == 0:
+        print(out.commit(), flush=True)
+    if mode == "exit" and number == 5:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["kill", "exit"])
+def test_acknowledged_objects_survive_the_process(
+    s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    url, root = f"s3://{BUCKET}/{tmp_path.name}", str(Path(__file__).parents[2])
+    store = new_store(as_place(url))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, url, mode],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        told = [int(process.stdout.readline()) for _ in range(6)] if mode == "kill" else [42]
+        if mode == "kill":
+            process.kill()
+    assert process.returncode == (-9 if mode == "kill" else 3)
+    opened = open_store(url)
+    assert len(opened) >= told[-1] and opened.gradients[:][:, 0].tolist() == list(range(len(opened)))
+    assert verify(url).ok
+    log(store, torch.ones(3, WIDTH))  # a killed holder of this machine is known to be gone
+    assert len(open_store(url)) == len(opened) + 3
