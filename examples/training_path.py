@@ -99,7 +99,7 @@ def wrong_labels(estimator: TracInCP, data: Digits) -> float:
     flipped = data.flipped[torch.tensor([int(i) for i in estimator.data_id])]
     scores = estimator.self_influence()
     first = flipped[scores.argsort(descending=True)[: int(flipped.sum())]].double().mean()
-    found = auroc(scores, flipped)
+    found: float = auroc(scores, flipped)
     print(f"{int(flipped.sum())} of {len(flipped)} labels were made wrong. Ranked by TracIn's self-influence,")
     print(f"{first:.0%} of as many first images are labelled wrongly (AUROC {found:.3f}, chance is 0.500).")
     return found
