@@ -62,7 +62,8 @@ class DensePosterior(Posterior):
         return solved.reshape(rows.shape)
 
     def draw(self, noise: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self._root.T, noise.T, upper=True).T
+        drawn: Tensor = torch.linalg.solve_triangular(self._root.T, noise.T, upper=True).T
+        return drawn
 
 
 class KroneckerPosterior(Posterior):
