@@ -27,7 +27,7 @@ class Settings:
     looks: int = 8
     batch: int = 50
     strength: float = 3.0
-    strengths: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    strengths: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 10.0)
     seed: int = 0
 
 

@@ -58,7 +58,7 @@ class DensePosterior(Posterior):
 
     def times(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        solved = torch.cholesky_solve(flat.T, self._root).T
+        solved: Tensor = torch.cholesky_solve(flat.T, self._root).T
         return solved.reshape(rows.shape)
 
     def draw(self, noise: Tensor) -> Tensor:

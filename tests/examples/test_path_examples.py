@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_leave_one_out_follows_the_test_loss() -> None:
     correlation, chosen, best = sensitivity.main()
     assert correlation > 0.9
-    assert 0.3 <= chosen / best <= 3.5  # no further than the next strength
+    assert chosen == best
 
 
 def test_wrong_labels_come_first_and_source_beats_the_influence_function(monkeypatch: pytest.MonkeyPatch) -> None:
