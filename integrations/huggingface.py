@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import logix_like as logix
-from logix_like.block import Block
 from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
 from logix_like.errors import CaptureError, MissingDependencyError
+from logix_like.run.block import Block
 
 from .logits import cross_entropy_factor, token_factor
 from .loss import LossReader, logits_of, loss_of

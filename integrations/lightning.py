@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import logix_like as logix
-from logix_like.block import Block
 from logix_like.config import Config
 from logix_like.errors import MissingDependencyError
+from logix_like.run.block import Block
 
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training

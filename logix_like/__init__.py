@@ -6,10 +6,11 @@ Start with :func:`init`, go on with :class:`Run`; :func:`load` opens a finished 
 
 from logix_like.config import Config
 from logix_like.errors import LogixError
+from logix_like.objective import Objective
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult
-from logix_like.run import Run
-from logix_like.starting import init, load
+from logix_like.run.run import Run
+from logix_like.run.starting import init, load
 from logix_like.store import GradientStore, open_store
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "GradientStore",
     "InfluenceResult",
     "LogixError",
+    "Objective",
     "QueryGradients",
     "Run",
     "__version__",

@@ -12,8 +12,8 @@ from torch import nn
 from logix_like.config import Config
 from logix_like.errors import ConfigError
 from logix_like.layout import ModuleBlock
+from logix_like.run.tracking import chosen_modules
 from logix_like.statistics import COVARIANCE_LIMIT
-from logix_like.tracking import chosen_modules
 
 QUEUE_MIB = 16
 """Batches that wait for the writer take no more than this."""

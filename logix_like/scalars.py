@@ -17,7 +17,7 @@ import time
 import torch
 
 from logix_like.errors import CaptureError
-from logix_like.run import Run
+from logix_like.run.run import Run
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 

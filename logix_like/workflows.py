@@ -19,12 +19,12 @@ from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
 from logix_like.evaluation.removal import RemovalCurve, removal_curve
 from logix_like.evaluation.scored import Scores, score_vector
-from logix_like.extraction import batch_ids
 from logix_like.layout import DataId
 from logix_like.objective import IGNORED, Batch, Categorical, Objective
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
 from logix_like.query.table import shown_id
 from logix_like.retraining import SubsetOracle
+from logix_like.run.extraction import batch_ids
 
 SHOWN = 10
 

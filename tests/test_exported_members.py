@@ -11,6 +11,7 @@ EXPORTED = [
     "GradientStore",
     "InfluenceResult",
     "LogixError",
+    "Objective",
     "QueryGradients",
     "Run",
     "__version__",

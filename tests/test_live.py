@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import logix_like as logix
 from logix_like.errors import ConfigError
 from logix_like.estimators.tracin import InRunShapley, TracIn
-from logix_like.live import LiveScores
+from logix_like.run.live import LiveScores
 from tests.path_runs import BATCH, OBJECTIVE, SAMPLES, batch_of, network, queries, query_losses
 
 IDENTITY: dict[str, Any] = {"projection": {"init": "identity"}, "store": {"dtype": "float64"}}

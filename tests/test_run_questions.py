@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import logix_like as logix
-from logix_like.asking import Query
 from logix_like.errors import ConfigError
+from logix_like.run.asking import Query
 
 COUNT = 40
 

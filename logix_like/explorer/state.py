@@ -20,7 +20,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.query.result import InfluenceResult, Provider
 from logix_like.report.content import Contents
-from logix_like.starting import load
+from logix_like.run.starting import load
 from logix_like.store import GradientStore, Place, VerifyReport, open_store, verify
 from logix_like.store.table import RowTable
 

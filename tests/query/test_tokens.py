@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import logix_like as logix
-from logix_like.asking import Query
 from logix_like.errors import QueryError
+from logix_like.run.asking import Query
 
 EXACT = 1e-10
 """Float64 on both sides."""

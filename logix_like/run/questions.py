@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logix_like.asking import Asker, Query, as_gradients
-from logix_like.extraction import batch_ids
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
-from logix_like.logbook import Logbook
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence
 from logix_like.query.result import InfluenceResult, SelfInfluence
 from logix_like.query.tokens import TokenScores
+from logix_like.run.asking import Asker, Query, as_gradients
+from logix_like.run.extraction import batch_ids
+from logix_like.run.logbook import Logbook
 
 
 class Questions(ABC):
-    """The asking half of :class:`~logix_like.run.Run`: every method hands on to its :class:`Asker`."""
+    """The asking half of :class:`~logix_like.run.run.Run`: every method hands on to its :class:`Asker`."""
 
     _asker: Asker
     _logbook: Logbook

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logix_like.block import Block, BlockOptions
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import CaptureError
-from logix_like.overflow import StepGate, overflowed
 from logix_like.query.gradients import QueryGradients
-from logix_like.session import StoreSession
+from logix_like.run.block import Block, BlockOptions
+from logix_like.run.overflow import StepGate, overflowed
+from logix_like.run.session import StoreSession
+from logix_like.run.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 from logix_like.steps import Progress
-from logix_like.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 
 
 class Logbook:

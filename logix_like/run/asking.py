@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logix_like.block import BlockOptions
 from logix_like.capture.tracker import Tracker
 from logix_like.config import QueryConfig
 from logix_like.errors import CaptureError, ConfigError, QueryError, StoreError
 from logix_like.layout import DataId, Layout
-from logix_like.logbook import Logbook, per_token
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.tokens import TokenCollector, TokenScores
+from logix_like.run.block import BlockOptions
+from logix_like.run.logbook import Logbook, per_token
+from logix_like.run.tracking import stored_projections
 from logix_like.store import GradientStore, OnDamage, Place, open_store, projections_digest
-from logix_like.tracking import stored_projections
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
 
 OPTIONS = ("where", "per", "normalize", "client", "index", "progress")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.block import BlockOptions
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.path import OPTIMIZER, PathBlock, PathStep
 from logix_like.ranks import Ranks
+from logix_like.run.block import BlockOptions
 from logix_like.steps import Progress
 from logix_like.store import PathJournal, Place
 from logix_like.updates import settings_of

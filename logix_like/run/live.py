@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.block import BlockOptions
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker, gradient_matrices
 from logix_like.errors import CaptureError, ConfigError
@@ -20,7 +19,8 @@ from logix_like.estimators.flat import sliced
 from logix_like.layout import DataId
 from logix_like.query.result import InfluenceResult
 from logix_like.ranks import Ranks
-from logix_like.tracking import projected
+from logix_like.run.block import BlockOptions
+from logix_like.run.tracking import projected
 from logix_like.updates import Hyper, UpdateRule, rule_of, settings_of
 from logix_like.weights import evaluating, frozen, undisturbed
 

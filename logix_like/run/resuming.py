@@ -9,7 +9,7 @@ from typing import Any
 from logix_like.config import Config, load_config
 from logix_like.config_errors import section_of
 from logix_like.errors import ConfigError
-from logix_like.session import StoreSession
+from logix_like.run.session import StoreSession
 from logix_like.store import GradientStore
 
 

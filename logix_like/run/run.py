@@ -17,28 +17,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from logix_like.asking import Asker
-from logix_like.block import Block
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import AtSteps, Config, EverySteps
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
-from logix_like.extraction import batch_ids, progress_over
 from logix_like.ids import as_data_ids
-from logix_like.live import LiveScores
-from logix_like.logbook import Logbook
-from logix_like.logtypes import statistics_from_setup
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
-from logix_like.questions import Questions
-from logix_like.recording import PathRecorder
-from logix_like.resuming import stand_of
-from logix_like.session import StoreSession
+from logix_like.run.asking import Asker
+from logix_like.run.block import Block
+from logix_like.run.extraction import batch_ids, progress_over
+from logix_like.run.live import LiveScores
+from logix_like.run.logbook import Logbook
+from logix_like.run.logtypes import statistics_from_setup
+from logix_like.run.questions import Questions
+from logix_like.run.recording import PathRecorder
+from logix_like.run.resuming import stand_of
+from logix_like.run.session import StoreSession
+from logix_like.run.tracking import describe, new_tracker, tracker_of_store
 from logix_like.steps import Progress
 from logix_like.store import GradientStore, OnDamage, Place, open_store
-from logix_like.tracking import describe, new_tracker, tracker_of_store
 from logix_like.weights import frozen
 
 

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from logix_like.config import AtSteps, Config, EverySteps, load_config
 from logix_like.errors import ConfigError
-from logix_like.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
-from logix_like.run import Run
-from logix_like.session import StoreSession
+from logix_like.run.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
+from logix_like.run.run import Run
+from logix_like.run.session import StoreSession
+from logix_like.run.tracking import new_tracker
 from logix_like.store import OnDamage, Place, as_place, is_store, open_store
-from logix_like.tracking import new_tracker
 
 
 def init(
