@@ -107,16 +107,23 @@ class LogixCallback(TrainerCallback):
         model, loader, optimizer = kwargs["model"], kwargs["train_dataloader"], kwargs["optimizer"]
         names = self._setup.names(loader)
         try:
+            scaler = getattr(optimizer, "scaler", None)
             optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the one that steps
             again = self._run is not None and not state.global_step
-            self._run = self._setup.start(model, optimizer, steps=state.global_step, again=again)
+            steps = state.stateful_callbacks.get(self._state_key, {}).get("steps", state.global_step)
+            self._run = self._setup.start(model, optimizer, steps=steps, again=again)
         except BaseException:
             names.close()
             raise
         if names.order is not None and not args.ignore_data_skip:
             names.order.skip(_batches_to_skip(state.global_step, len(loader), args.gradient_accumulation_steps))
         self._session = _Training(
-            self._run, model, names, epoch=int(state.epoch or 0), smoothing=args.label_smoothing_factor
+            self._run,
+            model,
+            names,
+            epoch=int(state.epoch or 0),
+            smoothing=args.label_smoothing_factor,
+            scaler=scaler,
         )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,8 +137,13 @@ class LogixCallback(TrainerCallback):
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What comes between steps may be compiled."""
+        """What comes between steps may be compiled; a checkpoint that is saved now has the steps that were counted.
+
+        The Trainer counts those as well that a gradient scaler has skipped.
+        """
         self._eager.close()
+        if self._session is not None:
+            state.stateful_callbacks[self._state_key] = {"steps": self.run.step()}
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A micro-batch has ended without an optimizer step."""
@@ -151,6 +163,11 @@ class LogixCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run."""
         self.close()
+
+    @property
+    def _state_key(self) -> str:
+        # Not the class's name: the Trainer would make another callback from what it finds under it.
+        return f"{type(self).__name__} of {self._setup.config.project}"
 
     def _require_fit(self, args: Any, state: Any) -> None:
         if self._session is not None and self._session.batches:
@@ -173,12 +190,15 @@ class LogixCallback(TrainerCallback):
 class _Training:
     """One training: hooks on the model, the loader's order, and the block that is open."""
 
-    def __init__(self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int, smoothing: float) -> None:
+    def __init__(
+        self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int, smoothing: float, scaler: Any
+    ) -> None:
         self._run = run
         self._names = names
         self._epoch = epoch - 1
         self._reader = LossReader(model)
         self._smoothing = smoothing
+        self._scaler = scaler
         self._open: _OpenBatch | None = None
         self.batches = 0
         """Batches that were logged."""
@@ -233,7 +253,7 @@ class _Training:
             targets = self._reader.targets(kwargs)
             mask = mask if targets is None or targets.ndim != 2 else targets.ne(-100)
         mask = mask if mask is not None and len(mask) == len(ids) else None
-        self._open = _OpenBatch(self._run(data_id=ids, mask=mask))
+        self._open = _OpenBatch(self._run(data_id=ids, mask=mask, scaler=self._scaler))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._open is not None and model.training and torch.is_grad_enabled():
@@ -283,7 +303,9 @@ class _OpenBatch:
                 "rows could not be scaled; have the model return its loss, or log in a loop of your own"
             )
         try:
-            self.block.measured(float(self._scale), self._divisor)
+            scaler = self.block.options.scaler
+            scaled = 1.0 if scaler is None else scaler.get_scale()  # which the loss's gradient has seen, too
+            self.block.measured(float(self._scale) / scaled, self._divisor)
         except BaseException:
             self.block.drop()
             raise

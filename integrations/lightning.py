@@ -73,6 +73,7 @@ class LogixCallback(Callback):
         self._loader: Any = None
         self._block: Block | None = None
         self._batch: dict[str, Any] = {}
+        self._saved_steps: int | None = None
 
     @property
     def run(self) -> logix.Run:
@@ -106,7 +107,9 @@ class LogixCallback(Callback):
             assert self._names is not None
             if self._names.order is not None:
                 self._names.order.join(_first_pass(trainer))
-        self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=trainer.global_step)
+        steps, self._saved_steps = self._saved_steps, None
+        steps = trainer.global_step if steps is None else steps
+        self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=steps)
         self._run.epoch(trainer.current_epoch)  # the start of an epoch that is resumed in its midst is not told
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -141,6 +144,19 @@ class LogixCallback(Callback):
         """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""
         if self._names is not None and self._run is not None:
             self._run.commit()
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint keeps what :meth:`state_dict` gives."""
+        return self._generate_state_key(project=self._setup.config.project)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps as the run counts them: the Trainer counts skipped ones, and those of all optimizers together."""
+        return {} if self._run is None else {"steps": self._run.step()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Where a training that is resumed goes on."""
+        self._saved_steps = int(state_dict["steps"])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the run."""

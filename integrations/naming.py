@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ class SampleNames:
         dataset: holds the column, where the trainer removed it from the loader's dataset.
 
     Raises:
-        ConfigError: the column is not there.
+        ConfigError: the column is not there, or holds something else than one id for each sample.
         CaptureError: the loader's order cannot be watched.
     """
 
@@ -36,7 +37,7 @@ class SampleNames:
         self._function: Callable[[Any], Any] | None = named_by if callable(named_by) else None
         self.order: LoaderOrder | None = None
         """The loader's order, where ids come from dataset indices."""
-        self._names: Sequence[Any] | None = None
+        self._names: Sequence[DataId] | None = None
         by_index = LoaderOrder.fits(loader)
         if named_by is not None and not callable(named_by):
             if not by_index:
@@ -44,7 +45,8 @@ class SampleNames:
                     "the training data has no indices (an iterable dataset), so that neither a column nor a sequence "
                     "can name its samples; give data_id= a function of the batch"
                 )
-            self._names = _column(named_by, dataset, loader) if isinstance(named_by, str) else named_by
+            named = _column(named_by, dataset, loader) if isinstance(named_by, str) else named_by
+            self._names = _checked(named, loader)
         if self._function is None and by_index:
             self.order = LoaderOrder(loader)
 
@@ -57,7 +59,7 @@ class SampleNames:
         indices = self.order.take()
         if self._names is None:
             return indices
-        return as_data_ids([self._names[index] for index in indices])
+        return tuple(self._names[index] for index in indices)
 
     def close(self) -> None:
         """Leave the loader as it was."""
@@ -79,6 +81,26 @@ def _column(name: str, dataset: Any, loader: Any) -> Sequence[Any]:
         + "; if the trainer removes unused columns, give the dataset too: LogixCallback(data_id=..., dataset=...); "
         "or give data_id= the names themselves, in the dataset's order"
     )
+
+
+def _checked(names: Any, loader: Any) -> Sequence[DataId]:
+    """One id for each sample, said before a long training begins if they are not."""
+    if isinstance(names, Mapping) or not isinstance(names, Iterable):
+        raise ConfigError(
+            f"data_id is a {type(names).__name__}; give a column's name, the samples' names in the dataset's order, or "
+            "a function of the batch"
+        )
+    try:
+        ids = as_data_ids(names if isinstance(names, Tensor | np.ndarray) else list(names))
+    except CaptureError as error:
+        raise ConfigError(f"data_id= cannot name the samples: {error}") from error
+    samples = len(getattr(loader, "base_dataloader", loader).dataset)
+    if len(ids) != samples:
+        raise ConfigError(
+            f"data_id= holds {len(ids)} names, and the training data {samples} samples; give the name of each sample, "
+            "in the dataset's order"
+        )
+    return ids
 
 
 def _values(column: Any) -> Sequence[Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,8 @@ from torch.optim import Optimizer
 import logix_like as logix
 from logix_like.config import Config, load_config
 from logix_like.errors import CaptureError, ConfigError, StoreNotFoundError
+from logix_like.run.starting import place_of
+from logix_like.store import Place
 
 from .naming import NamedBy, SampleNames
 
@@ -58,13 +59,14 @@ class Setup:
     def start(self, model: nn.Module, optimizer: Optimizer, *, steps: int, again: bool = False) -> logix.Run:
         """A new run; where ``steps`` optimizer steps were taken before, one that goes on in the store of those.
 
+        They are counted as the run counts them: trainers count skipped steps, and those of further optimizers, too.
         Rows of later steps than these, which an older attempt left, are taken back. ``again``: a training that was
         broken off before anything was logged begins once more.
 
         Raises:
             StoreExistsError: a new training would mix its rows with those of another.
         """
-        resume = steps > 0 and _is_store(Path(self.config.root) / str(self.config.project))
+        resume = steps > 0 and _is_store(place_of(self.config))
         run = logix.init(
             model=model,
             config=self.config,
@@ -97,7 +99,7 @@ def refuse_second_training(how: str, resumed: str) -> None:
     )
 
 
-def _is_store(path: Path) -> bool:
+def _is_store(path: Place) -> bool:
     try:
         logix.open_store(path)
     except StoreNotFoundError:

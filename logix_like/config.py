@@ -253,3 +253,10 @@ def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 def _is_section(key: str) -> bool:
     field = Config.model_fields.get(key)
     return field is not None and section_of(field) is not None
+
+
+def is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
+    """Whether the weights are to be kept after ``step`` steps."""
+    if isinstance(kept, EverySteps):
+        return step % kept.every_steps == 0
+    return isinstance(kept, AtSteps) and step in kept.at_steps

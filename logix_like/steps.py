@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -48,7 +49,11 @@ class Progress:
             self._handle.remove()
             self._handle = None
 
-    def _stepped(self, *_: Any) -> None:
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        # A fused optimizer is called for a step that the GradScaler skips, and told to do nothing.
+        skipped = getattr(optimizer, "found_inf", None)
+        if isinstance(skipped, Tensor) and bool(skipped):
+            return
         self.step += 1
         if self.on_step is not None:
             self.on_step(self.step)

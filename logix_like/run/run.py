@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
-from logix_like.config import AtSteps, Config, EverySteps
+from logix_like.config import Config, is_due
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.ids import as_data_ids
@@ -183,9 +183,11 @@ class Run(Questions):
             self.checkpoint()
         self._progress.epoch = number
 
-    def step(self, number: int) -> None:
-        """Say that ``number`` optimizer steps were taken so far, when training goes on from a checkpoint."""
-        self._progress.step = number
+    def step(self, number: int | None = None) -> int:
+        """How many optimizer steps were taken so far; ``number`` says it, when training goes on from a checkpoint."""
+        if number is not None:
+            self._progress.step = number
+        return self._progress.step
 
     def track(
         self,
@@ -388,12 +390,5 @@ class Run(Questions):
     def _stepped(self, step: int) -> None:
         if self._recorder is not None:
             self._recorder.stepped(step)
-        if self._logbook.watching and _is_due(self.config.checkpoints, step):
+        if self._logbook.watching and is_due(self.config.checkpoints, step):
             self.checkpoint()
-
-
-def _is_due(kept: str | EverySteps | AtSteps, step: int) -> bool:
-    """Whether the weights are to be kept after ``step`` steps."""
-    if isinstance(kept, EverySteps):
-        return step % kept.every_steps == 0
-    return isinstance(kept, AtSteps) and step in kept.at_steps

@@ -54,7 +54,7 @@ def init(
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
     require_resume_step(resume_step, resume=resume)
-    path = as_place(settings.store.url or settings.root) / settings.project
+    path = place_of(settings)
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
     if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
@@ -74,6 +74,11 @@ def init(
     elif model is not None:
         run.watch(model)
     return run
+
+
+def place_of(config: Config) -> Place:
+    """Where the store of a run with these settings is."""
+    return as_place(config.store.url or config.root) / str(config.project)
 
 
 def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, on_damage: OnDamage = "raise") -> Run:

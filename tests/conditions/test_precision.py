@@ -50,12 +50,21 @@ def test_rows_are_taken_before_clipping(tmp_path: Path) -> None:
     assert relative(run.store.gradients[:], expected) < ROUNDING
 
 
-def scaled_run(root: Path, spoiled: int, accumulate: int, *, optimizer_known: bool = True) -> logix.GradientStore:
+def scaled_run(
+    root: Path,
+    spoiled: int,
+    accumulate: int,
+    *,
+    optimizer_known: bool = True,
+    fused: bool = False,
+    record: str = "none",
+) -> logix.GradientStore:
     """A loop with a gradient scaler in which the batch number ``spoiled`` overflows."""
     model, (x, y) = network(torch.float32), data(torch.float32)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     known = optimizer if optimizer_known else None
-    settings = full(root, statistics=["covariance", "kronecker"], store={"dtype": "float32"})
+    settings = full(root, statistics=["covariance", "kronecker"], store={"dtype": "float32"}, record=record)
     run = logix.init("run", model, settings, optimizer=known, verbose=False)
     for number, index in enumerate(batches()):
         with run(data_id=index, scaler=scaler, scale=1 / accumulate):
@@ -75,8 +84,9 @@ def flagged(store: logix.GradientStore) -> list[int]:
     return [int(i) for i in store.data_id[(store.flags & int(Flag.OVERFLOW)) != 0]]
 
 
-def test_the_batch_of_a_skipped_step_is_flagged_and_does_not_count(tmp_path: Path) -> None:
-    store = scaled_run(tmp_path, spoiled=2, accumulate=1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_batch_of_a_skipped_step_is_flagged_and_does_not_count(tmp_path: Path, fused: bool) -> None:
+    store = scaled_run(tmp_path, spoiled=2, accumulate=1, fused=fused)
     assert flagged(store) == [10, 11, 12, 13, 14]
     assert list(store.step[::5]) == [0, 1, 2, 2, 3]  # the skipped step was none
     assert list(store.data_id[store.valid]) == [i for i in range(SAMPLES) if i not in range(10, 15)]
@@ -89,6 +99,12 @@ def test_the_batch_of_a_skipped_step_is_flagged_and_does_not_count(tmp_path: Pat
 def test_all_batches_that_were_accumulated_for_a_skipped_step_are_flagged(tmp_path: Path) -> None:
     assert flagged(scaled_run(tmp_path, spoiled=3, accumulate=2)) == list(range(10, 20))
     assert flagged(scaled_run(tmp_path / "first", spoiled=2, accumulate=2)) == list(range(10, 20))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_is_no_part_of_the_path(tmp_path: Path, fused: bool) -> None:
+    path = scaled_run(tmp_path, spoiled=2, accumulate=1, fused=fused, record="path").training_path
+    assert [(step.step, step.blocks[0].data_id[0]) for step in path.steps] == [(0, 0), (1, 5), (2, 15), (3, 20)]
 
 
 def test_without_an_optimizer_only_the_batch_itself_is_known(tmp_path: Path) -> None:

@@ -193,6 +193,24 @@ def test_names_may_repeat_within_a_batch(tmp_path: Path) -> None:
     assert list(store.data_id) == names
 
 
+WRONG_NAMES: dict[str, tuple[Any, str]] = {
+    "too few": (["a", "b"], "holds 2 names, and the training data 11 samples"),
+    "too many": (list(range(50)), "holds 50 names"),
+    "a number": (3, "data_id is a int"),
+    "a mapping": ({0: "a"}, "data_id is a dict"),
+    "fractions": ([0.5] * s.SAMPLES, r"cannot name the samples: the data id 0\.5 is a float"),
+    "a column of tensors": ("input_ids", "cannot name the samples"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NAMES)
+def test_names_that_cannot_be_the_samples_are_said_before_training(tmp_path: Path, case: str) -> None:
+    names, said = WRONG_NAMES[case]
+    with pytest.raises(ConfigError, match=said):
+        s.trained(tmp_path, s.llama(), s.sentences(), callback={"data_id": names})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_function_names_the_samples(tmp_path: Path) -> None:
     def first_tokens(batch: Any) -> list[str]:
         return [f"t{tokens[0]}" for tokens in batch["input_ids"].tolist()]

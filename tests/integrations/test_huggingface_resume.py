@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -90,3 +91,54 @@ def test_rows_are_safe_when_a_checkpoint_is(tmp_path: Path) -> None:
     arguments = s.arguments(tmp_path, save_strategy="steps", save_steps=3, max_steps=3)
     Trainer(s.llama(), arguments, train_dataset=s.sentences(), callbacks=[callback]).train()
     assert callback.found == 6
+
+
+class Scaling(Trainer):
+    """Has a gradient scaler, as float16 on a GPU brings one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
+class Overflowing(Scaling):
+    """Its scaler skips the first step, since the second batch overflows."""
+
+    backwards = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.backwards += 1
+        if self.backwards == 2:
+            gradient = next(self.model.parameters()).grad
+            assert gradient is not None
+            gradient[0, 0] = torch.inf
+        return loss
+
+
+def test_a_skipped_step_is_none_also_when_training_is_resumed(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"gradient_accumulation_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-6}
+    begun, callback = trainer(tmp_path, Overflowing, save_steps=4, **changes)
+    begun.train()
+    store = callback.run.store
+    assert np.flatnonzero(store.flags & Flag.OVERFLOW).tolist() == [0, 1, 2, 3]
+    assert list(store.step) == [0] * 8 + [1] * 3 + [2] * 4 + [3] * 4 + [4] * 3
+    data = s.sentences()
+    assert s.relative_error(store.gradients[4:], s.own_rows(s.llama(), store, data)[4:]) <= 1e-3
+    again, callback = trainer(tmp_path, Scaling, save_strategy="no", **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-4"))
+    store = callback.run.store
+    kept = np.flatnonzero((store.flags & Flag.SUPERSEDED) == 0)
+    assert list(store.step[kept]) == [0] * 8 + [1] * 3 + [2] * 4 + [3] * 4 + [4] * 3
+
+
+def test_a_training_is_resumed_in_a_store_at_a_url(tmp_path: Path) -> None:
+    place = {"store": {"dtype": "float64", "url": (tmp_path / "elsewhere").as_uri()}}
+    for start in (None, str(tmp_path / "trainer" / "checkpoint-4")):
+        callback = LogixCallback("run", root=tmp_path, verbose=False, **{**s.IDENTITY, **place})
+        arguments = s.arguments(tmp_path, save_strategy="no" if start else "steps", save_steps=4)
+        fitted = Trainer(s.llama(), arguments, train_dataset=s.sentences(), callbacks=[callback])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fitted.train(resume_from_checkpoint=start)
+    assert np.count_nonzero(callback.run.store.valid) == 22
