@@ -19,7 +19,7 @@ from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
 from logix_like.store.attempts import WriterInfo, read_writers, without_damage
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.commits import CommitReader, StatisticsRecord, read_commits
+from logix_like.store.commits import CommitReader
 from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
@@ -41,7 +41,7 @@ from logix_like.store.schema import (
     StoreManifest,
     read_manifest,
 )
-from logix_like.store.sums import load_statistics
+from logix_like.store.sums import load_latest_statistics
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.views import SampleViews
@@ -249,7 +249,7 @@ class GradientStore:
     def statistics_of_writers(self) -> Mapping[str, Statistics]:
         """The latest statistics of each writer that has written some, by the writer's name."""
         return {
-            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules).less(
+            writer.name: load_latest_statistics(writer.folder, writer.commits.statistics, self.modules).less(
                 self._superseded(writer)
             )
             for writer in self.writers
@@ -358,15 +358,3 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
     views = SampleViews(path, manifest.created, table)
     return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
-
-
-def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:
-    folder = writer.folder / STATISTICS_FOLDER
-    try:
-        return load_statistics(folder / str(record.generation), layout, record.watermark)
-    except StoreDamagedError:
-        # A live writer removes a generation once it has switched to the next.
-        latest = read_commits(writer.folder).statistics
-        if latest is None or latest == record:
-            raise
-        return load_statistics(folder / str(latest.generation), layout, latest.watermark)

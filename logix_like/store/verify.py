@@ -44,7 +44,7 @@ from logix_like.store.schema import (
     StoreManifest,
     read_manifest,
 )
-from logix_like.store.sums import load_statistics
+from logix_like.store.sums import load_latest_statistics
 
 Progress = Callable[[int, int], None]
 """Told of each step: how many there were, and how many there are to be."""
@@ -105,9 +105,25 @@ class _Check:
 def verify(path: str | PathLike[str] | Place, progress: Progress | None = None) -> VerifyReport:
     """Read all of the store at ``path``; nothing is written, and nothing that is found is raised.
 
+    Of a live store what was committed at the beginning is checked. Where parts or views came or went meanwhile (a
+    merge), files that are missing are no finding yet: all is read again.
+
     Raises :class:`StoreNotFoundError` and :class:`StoreVersionError` where there is no store to check.
     """
     store = as_place(path)
+    while True:
+        known = _parts_and_views(store)
+        report = _read_all(store, progress)
+        if report.ok or _parts_and_views(store) == known:
+            return report
+
+
+def _parts_and_views(store: Place) -> list[list[str]]:
+    parts = [name for name in names_in(store / WRITERS) if parse_writer_name(name) is not None]
+    return [parts, [name for name in names_in(store / MEAN_VIEWS) if not name.startswith(".")]]
+
+
+def _read_all(store: Place, progress: Progress | None) -> VerifyReport:
     damages: list[Damage] = []
     manifest = _attempt(_Check(store / DOCUMENT, lambda: read_manifest(store)), damages)
     checks = list(_documents(store))
@@ -147,7 +163,15 @@ def _documents(store: Place) -> Iterator[_Check]:
         # Hidden names are unfinished.
         within = str(file)[inside:]
         if file.name == DOCUMENT and "/." not in within and not within.startswith(f"/{QUARANTINE}/"):
-            yield _Check(file, lambda file=file: unsealed(read_bytes(file)))  # type: ignore[misc]
+            yield _Check(file, lambda file=file: _unsealed_if_there(file))  # type: ignore[misc]
+
+
+def _unsealed_if_there(file: Place) -> object:
+    """A document that was there when the store was listed; those that there must be are asked for by name."""
+    try:
+        return unsealed(read_bytes(file))
+    except FileNotFoundError:
+        return None
 
 
 def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
@@ -242,7 +266,7 @@ def _statistics(folder: Place, commits: Commits, manifest: StoreManifest) -> Ite
     record, layout = commits.statistics, manifest.layout
     if record is not None and layout is not None:
         where = folder / STATISTICS_FOLDER / str(record.generation)
-        yield _Check(where, lambda: load_statistics(where, layout, record.watermark))
+        yield _Check(where, lambda: load_latest_statistics(folder, record, layout))
 
 
 def _checkpoints(store: Place, damages: list[Damage]) -> list[_Check]:

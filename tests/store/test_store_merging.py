@@ -11,6 +11,7 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.query.completion import ensure_statistics
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     ENCODINGS,
@@ -142,3 +143,35 @@ def test_an_empty_store_and_one_chunk_are_left_alone(tmp_path: Path) -> None:
     log(store, torch.randn(2 * CHUNK_ROWS + 3, WIDTH))
     before = everything(open_store(store))
     assert merge_parts(store).parts == (1, 1) and everything(open_store(store)) == before
+
+
+def test_merged_statistics_are_those_of_the_rows_that_stand(tmp_path: Path) -> None:
+    """Also once as many new rows, of which none was gathered, make up for those that were dropped."""
+    store, rows = new_store(tmp_path / "s", "float64"), torch.randn(24, WIDTH).double()
+    with writer(store, "float64", statistics=StatisticsAccumulator(small_layout(), ["mean", "covariance"])) as out:
+        for batch in batches(rows[:21]):
+            out.put(batch)
+    supersede_samples(store, [0, 1, 2])
+    merge_parts(store)
+    merged = open_store(store).statistics
+    assert (merged.rows, merged.superseded) == (18, 0)
+    log(store, rows[21:], "float64")
+    found = ensure_statistics(open_store(store), ["covariance"])
+    for block in small_layout():
+        part, whole = rows[3:21, block.columns], rows[3:, block.columns]
+        torch.testing.assert_close(merged.covariance(block.name), part.T @ part / 18)
+        torch.testing.assert_close(found.covariance(block.name), whole.T @ whole / 21)
+
+
+def test_merged_kronecker_factors_still_tell_of_rows_that_were_taken_back(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store, statistics=StatisticsAccumulator(small_layout(), ["kronecker", "covariance"])) as out:
+        for batch in batches(torch.randn(21, WIDTH)):
+            out.put(batch)
+    supersede_samples(store, [0, 1, 2])
+    merge_parts(store)
+    assert (open_store(store).statistics.rows, open_store(store).statistics.superseded) == (18, 3)
+    supersede_samples(store, [3])
+    assert open_store(store).statistics.superseded == 4 and verify(store).ok
+    merge_parts(store)
+    assert open_store(store).statistics.superseded == 4 and open_store(store).statistics.has("encoder.q", "samples")

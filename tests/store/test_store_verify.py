@@ -18,7 +18,7 @@ from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreN
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import GradientStore, build_view, open_store, save_checkpoint, verify
+from logix_like.store import GradientStore, build_view, merge_parts, open_store, save_checkpoint, verify
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.training import data, network, trained_run
 
@@ -173,3 +173,32 @@ def test_a_loaded_run_fails_on_damage_or_says_what_it_left_out(tmp_path: Path) -
         answer()
     left = answer(on_damage="skip")
     assert "10 stored rows left out (their files are damaged)" in left.note and left.samples == 36
+
+
+def test_a_store_that_is_written_to_meanwhile_is_sound(tmp_path: Path) -> None:
+    """A live writer removes statistics that it has replaced; that is no damage."""
+    store, rows = new_store(tmp_path / "s"), list(batches(torch.randn(70, WIDTH)))
+    with writer(store, statistics=StatisticsAccumulator(small_layout(), ["covariance"])) as out:
+        out.put(rows[0])
+        out.commit()
+
+        def write_more(done: int, of: int) -> None:
+            if done == 1:
+                out.put(rows[1])
+                out.commit()
+
+        report = verify(store, write_more)
+        assert report.ok and report.rows == 7
+        assert open_store(store).statistics.rows == 14
+
+
+def test_a_store_that_is_merged_meanwhile_is_sound(tmp_path: Path) -> None:
+    store = full_store(tmp_path / "s")
+    merged: list[object] = []
+
+    def merge(done: int, of: int) -> None:
+        if not merged:
+            merged.append(merge_parts(store))
+
+    report = verify(store, merge)
+    assert merged and report.ok and report.rows == 45
