@@ -22,6 +22,7 @@ from logix_like.store.files import (
     Bytes,
     Place,
     checksum,
+    exists,
     make_folder,
     read_bytes,
     write_checked,
@@ -105,7 +106,7 @@ def read_chunk(file: Place, what: str, *, size: int | None = None, crc: int | No
     try:
         content = read_bytes(file)
     except OSError as error:
-        raise damaged(file, what, f"cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, what, error) from error
     payload = len(content) - CHECKSUM_BYTES
     if payload < 0 or (size is not None and payload != size):
         expected = "" if size is None else f", expected {size + CHECKSUM_BYTES}"
@@ -123,3 +124,13 @@ def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
         f"{file}, which holds {what}, {finding}; the bytes are not those that were committed: "
         "restore the file from a copy"
     )
+
+
+def unreadable(file: Place, what: str, error: OSError) -> StoreDamagedError:
+    """The error for a chunk file that the storage does not give; a merge since the store was opened takes files away."""
+    if isinstance(error, FileNotFoundError) and not exists(file.parent):
+        return StoreDamagedError(
+            f"{file}, which holds {what}, is gone with its folder: if the store was merged since it was opened "
+            "(logix-like compact), open it again or call refresh(); else restore the folder from a copy"
+        )
+    return damaged(file, what, f"cannot be read ({error.strerror or error})")

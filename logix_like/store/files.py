@@ -38,10 +38,12 @@ def as_place(path: str | PathLike[str] | ObjectPath) -> Place:
     """
     if isinstance(path, ObjectPath):
         return path
-    if isinstance(path, str) and "://" in path:
-        from logix_like.store.urls import place_of_url
+    if ":/" in str(path):
+        from logix_like.store.urls import place_of_url, require_no_url
 
-        return place_of_url(path)
+        if isinstance(path, str) and "://" in path:
+            return place_of_url(path)
+        require_no_url(path)
     return Path(path).absolute()  # once: where the process stands later changes nothing
 
 

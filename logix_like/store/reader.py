@@ -17,7 +17,7 @@ from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
-from logix_like.store.attempts import WriterInfo, read_writers, without_damage
+from logix_like.store.attempts import WriterInfo, read_intact, read_writers
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import CommitReader
 from logix_like.store.compaction import cache_folder
@@ -346,8 +346,9 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
             f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
             f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
         )
-    committed = read_writers(path, records)
-    writers = committed if intact is None else without_damage(committed, intact)
+    committed = writers = read_writers(path, records) if intact is None else ()
+    if intact is not None:
+        committed, writers = read_intact(path, records, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
     retractions = read_retractions(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from logix_like.query.completion import ensure_statistics
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     ENCODINGS,
+    Place,
+    damage,
     local,
     merge_parts,
     merging,
@@ -23,6 +26,7 @@ from logix_like.store import (
     supersede_steps,
     verify,
 )
+from logix_like.store.commits import RowsRecord
 from tests.store.broken_disk import BrokenDisk, Killed
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, chunk_mib, log, new_store, small_layout, writer
 from tests.store.test_store_verify import everything, flip
@@ -175,3 +179,27 @@ def test_merged_kronecker_factors_still_tell_of_rows_that_were_taken_back(tmp_pa
     assert open_store(store).statistics.superseded == 4 and verify(store).ok
     merge_parts(store)
     assert open_store(store).statistics.superseded == 4 and open_store(store).statistics.has("encoder.q", "samples")
+
+
+def test_a_reader_that_opens_during_a_merge_leaves_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``on_damage="skip"`` all files are read, which takes long: those of merged parts are gone, not damaged."""
+    store = scattered(tmp_path / "s")
+    read, merged = damage.damaged_files, []
+
+    def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
+        if not merged:
+            merged.append(merge_parts(store))
+        return read(folder, record, first)
+
+    monkeypatch.setattr(damage, "damaged_files", damaged_files)
+    opened = open_store(store, on_damage="skip")
+    assert merged and len(opened) == 92 and opened.damages == ()
+
+
+def test_a_reader_from_before_a_merge_is_told_of_it(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    reader = open_store(store)
+    merge_parts(store)
+    for read in (lambda: reader.gradients[:], lambda: reader.data_id):
+        with pytest.raises(StoreDamagedError, match=r"merged since it was opened .* refresh"):
+            read()
