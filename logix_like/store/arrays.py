@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from logix_like.errors import StoreDamagedError
+from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.store.documents import sealed
 from logix_like.store.files import (
     CHECKSUM_BYTES,
@@ -23,7 +23,9 @@ from logix_like.store.files import (
     Place,
     checksum,
     exists,
+    is_out_of_reach,
     make_folder,
+    out_of_reach,
     read_bytes,
     write_checked,
     write_file,
@@ -126,11 +128,13 @@ def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
     )
 
 
-def unreadable(file: Place, what: str, error: OSError) -> StoreDamagedError:
-    """The error for a chunk file that the storage does not give; a merge since the store was opened takes files away."""
+def unreadable(file: Place, what: str, error: OSError) -> StoreError:
+    """The error for a chunk file that the storage does not give: a merge takes files away, a network may be down."""
     if isinstance(error, FileNotFoundError) and not exists(file.parent):
         return StoreDamagedError(
             f"{file}, which holds {what}, is gone with its folder: if the store was merged since it was opened "
             "(logix-like compact), open it again or call refresh(); else restore the folder from a copy"
         )
+    if is_out_of_reach(error):
+        return out_of_reach(file, error)
     return damaged(file, what, f"cannot be read ({error.strerror or error})")

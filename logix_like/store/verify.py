@@ -16,7 +16,7 @@ import numpy as np
 from logix_like.errors import StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import DataId
 from logix_like.store.arrays import chunk_file, read_chunk
-from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
+from logix_like.store.checkpoints import check_record, check_weights, checkpoint_records
 from logix_like.store.columns import decode_ids, decode_texts
 from logix_like.store.commits import Commits, RowsRecord, read_commits
 from logix_like.store.creation import read_projections
@@ -27,7 +27,6 @@ from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
-    CHECKPOINTS,
     COLUMNS,
     COMMITS,
     DATA_ID,
@@ -179,7 +178,7 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         _document(store / WRITERS),
         *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
-        *_checkpoints(store, damages),
+        *_checkpoints(store),
         *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
         *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
@@ -269,13 +268,11 @@ def _statistics(folder: Place, commits: Commits, manifest: StoreManifest) -> Ite
         yield _Check(where, lambda: load_latest_statistics(folder, record, layout))
 
 
-def _checkpoints(store: Place, damages: list[Damage]) -> list[_Check]:
-    folder = store / CHECKPOINTS
-    records = _attempt(_Check(folder, lambda: list_checkpoints(store)), damages)
-    return [
-        _Check(folder / f"{one.number}.safetensors", lambda one=one: load_checkpoint(store, one.number))  # type: ignore[misc]
-        for one in (records if isinstance(records, tuple) else ())
-    ]
+def _checkpoints(store: Place) -> Iterator[_Check]:
+    for record in checkpoint_records(store):
+        yield _Check(record, lambda record=record: check_record(record))  # type: ignore[misc]
+        weights = record.parent / f"{record.stem}.safetensors"
+        yield _Check(weights, lambda record=record: check_weights(record))  # type: ignore[misc]
 
 
 def _listed(ids: tuple[DataId, ...], shown: int = 8) -> str:

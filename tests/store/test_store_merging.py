@@ -184,7 +184,7 @@ def test_merged_kronecker_factors_still_tell_of_rows_that_were_taken_back(tmp_pa
 def test_a_reader_that_opens_during_a_merge_leaves_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``on_damage="skip"`` all files are read, which takes long: those of merged parts are gone, not damaged."""
     store = scattered(tmp_path / "s")
-    read, merged = damage.damaged_files, []
+    read, merged = damage.damaged_files, list[object]()
 
     def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
         if not merged:
