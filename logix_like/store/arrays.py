@@ -30,7 +30,7 @@ from logix_like.store.files import (
     write_checked,
     write_file,
 )
-from logix_like.store.schema import DOCUMENT, group_document
+from logix_like.store.schema import DOCUMENT, WRITERS, group_document
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _TEXT = {"name": "vlen-utf8", "configuration": {}}
@@ -130,7 +130,7 @@ def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
 
 def unreadable(file: Place, what: str, error: OSError) -> StoreError:
     """The error for a chunk file that the storage does not give: a merge takes files away, a network may be down."""
-    if isinstance(error, FileNotFoundError) and not exists(file.parent):
+    if isinstance(error, FileNotFoundError) and f"/{WRITERS}/" in str(file) and not exists(file.parent):
         return StoreDamagedError(
             f"{file}, which holds {what}, is gone with its folder: if the store was merged since it was opened "
             "(logix-like compact), open it again or call refresh(); else restore the folder from a copy"

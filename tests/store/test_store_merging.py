@@ -203,3 +203,6 @@ def test_a_reader_from_before_a_merge_is_told_of_it(tmp_path: Path) -> None:
     for read in (lambda: reader.gradients[:], lambda: reader.data_id):
         with pytest.raises(StoreDamagedError, match=r"merged since it was opened .* refresh"):
             read()
+    shutil.rmtree(store / "projections")
+    with pytest.raises(StoreDamagedError, match=r"cannot be read .* restore the file from a copy"):
+        _ = open_store(store).projections
