@@ -164,7 +164,22 @@ class Statistics:
 
     def less(self, superseded: int) -> Statistics:
         """The same sums, known to cover so many rows that were taken back since."""
-        return Statistics(self.layout, self.sums, self.rows, superseded) if superseded else self
+        return Statistics(self.layout, self.sums, self.rows, self.superseded + superseded) if superseded else self
+
+    def with_row_sums(self, computed: Statistics, rows: int) -> Statistics:
+        """A copy of which all sums over rows are those of ``computed``, of ``rows`` stored rows.
+
+        Kronecker factors stay, and with them the count of rows that were taken back; corrected eigenvalues, which
+        are sums over rows too, are left out.
+        """
+        factors = set(self.ADDITIVE) - {"rows", *(field for fields in ROW_SUMS.values() for field in fields)}
+        sums = {
+            name: {field: total for field, total in self.sums.get(name, {}).items() if field in factors} | fields
+            for name, fields in computed.sums.items()
+        }
+        kept = any(factors & fields.keys() for fields in sums.values())
+        covered = rows if any(computed.sums.values()) else min(rows, self.rows)
+        return Statistics(self.layout, sums, covered, self.superseded if kept else 0)
 
     def _per_row(self, module: str, field: str) -> Tensor:
         return self._ratio(module, field, "rows")

@@ -15,19 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from logix_like.errors import StoreDamagedError
+from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.store.documents import sealed
 from logix_like.store.files import (
     CHECKSUM_BYTES,
     Bytes,
     Place,
     checksum,
+    exists,
+    is_out_of_reach,
     make_folder,
+    out_of_reach,
     read_bytes,
     write_checked,
     write_file,
 )
-from logix_like.store.schema import DOCUMENT, group_document
+from logix_like.store.schema import DOCUMENT, WRITERS, group_document
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _TEXT = {"name": "vlen-utf8", "configuration": {}}
@@ -105,7 +108,7 @@ def read_chunk(file: Place, what: str, *, size: int | None = None, crc: int | No
     try:
         content = read_bytes(file)
     except OSError as error:
-        raise damaged(file, what, f"cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, what, error) from error
     payload = len(content) - CHECKSUM_BYTES
     if payload < 0 or (size is not None and payload != size):
         expected = "" if size is None else f", expected {size + CHECKSUM_BYTES}"
@@ -123,3 +126,15 @@ def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
         f"{file}, which holds {what}, {finding}; the bytes are not those that were committed: "
         "restore the file from a copy"
     )
+
+
+def unreadable(file: Place, what: str, error: OSError) -> StoreError:
+    """The error for a chunk file that the storage does not give: a merge takes files away, a network may be down."""
+    if isinstance(error, FileNotFoundError) and f"/{WRITERS}/" in str(file) and not exists(file.parent):
+        return StoreDamagedError(
+            f"{file}, which holds {what}, is gone with its folder: if the store was merged since it was opened "
+            "(logix-like compact), open it again or call refresh(); else restore the folder from a copy"
+        )
+    if is_out_of_reach(error):
+        return out_of_reach(file, error)
+    return damaged(file, what, f"cannot be read ({error.strerror or error})")

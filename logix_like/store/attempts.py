@@ -67,6 +67,18 @@ def without_damage(writers: tuple[WriterInfo, ...], intact: IntactRows) -> tuple
     return tuple(kept)
 
 
+def read_intact(
+    path: Place, records: CommitReader, intact: IntactRows
+) -> tuple[tuple[WriterInfo, ...], tuple[WriterInfo, ...]]:
+    """All parts of a store, and the same without the commits of which a file is damaged."""
+    while True:
+        writers = read_writers(path, records)
+        kept = without_damage(writers, intact)
+        if kept == writers or [one.name for one in read_writers(path, records)] == [one.name for one in writers]:
+            return writers, kept
+        # A merge put one part in the place of others while their files were read: they are gone, not damaged.
+
+
 def read_writers(path: Place, records: CommitReader) -> tuple[WriterInfo, ...]:
     """All parts of a store that are read, in row order.
 

@@ -80,21 +80,37 @@ def save_checkpoint(
 
 def list_checkpoints(path: str | PathLike[str] | Place) -> tuple[CheckpointRecord, ...]:
     """The store's checkpoints in order."""
+    return tuple(sorted(map(_read_record, checkpoint_records(path)), key=lambda record: record.number))
+
+
+def checkpoint_records(path: str | PathLike[str] | Place) -> list[Place]:
+    """The files of the checkpoints' records, whatever is in them."""
     folder = as_place(path) / CHECKPOINTS
-    names = [name for name in names_in(folder) if _RECORD.fullmatch(name)]
-    return tuple(sorted((_read_record(folder / name) for name in names), key=lambda record: record.number))
+    return [folder / name for name in names_in(folder) if _RECORD.fullmatch(name)]
+
+
+def check_record(file: Place) -> None:
+    """Raise :class:`StoreDamagedError` if the record of a checkpoint is not as it was written."""
+    _read_record(file)
+
+
+def check_weights(record: Place) -> None:
+    """Raise :class:`StoreDamagedError` if the weights that a sound record names are not as they were written."""
+    try:
+        entry = _read_record(record)
+    except StoreDamagedError:
+        return  # by which nothing can be told of the weights
+    _load(record.parent, entry)
 
 
 def damaged_checkpoints(path: str | PathLike[str] | Place) -> tuple[int, ...]:
     """Numbers of the checkpoints whose record or weights are not as they were written; each is read."""
-    folder, damaged = as_place(path) / CHECKPOINTS, []
-    for name in names_in(folder):
-        if _RECORD.fullmatch(name):
-            number = int(name.partition(".")[0])
-            try:
-                _load(folder, _read_record(folder / name))
-            except StoreDamagedError:
-                damaged.append(number)
+    damaged = []
+    for file in checkpoint_records(path):
+        try:
+            _load(file.parent, _read_record(file))
+        except StoreDamagedError:
+            damaged.append(int(file.stem))
     return tuple(sorted(damaged))
 
 

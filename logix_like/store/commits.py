@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logix_like.errors import StoreDamagedError
-from logix_like.store.files import Place, checksum, exists, files_of
+from logix_like.store.files import Place, checksum, exists, files_of, is_out_of_reach, out_of_reach
 from logix_like.store.schema import COMMITS, GRADIENTS, TAILS
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -160,6 +160,8 @@ def read_commits(folder: Place) -> Commits:
             raise StoreDamagedError(f"{file} is missing, but the part has rows; restore it from a copy") from None
         return Commits()
     except OSError as error:
+        if is_out_of_reach(error):
+            raise out_of_reach(file, error) from error
         raise StoreDamagedError(f"{file} cannot be read: {error}") from error
     lines = content.split(b"\n")
     unfinished = lines.pop()

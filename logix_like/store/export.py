@@ -46,13 +46,15 @@ def export_rows(
         progress: Told of each piece.
 
     Raises:
-        ConfigError: The target ends in neither.
+        ConfigError: The target ends in neither, or is no file in a folder that exists.
         EmptyStoreError: No row is valid.
         MissingDependencyError: pyarrow is needed for parquet and not installed.
     """
     file = Path(target).absolute()
     if file.suffix not in WRITERS:
         raise ConfigError(f"{file.name!r} ends in none of {', '.join(WRITERS)}; the ending chooses the format")
+    if "://" in str(target) or not file.parent.is_dir() or file.is_dir():
+        raise ConfigError(f"{str(target)!r} cannot be written to: give a file in a folder of this machine that exists")
     rows = open_store(path).view(reduce)
     kept = np.flatnonzero(rows.valid)
     if not len(kept):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from errno import EACCES, ECONNRESET, EMFILE, ENFILE, ENOMEM, EPERM, ESTALE, ETIMEDOUT
 from os import PathLike
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logix_like.errors import LogixError, StoreWriteError
+from logix_like.errors import LogixError, StoreError, StoreWriteError
 from logix_like.store.local import LOCAL, sync_folder, temporary_name
 from logix_like.store.storage import Bytes, Content, Files, ObjectPath, Place
 
@@ -38,10 +39,12 @@ def as_place(path: str | PathLike[str] | ObjectPath) -> Place:
     """
     if isinstance(path, ObjectPath):
         return path
-    if isinstance(path, str) and "://" in path:
-        from logix_like.store.urls import place_of_url
+    if ":/" in str(path):
+        from logix_like.store.urls import place_of_url, require_no_url
 
-        return place_of_url(path)
+        if isinstance(path, str) and "://" in path:
+            return place_of_url(path)
+        require_no_url(path)
     return Path(path).absolute()  # once: where the process stands later changes nothing
 
 
@@ -57,6 +60,22 @@ def named_errors(place: Place) -> Iterator[None]:
             f"{place} could not be written to: {error}; what was committed before is safe: make room, or see to the "
             "storage and its permissions"
         ) from error
+
+
+_OUT_OF_REACH = (None, EACCES, EPERM, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT, ECONNRESET)
+
+
+def is_out_of_reach(error: OSError) -> bool:
+    """Whether a file could not be read for a reason that says nothing of its bytes: permissions, the network, ..."""
+    return not isinstance(error, FileNotFoundError) and error.errno in _OUT_OF_REACH
+
+
+def out_of_reach(place: Place, error: OSError) -> StoreError:
+    """The error for a file that is perhaps as it should be, and could not be read."""
+    return StoreError(
+        f"{place} could not be read ({error}); whether it is damaged is not known: see to its permissions, the network "
+        "or the credentials in the environment, and ask again"
+    )
 
 
 def checksum(buffer: Bytes, start: int = 0) -> int:

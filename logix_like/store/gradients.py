@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.arrays import chunk_file, damaged
+from logix_like.store.arrays import chunk_file, damaged, unreadable
 from logix_like.store.codecs import CODECS
 from logix_like.store.encoding import Encoding, StoredRows
 from logix_like.store.files import CHECKSUM_BYTES, Place, checksum, file_size, map_bytes
@@ -176,7 +176,7 @@ def _mapped(
             raise damaged(file, str(segment), f"has {found} bytes, expected {size + CHECKSUM_BYTES}")
         content = map_bytes(file)
     except OSError as error:
-        raise damaged(file, str(segment), f"cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, str(segment), error) from error
     data = np.frombuffer(content, np.uint8)
     if check and not _intact(data, segment.crc.get(array)):
         raise damaged(file, str(segment), "does not match its checksum")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import StoreError
+from logix_like.statistics import ROW_SUMS, Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
 from logix_like.store.codecs import UNCOMPRESSED, codec_named
 from logix_like.store.columns import id_text, value_text
@@ -158,13 +159,36 @@ def _write(store: GradientStore, kept: np.ndarray, folder: Path, old: list[str],
             epoch, step = cursor if last else (int(table.epoch[numbers[-1]]), int(table.step[numbers[-1]]))
             out.write(_encoded(table, numbers, stored), epoch=epoch, step=step)
             told(start + len(stored))
-        if store.statistics.rows:
-            save_statistics(folder / STATISTICS_FOLDER / "1", store.statistics, sync=True)
+        statistics = _statistics(store, kept)
+        if statistics.rows:
+            save_statistics(folder / STATISTICS_FOLDER / "1", statistics, sync=True)
             write_group(folder / STATISTICS_FOLDER, sync=True)
-            out.record_statistics(1, store.statistics.rows)
+            out.record_statistics(1, statistics.rows)
         out.seal()
     finally:
         out.abandon()
+
+
+def _statistics(store: GradientStore, kept: np.ndarray) -> Statistics:
+    """The statistics of the rows ``kept``, as far as some were gathered.
+
+    Where these cover other rows, sums over rows are taken anew. Kronecker factors cannot be: they go on telling how
+    many of their rows were taken back.
+    """
+    gathered, layout = store.statistics, store.table.layout
+    if gathered.rows == len(store) and not gathered.superseded:
+        return gathered
+    covariances = [block.size for block in layout if gathered.has(block.name, "outer_sum")]
+    names = [
+        name
+        for name, fields in ROW_SUMS.items()
+        if fields and any(all(gathered.has(block.name, field) for field in fields) for block in layout)
+    ]
+    accumulator = StatisticsAccumulator(layout, names, covariance_limit=max(covariances, default=0))
+    valid = store.valid[kept]
+    for piece in store.table.gradients.selected(kept):
+        accumulator.update(piece.decode()[torch.from_numpy(valid[piece.start : piece.stop])], covered=len(piece))
+    return gathered.with_row_sums(accumulator.snapshot(), len(kept))
 
 
 def _chunk_mib(store: GradientStore) -> float:

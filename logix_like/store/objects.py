@@ -97,9 +97,9 @@ class ObjectFiles(Files):
     def remove(self, folder: ObjectPath) -> None:
         """Remove all objects below ``folder``; those directly in it (its document) first, so that it is none."""
         keys = sorted((key for key, _ in self._list(folder)), key=lambda key: (key.count("/"), key))
-        for key in keys[:1]:
-            obstore.delete(self.store, key)
         with _os_errors(folder):
+            for key in keys[:1]:
+                obstore.delete(self.store, key)
             obstore.delete(self.store, keys[1:])
 
     def move(self, source: ObjectPath, target: ObjectPath) -> None:
@@ -142,7 +142,8 @@ class ObjectFiles(Files):
         return tuple(sorted((entry["path"], entry["e_tag"]) for entry in found)) or None
 
     def lock(self, store: ObjectPath, folder: ObjectPath, rank: int) -> ObjectLease:
-        return ObjectLease(store, folder / f"{rank}.lock", self.store)
+        with _os_errors(folder):
+            return ObjectLease(store, folder / f"{rank}.lock", self.store)
 
     def _put(self, path: ObjectPath, content: bytes) -> None:
         with _os_errors(path):

@@ -17,9 +17,9 @@ from logix_like.errors import ConfigError, QueryError, StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.statistics import Statistics
-from logix_like.store.attempts import WriterInfo, read_writers, without_damage
+from logix_like.store.attempts import WriterInfo, read_intact, read_writers
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.commits import CommitReader, StatisticsRecord, read_commits
+from logix_like.store.commits import CommitReader
 from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
@@ -41,7 +41,7 @@ from logix_like.store.schema import (
     StoreManifest,
     read_manifest,
 )
-from logix_like.store.sums import load_statistics
+from logix_like.store.sums import load_latest_statistics
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.views import SampleViews
@@ -249,7 +249,7 @@ class GradientStore:
     def statistics_of_writers(self) -> Mapping[str, Statistics]:
         """The latest statistics of each writer that has written some, by the writer's name."""
         return {
-            writer.name: _read_statistics(writer, writer.commits.statistics, self.modules).less(
+            writer.name: load_latest_statistics(writer.folder, writer.commits.statistics, self.modules).less(
                 self._superseded(writer)
             )
             for writer in self.writers
@@ -346,8 +346,9 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
             f"{path / DOCUMENT} names the dtype {manifest.encoding!r}, expected one of "
             f"{', '.join(ENCODINGS)}; upgrade logix_like, or restore the file from a copy"
         )
-    committed = read_writers(path, records)
-    writers = committed if intact is None else without_damage(committed, intact)
+    committed = writers = read_writers(path, records) if intact is None else ()
+    if intact is not None:
+        committed, writers = read_intact(path, records, intact)
     damages = () if intact is None else intact.findings(writer.folder for writer in writers)
     damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
     retractions = read_retractions(path)
@@ -358,15 +359,3 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
     views = SampleViews(path, manifest.created, table)
     return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
-
-
-def _read_statistics(writer: WriterInfo, record: StatisticsRecord, layout: Layout) -> Statistics:
-    folder = writer.folder / STATISTICS_FOLDER
-    try:
-        return load_statistics(folder / str(record.generation), layout, record.watermark)
-    except StoreDamagedError:
-        # A live writer removes a generation once it has switched to the next.
-        latest = read_commits(writer.folder).statistics
-        if latest is None or latest == record:
-            raise
-        return load_statistics(folder / str(latest.generation), layout, latest.watermark)

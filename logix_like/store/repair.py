@@ -148,6 +148,7 @@ class _Repair:
         """Keep the commits of a part whose files are all as they were committed, and no other."""
         if not exists(folder / COMMITS):
             self._aside(folder, "rows without a record of what was committed")
+            self._claim(folder)  # never a name again: retractions name parts
             return
         records, unreadable = salvage_records(folder)
         rows = [record for record in records if isinstance(record, RowsRecord)]
@@ -210,6 +211,9 @@ class _Repair:
                 codec=CODECS.get(own[0].codec, UNCOMPRESSED),
             )
             arrays.restore_documents(max(one.start + one.rows for one in own), own[0].crc)
+        self._claim(folder)
+
+    def _claim(self, folder: Path) -> None:
         attempt, rank = parse_writer_name(folder.name) or (0, 0)
         write_group(folder, {"rank": rank, "attempt": attempt})
 

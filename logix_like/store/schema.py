@@ -33,7 +33,7 @@ from urllib.parse import quote
 from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.store.documents import SEAL, sealed
-from logix_like.store.files import Place, read_bytes, write_file
+from logix_like.store.files import Place, is_out_of_reach, out_of_reach, read_bytes, write_file
 
 FORMAT = "logix_like"
 VERSION = 1
@@ -198,6 +198,8 @@ def _attributes(store: Place) -> dict[str, Any]:
             f"{store} holds no store: there is no {DOCUMENT}; give the folder <root>/<project> of a run"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and is_out_of_reach(error):
+            raise out_of_reach(document, error) from error
         raise StoreDamagedError(f"{document} cannot be read: {error}; restore it from a copy") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     if not isinstance(attributes, dict):

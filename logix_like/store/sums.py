@@ -12,9 +12,10 @@ from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.commits import StatisticsRecord, read_commits
 from logix_like.store.documents import unsealed
 from logix_like.store.files import Place, as_bytes, read_bytes
-from logix_like.store.schema import DOCUMENT
+from logix_like.store.schema import DOCUMENT, STATISTICS_FOLDER
 
 FIELDS = (*Statistics.ADDITIVE, *Statistics.CORRECTED)
 
@@ -33,7 +34,20 @@ def save_statistics(folder: Place, statistics: Statistics, *, sync: bool = False
         buffers = (as_bytes(tensor.double()) for tensor in tensors.values())
         numbers = sum(tensor.numel() for tensor in tensors.values())
         write_array(folder / name, spec, numbers, buffers, sync=sync)
-    write_group(folder, {"rows": statistics.rows, "fields": sorted(fields)}, sync=sync)
+    taken_back = {"superseded": statistics.superseded} if statistics.superseded else {}
+    write_group(folder, {"rows": statistics.rows, "fields": sorted(fields), **taken_back}, sync=sync)
+
+
+def load_latest_statistics(part: Place, record: StatisticsRecord, layout: Layout) -> Statistics:
+    """The statistics of a part by its latest record, or by a newer one: a live writer removes what it has replaced."""
+    while True:
+        try:
+            return load_statistics(part / STATISTICS_FOLDER / str(record.generation), layout, record.watermark)
+        except StoreDamagedError:
+            latest = read_commits(part).statistics
+            if latest is None or latest == record:
+                raise
+            record = latest
 
 
 def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statistics:
@@ -57,7 +71,7 @@ def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statisti
             if module not in sums:
                 raise _damaged(folder / name, f"names the module {module!r} that the store does not have")
             sums[module][name] = tensor
-    return Statistics(layout, sums, rows)
+    return Statistics(layout, sums, rows, _count(attributes.get("superseded", 0), folder))
 
 
 def _load_field(folder: Place) -> dict[str, Tensor]:

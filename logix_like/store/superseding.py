@@ -49,6 +49,8 @@ def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[Dat
             f"(a {type(unknown[0]).__name__}; a number and its text are two samples); nothing was taken back: give ids "
             "as they were logged"
         )
+    if not data_id:
+        return 0
     retract_ids(store.path, data_id)
     _remove_views(store)
     return sum(counts[one] for one in set(data_id))

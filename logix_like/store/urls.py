@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,16 @@ def split_url(url: str) -> tuple[str, str, str]:
     if match[1] != "file" and not parts.netloc:
         raise ConfigError(f"{url!r} names no bucket; give {match[1]}://bucket/key")
     return match[1], parts.netloc, key
+
+
+def require_no_url(path: str | PathLike[str]) -> None:
+    """Refuse ``s3:/bucket/key``, which is what a :class:`~pathlib.Path` makes of a URL: it would be a folder here."""
+    scheme, _, rest = os.fspath(path).partition(":/")
+    if scheme in SCHEMES:
+        raise ConfigError(
+            f"{os.fspath(path)!r} is a URL that has lost a slash, as in a Path; give it as text: '{scheme}://"
+            f"{rest.lstrip('/')}'"
+        )
 
 
 def _shown(url: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from logix_like.errors import StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import DataId
 from logix_like.store.arrays import chunk_file, read_chunk
-from logix_like.store.checkpoints import list_checkpoints, load_checkpoint
+from logix_like.store.checkpoints import check_record, check_weights, checkpoint_records
 from logix_like.store.columns import decode_ids, decode_texts
 from logix_like.store.commits import Commits, RowsRecord, read_commits
 from logix_like.store.creation import read_projections
@@ -27,7 +27,6 @@ from logix_like.store.journal import journals, read_journal
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.retractions import read_retraction, retraction_files
 from logix_like.store.schema import (
-    CHECKPOINTS,
     COLUMNS,
     COMMITS,
     DATA_ID,
@@ -44,7 +43,7 @@ from logix_like.store.schema import (
     StoreManifest,
     read_manifest,
 )
-from logix_like.store.sums import load_statistics
+from logix_like.store.sums import load_latest_statistics
 
 Progress = Callable[[int, int], None]
 """Told of each step: how many there were, and how many there are to be."""
@@ -105,9 +104,25 @@ class _Check:
 def verify(path: str | PathLike[str] | Place, progress: Progress | None = None) -> VerifyReport:
     """Read all of the store at ``path``; nothing is written, and nothing that is found is raised.
 
+    Of a live store what was committed at the beginning is checked. Where parts or views came or went meanwhile (a
+    merge), files that are missing are no finding yet: all is read again.
+
     Raises :class:`StoreNotFoundError` and :class:`StoreVersionError` where there is no store to check.
     """
     store = as_place(path)
+    while True:
+        known = _parts_and_views(store)
+        report = _read_all(store, progress)
+        if report.ok or _parts_and_views(store) == known:
+            return report
+
+
+def _parts_and_views(store: Place) -> list[list[str]]:
+    parts = [name for name in names_in(store / WRITERS) if parse_writer_name(name) is not None]
+    return [parts, [name for name in names_in(store / MEAN_VIEWS) if not name.startswith(".")]]
+
+
+def _read_all(store: Place, progress: Progress | None) -> VerifyReport:
     damages: list[Damage] = []
     manifest = _attempt(_Check(store / DOCUMENT, lambda: read_manifest(store)), damages)
     checks = list(_documents(store))
@@ -147,7 +162,15 @@ def _documents(store: Place) -> Iterator[_Check]:
         # Hidden names are unfinished.
         within = str(file)[inside:]
         if file.name == DOCUMENT and "/." not in within and not within.startswith(f"/{QUARANTINE}/"):
-            yield _Check(file, lambda file=file: unsealed(read_bytes(file)))  # type: ignore[misc]
+            yield _Check(file, lambda file=file: _unsealed_if_there(file))  # type: ignore[misc]
+
+
+def _unsealed_if_there(file: Place) -> object:
+    """A document that was there when the store was listed; those that there must be are asked for by name."""
+    try:
+        return unsealed(read_bytes(file))
+    except FileNotFoundError:
+        return None
 
 
 def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> tuple[int, list[_Check]]:
@@ -155,7 +178,7 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         _document(store / WRITERS),
         *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
-        *_checkpoints(store, damages),
+        *_checkpoints(store),
         *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
         *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
     ]
@@ -242,16 +265,14 @@ def _statistics(folder: Place, commits: Commits, manifest: StoreManifest) -> Ite
     record, layout = commits.statistics, manifest.layout
     if record is not None and layout is not None:
         where = folder / STATISTICS_FOLDER / str(record.generation)
-        yield _Check(where, lambda: load_statistics(where, layout, record.watermark))
+        yield _Check(where, lambda: load_latest_statistics(folder, record, layout))
 
 
-def _checkpoints(store: Place, damages: list[Damage]) -> list[_Check]:
-    folder = store / CHECKPOINTS
-    records = _attempt(_Check(folder, lambda: list_checkpoints(store)), damages)
-    return [
-        _Check(folder / f"{one.number}.safetensors", lambda one=one: load_checkpoint(store, one.number))  # type: ignore[misc]
-        for one in (records if isinstance(records, tuple) else ())
-    ]
+def _checkpoints(store: Place) -> Iterator[_Check]:
+    for record in checkpoint_records(store):
+        yield _Check(record, lambda record=record: check_record(record))  # type: ignore[misc]
+        weights = record.parent / f"{record.stem}.safetensors"
+        yield _Check(weights, lambda record=record: check_weights(record))  # type: ignore[misc]
 
 
 def _listed(ids: tuple[DataId, ...], shown: int = 8) -> str:

@@ -79,6 +79,9 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     store = visited(tmp_path / "s")
     with pytest.raises(ConfigError, match=r"'out.csv' ends in none of \.npz, \.parquet"):
         export_rows(store, tmp_path / "out.csv")
+    for target in (tmp_path / "none" / "out.npz", "s3://bucket/out.npz"):
+        with pytest.raises(ConfigError, match="a file in a folder of this machine that exists"):
+            export_rows(store, target)
     with pytest.raises(EmptyStoreError, match="no valid row"):
         export_rows(new_store(tmp_path / "empty"), tmp_path / "out.npz")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -210,9 +210,11 @@ class TestS3Files(ObjectContract):
         ("s3://bucket/../a", "a part that is empty, '.' or '..'"),
         ("s3://bucket//a//b", "a part that is empty"),
         ("file://host/a", "another machine"),
+        ("s3:/bucket/a", "lost a slash.*'s3://bucket/a'"),
+        (Path("s3://bucket/a"), "lost a slash.*'s3://bucket/a'"),
     ],
 )
-def test_a_url_that_cannot_name_a_store_is_refused(url: str, message: str) -> None:
+def test_a_url_that_cannot_name_a_store_is_refused(url: str | Path, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         as_place(url)
     assert "secret" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.query.completion import ensure_statistics
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     ENCODINGS,
+    Place,
+    damage,
     local,
     merge_parts,
     merging,
@@ -22,6 +26,7 @@ from logix_like.store import (
     supersede_steps,
     verify,
 )
+from logix_like.store.commits import RowsRecord
 from tests.store.broken_disk import BrokenDisk, Killed
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, chunk_mib, log, new_store, small_layout, writer
 from tests.store.test_store_verify import everything, flip
@@ -142,3 +147,62 @@ def test_an_empty_store_and_one_chunk_are_left_alone(tmp_path: Path) -> None:
     log(store, torch.randn(2 * CHUNK_ROWS + 3, WIDTH))
     before = everything(open_store(store))
     assert merge_parts(store).parts == (1, 1) and everything(open_store(store)) == before
+
+
+def test_merged_statistics_are_those_of_the_rows_that_stand(tmp_path: Path) -> None:
+    """Also once as many new rows, of which none was gathered, make up for those that were dropped."""
+    store, rows = new_store(tmp_path / "s", "float64"), torch.randn(24, WIDTH).double()
+    with writer(store, "float64", statistics=StatisticsAccumulator(small_layout(), ["mean", "covariance"])) as out:
+        for batch in batches(rows[:21]):
+            out.put(batch)
+    supersede_samples(store, [0, 1, 2])
+    merge_parts(store)
+    merged = open_store(store).statistics
+    assert (merged.rows, merged.superseded) == (18, 0)
+    log(store, rows[21:], "float64")
+    found = ensure_statistics(open_store(store), ["covariance"])
+    for block in small_layout():
+        part, whole = rows[3:21, block.columns], rows[3:, block.columns]
+        torch.testing.assert_close(merged.covariance(block.name), part.T @ part / 18)
+        torch.testing.assert_close(found.covariance(block.name), whole.T @ whole / 21)
+
+
+def test_merged_kronecker_factors_still_tell_of_rows_that_were_taken_back(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store, statistics=StatisticsAccumulator(small_layout(), ["kronecker", "covariance"])) as out:
+        for batch in batches(torch.randn(21, WIDTH)):
+            out.put(batch)
+    supersede_samples(store, [0, 1, 2])
+    merge_parts(store)
+    assert (open_store(store).statistics.rows, open_store(store).statistics.superseded) == (18, 3)
+    supersede_samples(store, [3])
+    assert open_store(store).statistics.superseded == 4 and verify(store).ok
+    merge_parts(store)
+    assert open_store(store).statistics.superseded == 4 and open_store(store).statistics.has("encoder.q", "samples")
+
+
+def test_a_reader_that_opens_during_a_merge_leaves_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``on_damage="skip"`` all files are read, which takes long: those of merged parts are gone, not damaged."""
+    store = scattered(tmp_path / "s")
+    read, merged = damage.damaged_files, list[object]()
+
+    def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
+        if not merged:
+            merged.append(merge_parts(store))
+        return read(folder, record, first)
+
+    monkeypatch.setattr(damage, "damaged_files", damaged_files)
+    opened = open_store(store, on_damage="skip")
+    assert merged and len(opened) == 92 and opened.damages == ()
+
+
+def test_a_reader_from_before_a_merge_is_told_of_it(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    reader = open_store(store)
+    merge_parts(store)
+    for read in (lambda: reader.gradients[:], lambda: reader.data_id):
+        with pytest.raises(StoreDamagedError, match=r"merged since it was opened .* refresh"):
+            read()
+    shutil.rmtree(store / "projections")
+    with pytest.raises(StoreDamagedError, match=r"cannot be read .* restore the file from a copy"):
+        _ = open_store(store).projections

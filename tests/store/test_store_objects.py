@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from obstore.exceptions import PermissionDeniedError
 
 import logix_like as logix
 from logix_like.errors import MissingDependencyError, StoreDamagedError, StoreError, StoreExistsError, StoreWriteError
@@ -184,6 +185,17 @@ def test_a_lease_that_was_taken_over_is_noticed(root: str, monkeypatch: pytest.M
         out.commit()
     out.close()
     assert len(open_store(root)) == 5
+
+
+def test_what_the_storage_refuses_a_lock_is_named(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(as_place(root))
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionDeniedError("no permission to put it")
+
+    monkeypatch.setattr(leases._State, "_put", refuse)
+    with pytest.raises(StoreWriteError, match="no permission to put it"):
+        writer(store)
 
 
 def test_a_run_logs_and_answers_by_url(root: str, tmp_path: Path) -> None:

@@ -147,3 +147,15 @@ def test_after_any_damage_a_repair_makes_the_store_clean(tmp_path: Path, kind: s
         gone = set(contents(original)) - set(contents(store)) - ({file} if kind == "missing" else set())
         assert gone <= {name.partition("/")[2] for name in kept}, f"{kind} {file}: something was deleted"
         shutil.rmtree(store)
+
+
+def test_a_part_that_was_taken_out_never_lends_its_name_again(tmp_path: Path) -> None:
+    """Retractions name parts: rows of another one of that name would count as taken back."""
+    store = new_store(tmp_path / "s")
+    log(store, torch.randn(20, WIDTH))
+    supersede_samples(store, [0, 1, 2])
+    (store / "writers/0-1/commits").unlink()
+    assert repair(store).ok
+    log(store, torch.randn(20, WIDTH))
+    opened = open_store(store)
+    assert opened.writers[-1].name == "0-2" and opened.valid.all() and len(opened) == 20

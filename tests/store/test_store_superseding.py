@@ -147,3 +147,9 @@ def test_a_damaged_retraction_is_named(tmp_path: Path, spoil: str) -> None:
     with pytest.raises(StoreDamagedError, match=str(file)):
         open_store(store)
     assert [damage.file for damage in verify(store).damages] == [file]
+
+
+def test_forgetting_no_sample_does_nothing(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "s")
+    log(store, torch.randn(5, WIDTH))
+    assert supersede_samples(store, []) == 0 and open_store(store).retractions == ()

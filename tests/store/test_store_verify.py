@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import logix_like as logix
-from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreNotFoundError
+from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreError, StoreNotFoundError
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import GradientStore, build_view, open_store, save_checkpoint, verify
+from logix_like.store import GradientStore, build_view, merge_parts, open_store, save_checkpoint, verify
+from logix_like.store.local import LOCAL
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.training import data, network, trained_run
 
@@ -173,3 +176,64 @@ def test_a_loaded_run_fails_on_damage_or_says_what_it_left_out(tmp_path: Path) -
         answer()
     left = answer(on_damage="skip")
     assert "10 stored rows left out (their files are damaged)" in left.note and left.samples == 36
+
+
+def test_a_store_that_is_written_to_meanwhile_is_sound(tmp_path: Path) -> None:
+    """A live writer removes statistics that it has replaced; that is no damage."""
+    store, rows = new_store(tmp_path / "s"), list(batches(torch.randn(70, WIDTH)))
+    with writer(store, statistics=StatisticsAccumulator(small_layout(), ["covariance"])) as out:
+        out.put(rows[0])
+        out.commit()
+
+        def write_more(done: int, of: int) -> None:
+            if done == 1:
+                out.put(rows[1])
+                out.commit()
+
+        report = verify(store, write_more)
+        assert report.ok and report.rows == 7
+        assert open_store(store).statistics.rows == 14
+
+
+def test_a_store_that_is_merged_meanwhile_is_sound(tmp_path: Path) -> None:
+    store = full_store(tmp_path / "s")
+    merged: list[object] = []
+
+    def merge(done: int, of: int) -> None:
+        if not merged:
+            merged.append(merge_parts(store))
+
+    report = verify(store, merge)
+    assert merged and report.ok and report.rows == 45
+
+
+def test_each_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    store = full_store(tmp_path / "s")
+    for step in (2, 3):
+        save_checkpoint(store, {"w": torch.full((3,), float(step))}, step=step)
+    flip(store / "checkpoints/1.json", 40)
+    flip(store / "checkpoints/3.safetensors", 600)
+    found = {damage.file for damage in verify(store).damages}
+    assert found == {store / "checkpoints/1.json", store / "checkpoints/3.safetensors"}
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "writers/0-1/commits", "writers/0-1/gradients/c.0.0"])
+@pytest.mark.parametrize("on_damage", ["raise", "skip"])
+def test_what_cannot_be_reached_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, on_damage: Literal["raise", "skip"]
+) -> None:
+    """A missing permission or a network that is down says nothing of the bytes: nothing is left out for it."""
+    store = full_store(tmp_path / "s")
+    refused = PermissionError(errno.EACCES, "Permission denied")
+
+    def refuse(path: Path, read: Callable[[Path], Any]) -> Any:
+        if path == store / file:
+            raise refused
+        return read(path)
+
+    for name in ("read", "map"):
+        read = getattr(LOCAL, name)
+        monkeypatch.setattr(LOCAL, name, lambda path, read=read: refuse(path, read))
+    with pytest.raises(StoreError, match=r"could not be read .*Permission denied.* not known") as caught:
+        _ = open_store(store, on_damage=on_damage).gradients[:]
+    assert not isinstance(caught.value, StoreDamagedError)
