@@ -168,8 +168,8 @@ class _Passes:
     def _require_same_samples(self, first: int, second: int) -> None:
         if first != second:
             raise StatisticsError(
-                f"the first pass over the loader saw {first:,} samples and the second {second:,}: EK-FAC needs the same "
-                "ones twice; give a list or a DataLoader (a generator is spent after one pass), or fit kind='kfac'"
+                f"the first pass over the loader saw {first:,} samples and the second {second:,}: EK-FAC needs the "
+                "same ones twice; give a list or a DataLoader (a generator is spent after one pass), or fit kind='kfac'"
             )
 
     def _run(self, name: str, sink: Sink, sums: dict[str, Tensor]) -> None:

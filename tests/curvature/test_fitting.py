@@ -287,7 +287,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*; it must be a whole number from"):
             fit_curvature(model, batches, progress=False, **options)
     with pytest.raises(ConfigError, match="unknown precision 'low'; known: highest, high, medium"):
-        fit_curvature(model, batches, precision="low", progress=False)  # type: ignore[arg-type]
+        fit_curvature(model, batches, precision="low", progress=False)
     with pytest.raises(StatisticsError, match="not finite"):
         fit_curvature(model, [(x * math.nan, y) for x, y in batches], progress=False)
     reduced = Objective(outputs=lambda m, b: m(b[0]).detach(), targets=lambda b: b[1])
