@@ -326,13 +326,13 @@ def test_a_group_is_a_list_and_not_the_letters_of_an_id(engine: QueryEngine, que
     if isinstance(ids, set):
         engine.group_influence(query, {"a": ids}, **OPTIONS)
         return
-    with pytest.raises(QueryError, match="the group 'a' is .*; it must be a list of ids"):
+    with pytest.raises(QueryError, match=r"the group 'a' is .*; it must be a list of ids"):
         engine.group_influence(query, {"a": ids}, **OPTIONS)
 
 
 @pytest.mark.parametrize("value", [[[1]], slice(1, 2), {"a": [1]}.values()])
 def test_what_cannot_stand_in_a_column_is_refused(engine: QueryEngine, query: QueryGradients, value: Any) -> None:
-    with pytest.raises(QueryError, match="where asks for step = .*; it must be one value, or a list of values"):
+    with pytest.raises(QueryError, match=r"where asks for step = .*; it must be one value, or a list of values"):
         engine.influence(query, where={"step": value}, **OPTIONS)
 
 
