@@ -96,6 +96,14 @@ class Damping:
         return spectrum.mean * (self.value if self.kind == "relative" else shrinkage_damping(spectrum))
 
 
+def require_amount(damping: object) -> float:
+    """``damping`` where only a number makes sense; :class:`QueryError` for anything else."""
+    found = Damping.of(damping)
+    if isinstance(damping, str | Mapping):
+        raise QueryError(f"damping is {damping!r}; this estimator takes a number of at least 0")
+    return found.value
+
+
 def shrinkage_damping(spectrum: Spectrum) -> float:
     """The multiple of the mean eigenvalue that ``auto`` stands for."""
     size, rows = spectrum.size, spectrum.rows

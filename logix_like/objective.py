@@ -67,7 +67,9 @@ class Categorical(Likelihood):
         uniform = torch.empty_like(total).uniform_(generator=generator)
         # Strictly below the total, so that no class without probability is drawn.
         level = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-        drawn = torch.searchsorted(cumulative, level, right=True).view(targets.shape)
+        # Logits that are not finite would draw a class that does not exist; so they go on into the losses.
+        last = outputs.shape[-1] - 1
+        drawn = torch.searchsorted(cumulative, level, right=True).clamp_max_(last).view(targets.shape)
         return torch.where(targets == IGNORED, targets, drawn)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ block is zero (it was never used) gets the preconditioner 0: it takes no part in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
@@ -265,7 +265,7 @@ class FittedPreconditioner:
             self._groups[dtype] = self._materialise(dtype)
         applied = torch.empty_like(rows, dtype=dtype)
         for group in self._groups[dtype]:
-            group.apply(rows.to(dtype), applied)
+            group.apply(rows, applied, dtype)
         return applied
 
     def _materialise(self, dtype: torch.dtype) -> tuple[_Group, ...]:
@@ -275,7 +275,10 @@ class FittedPreconditioner:
             self._described[block.name] = fitted.kind, fitted.damping
             if fitted.rows is not None:
                 self._rows[block.name] = fitted.rows
-            leaves[block.name] = _cast(fitted.preconditioner, dtype)
+            leaf = _cast(fitted.preconditioner, dtype)
+            # The inverse for gradients near 1e-20 is beyond float32, though its product with them is not.
+            finite = all(bool(tensor.isfinite().all()) for tensor in _tensors(leaf))
+            leaves[block.name] = leaf if finite else fitted.preconditioner
         groups = _equal_blocks(self.layout, leaves)
         return tuple(_Group.stack([(block, leaves[block.name]) for block in group]) for group in groups)
 
@@ -317,22 +320,27 @@ class _Group:
             columns = torch.cat([torch.arange(b.columns.start, b.columns.stop) for b in blocks])
         return cls(columns, len(members), _stack([leaf for _, leaf in members]))
 
-    def apply(self, rows: Tensor, out: Tensor) -> None:
-        """Write the group's columns of the result into ``out``, which has the shape of ``rows``."""
-        blocks = rows[:, self._columns].reshape(len(rows), self._count, -1).transpose(0, 1)
+    def apply(self, rows: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+        """Write the group's columns of the result into ``out``, which has the shape of ``rows``.
+
+        Works in ``dtype``, or in that of its leaf where this is wider.
+        """
+        dtype = next((tensor.dtype for tensor in _tensors(self._leaf)), dtype)
+        blocks = rows[:, self._columns].to(dtype).reshape(len(rows), self._count, -1).transpose(0, 1)
         applied = self._leaf.apply(blocks).transpose(0, 1)
         if isinstance(self._columns, slice):  # written in place: one copy, not two
             out[:, self._columns].view(len(rows), self._count, -1).copy_(applied)
         else:
-            out[:, self._columns] = applied.flatten(1)
+            out[:, self._columns] = applied.flatten(1).to(out.dtype)
 
 
 def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[list[ModuleBlock]]:
     """The blocks of ``layout`` in groups whose leaves can be stacked."""
-    groups: dict[tuple[str, tuple[int, int]], list[ModuleBlock]] = {}
+    groups: dict[tuple[Hashable, ...], list[ModuleBlock]] = {}
     for block in layout:
-        kind = type(leaves[block.name]).__name__
-        groups.setdefault((kind, block.matrix), []).append(block)
+        leaf = leaves[block.name]
+        kind = type(leaf), *(tensor.dtype for tensor in _tensors(leaf))
+        groups.setdefault((*kind, block.matrix), []).append(block)
     return list(groups.values())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.curvature.sweep import Blocks
+from logix_like.damping import Damping, DampingSetting, Spectrum
 from logix_like.errors import ModelMismatchError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
@@ -85,9 +86,9 @@ class Curvature:
             name: self.bases[name][0].restore(self.bases[name][1].restore(c.mT).mT) for name, c in coordinates.items()
         }
 
-    def shift(self, block: str, damping: float) -> float:
-        """``lambda`` of a block: ``damping`` times the mean of its eigenvalues."""
-        return damping * float(self.eigenvalues[block].mean())
+    def shift(self, block: str, damping: DampingSetting) -> float:
+        """``lambda`` of a block, by a setting of :mod:`logix_like.damping`."""
+        return _shift(self.eigenvalues[block], Damping.of(damping), self.fisher.samples)
 
     def weights(self, f: Function) -> dict[str, Tensor]:
         """``f(Lambda)`` of every block."""
@@ -114,17 +115,23 @@ class Curvature:
         return self.restore({name: rotated.mul_(weights.to(rotated))})[name]
 
 
-def damped_inverse_of(damping: float) -> Function:
+def damped_inverse_of(damping: DampingSetting, samples: int = 0) -> Function:
     """``1 / (Lambda + lambda)`` with ``lambda`` = ``damping`` times the mean eigenvalue of the block.
 
+    The other settings of :mod:`logix_like.damping` are taken too; ``"auto"`` needs to know of how many ``samples``.
     A block that was never used has only zeros and gets zeros: it takes no part. The function raises
     :class:`StatisticsError` where a block is singular.
     """
+    checked = Damping.of(damping)
 
     def inverse(block: str, values: Tensor) -> Tensor:
-        return damped_reciprocal(values, damping * float(values.mean()), block).to(values.device)
+        return damped_reciprocal(values, _shift(values, checked, samples), block).to(values.device)
 
     return inverse
+
+
+def _shift(values: Tensor, damping: Damping, samples: int) -> float:
+    return damping.shift(Spectrum(values.numel(), float(values.sum()), float(values.square().sum()), samples))
 
 
 def ones(block: str, values: Tensor) -> Tensor:

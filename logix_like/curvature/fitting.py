@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis, eigenbasis
 from logix_like.linalg.finite import require_finite
 from logix_like.linalg.kronecker import product_eigenvalues
-from logix_like.linalg.products import Precision
+from logix_like.linalg.products import PRECISIONS, Precision
 from logix_like.objective import Batch, Objective
 from logix_like.weights import fingerprint
 
@@ -67,7 +69,8 @@ def fit_curvature(
             as ``lambda: run.at_checkpoints("all")`` does.
         widest: Sides wider than this are split into parts whose cross terms are dropped.
         precision: Of the products of factors, in torch's words; the model's own are not touched.
-        resume_from: A file to which the sums go every few minutes; a fit that was interrupted goes on from it.
+        resume_from: A folder to which the sums go every few minutes; a fit that was interrupted goes on from it, and
+            what a finished one had there is removed.
         progress: Whether a bar is shown.
 
     Raises:
@@ -77,9 +80,22 @@ def fit_curvature(
     """
     _require(kind, ("ekfac", "kfac"), "kind")
     _require(labels, ("sampled", "empirical"), "labels")
+    _require(precision, PRECISIONS, "precision")
+    _require_whole(widest, "widest", 1)
+    _require_whole(seed, "seed", 0)
     sweep = Sweep(model, objective or Objective(), selection or default_selection(model), mask=mask)
     weights = fingerprint(model) if at is once else ""
-    partial = PartialFit(resume_from, {"labels": labels, "seed": seed, "weights": weights, "widest": widest})
+    partial = PartialFit(
+        resume_from,
+        {
+            "labels": labels,
+            "seed": seed,
+            "weights": weights,
+            "widest": widest,
+            "modules": _described(sweep.layout),
+            "batches": len(loader) if isinstance(loader, Sized) else None,
+        },
+    )
     passes = _Passes(sweep, loader, labels, seed, at, partial, progress)
     curvature = partial.factors()
     if curvature is None:
@@ -89,6 +105,12 @@ def fit_curvature(
         curvature = passes.corrected(curvature, precision)
     partial.remove()
     return curvature
+
+
+def _described(layout: Layout) -> str:
+    """Tells the modules of a fit from others, in few letters."""
+    blocks = json.dumps([(block.name, block.kind, block.shape) for block in layout])
+    return f"{len(layout)} modules ({hashlib.blake2b(blocks.encode(), digest_size=6).hexdigest()})"
 
 
 def default_selection(model: nn.Module) -> Selection:
@@ -135,12 +157,20 @@ class _Passes:
         curvature.layout.require_same(self._sweep.layout)
         sink = SquareSums(curvature.bases, precision)
         self._run("eigenvalues", sink, sink.sums)
+        self._require_same_samples(curvature.fisher.samples, int(sink.sums.get("samples", 0)))
         eigenvalues = {}
         for name, values in curvature.eigenvalues.items():
             total = sink.sums.get(f"squares/{name}", torch.zeros_like(values))
             require_finite(total, name)
             eigenvalues[name] = total / sink.sums["samples"].to(total.device)
         return Curvature("ekfac", curvature.layout, curvature.bases, eigenvalues, curvature.fisher)
+
+    def _require_same_samples(self, first: int, second: int) -> None:
+        if first != second:
+            raise StatisticsError(
+                f"the first pass over the loader saw {first:,} samples and the second {second:,}: EK-FAC needs the "
+                "same ones twice; give a list or a DataLoader (a generator is spent after one pass), or fit kind='kfac'"
+            )
 
     def _run(self, name: str, sink: Sink, sums: dict[str, Tensor]) -> None:
         done = self._partial.restore(name, sums, self._sweep)
@@ -176,6 +206,11 @@ def _side(sink: FactorSums, side: str, name: str, layout: Layout) -> tuple[Tenso
         return eigenbasis(moments)
     width = layout[name].shape[1 if side == "input" else 0]  # never called: it takes no part
     return torch.zeros(width, dtype=torch.float64), Basis((torch.eye(width, dtype=torch.float64),))
+
+
+def _require_whole(value: object, what: str, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise ConfigError(f"{what} is {value!r}; it must be a whole number from {least} to {2**31 - 1}")
 
 
 def _require(value: object, known: tuple[str, ...], what: str) -> None:

@@ -159,8 +159,8 @@ class SquareSums(EigenSink):
         else:
             squares = (outputs.mT @ inputs).square_().sum(0)
         key = f"squares/{block}"
-        if key in self.sums:
-            self.sums[key] += squares
+        if key in self.sums:  # sums that were restored lie on the CPU
+            self.sums[key] = self.sums[key].to(squares.device).add_(squares)
         else:
             self.sums[key] = squares.double()
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.curvature.curvature import Curvature
 from logix_like.curvature.operators import Flattener
+from logix_like.errors import ModelMismatchError
+from logix_like.linalg.inverse import damped_reciprocal
 
 
 class KroneckerPreconditioner:
@@ -31,24 +33,38 @@ class KroneckerPreconditioner:
         self._parts = [
             (tracked, tracked.uses[-1].block, *_names(tracked, names))
             for tracked in selection.modules
-            if tracked.uses[-1].block == tracked.name
+            if tracked.uses[-1].block == tracked.name and tracked.name in curvature.eigenvalues
         ]
+        if not self._parts:
+            raise ModelMismatchError(
+                f"the curvature has the modules {', '.join(curvature.layout.names)}, none of which the model has: it "
+                "is that of another model; fit one for this"
+            )
         values = [curvature.eigenvalues[block].flatten() for _, block, *_ in self._parts]
         self._mean = float(torch.cat(values).mean()) if values else 0.0
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The approximate inverse times each of ``vectors [n, size]``."""
         tensors = self._flattener.split(vectors)
-        found = {name: tensor / (self._mean + self._damping) for name, tensor in tensors.items()}
+        rest = float(self._inverse("parameters without a block", torch.tensor(self._mean, dtype=torch.float64)))
+        found = {name: tensor * rest for name, tensor in tensors.items()}
         for tracked, block, weight, bias in self._parts:
             if any(name is not None and name not in tensors for name in (weight, bias)):
                 continue
             matrices = _matrices(tracked, tensors, weight, bias)
-            if matrices is None or matrices.shape[1:] != self._curvature.layout[block].shape:
+            if matrices is None:
                 continue
-            moved = self._curvature.apply(lambda _, values: 1 / (values + self._damping), {block: matrices})[block]
+            if matrices.shape[1:] != self._curvature.layout[block].shape:
+                raise ModelMismatchError(
+                    f"module {block!r} has {tuple(matrices.shape[1:])} numbers and the curvature "
+                    f"{self._curvature.layout[block].shape}: it is that of another model; fit one for this"
+                )
+            moved = self._curvature.apply(self._inverse, {block: matrices})[block]
             _scatter(tracked, moved, found, weight, bias)
         return self._flattener.join(found, 1).to(vectors)
+
+    def _inverse(self, block: str, values: Tensor) -> Tensor:
+        return damped_reciprocal(values, self._damping, block).to(values.device)
 
 
 def _names(tracked: TrackedModule, names: dict[int, str]) -> tuple[str | None, str | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -50,10 +48,6 @@ class FactorSums(Sink):
             found.append(total / count.clamp_min(1).to(total.device))
         return found
 
-    def restore(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on from sums that were saved."""
-        self.sums = dict(sums)
-
     def _counted(self, factor: Tensor) -> tuple[Tensor, int]:
         """``[n, width]`` without the positions that the mask leaves out, and how many are left."""
         if self._mask is not None and self._mask.shape == factor.shape[:2]:
@@ -65,8 +59,8 @@ class FactorSums(Sink):
         with products(self._precision):
             for number, part in enumerate(flat.split(part_sizes(flat.shape[1], self._most), 1)):
                 moment, key = part.T @ part, f"{name}/{number}"
-                if key in self.sums:
-                    self.sums[key] += moment
+                if key in self.sums:  # sums that were restored lie on the CPU
+                    self.sums[key] = self.sums[key].to(moment.device).add_(moment)
                 else:
                     self.sums[key] = moment.double()
 

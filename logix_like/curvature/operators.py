@@ -16,7 +16,7 @@ from torch.func import grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logix_like.curvature.sweep import Losses, on_device
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, StatisticsError
 from logix_like.objective import Batch, Objective, bound
 from logix_like.weights import frozen
 
@@ -74,7 +74,12 @@ class Operator(ABC):
         for batch in batches:
             total += self.sum(batch, vectors)
             count += self.samples(batch)
-        return total / max(count, 1)
+        if not count:
+            raise StatisticsError(
+                "there are no samples to take the curvature of: the loader yielded no batch (a generator is spent "
+                "after one pass: give a list or a DataLoader)"
+            )
+        return total / count
 
     @abstractmethod
     def _sum(self, batch: Batch, vectors: Tensor) -> Tensor: ...

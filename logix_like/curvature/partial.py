@@ -12,10 +12,12 @@ from torch import Tensor
 from logix_like.curvature.curvature import Curvature
 from logix_like.curvature.files import load_curvature, read_tensors, save_curvature, write_tensors
 from logix_like.curvature.sweep import Sweep
-from logix_like.errors import StatisticsError
+from logix_like.errors import ConfigError, StatisticsError
 
 SAVE_SECONDS = 300.0
 """How much work a kill may cost."""
+FILES = ("factors", "eigenvalues", "kfac", "signature")
+"""All that is ever written into the folder; what else lies there is somebody else's."""
 
 
 class PartialFit:
@@ -26,6 +28,8 @@ class PartialFit:
 
     def __init__(self, folder: str | Path | None, signature: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder)
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise ConfigError(f"resume_from is {self._folder}, a file; it must be a folder, which is made if missing")
         self._signature = dict(signature)
         self._saved = time.monotonic()
 
@@ -68,8 +72,8 @@ class PartialFit:
     def remove(self) -> None:
         """The fit is finished: nothing is left of it here."""
         if self._folder is not None and self._folder.is_dir():
-            for file in self._folder.glob("*.safetensors"):
-                file.unlink()
+            for name in FILES:
+                (self._folder / f"{name}.safetensors").unlink(missing_ok=True)
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from logix_like.damping import DampingSetting
 from logix_like.layout import DataId
 from logix_like.query.result import Ids, InfluenceResult
 
@@ -35,6 +36,11 @@ class Estimator(ABC):
     def self_influence(self) -> Tensor:
         """``[samples]``: the score of each sample for itself."""
 
+    @property
+    def damping_setting(self) -> DampingSetting:
+        """What its results say of damping; 0 where there is none."""
+        return 0.0
+
     def influence(self, queries: Any, query_id: tuple[DataId, ...] | None = None) -> InfluenceResult:
         """All scores as a result with rankings, tables, files and the report; queries are numbered unless named."""
         scores = self.scores(queries)
@@ -43,7 +49,7 @@ class Estimator(ABC):
             samples=scores.shape[1],
             mode="dot",
             preconditioner=self.name,
-            damping=0.0,
+            damping=self.damping_setting,
             reduce="none",
             engine=self.name,
             note=f"{self.name}.",

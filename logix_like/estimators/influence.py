@@ -18,12 +18,14 @@ from logix_like.curvature.operators import (
     sample_gradients,
 )
 from logix_like.curvature.sweep import Losses, on_device
-from logix_like.errors import ConfigError, QueryError
+from logix_like.damping import DampingSetting, require_amount
+from logix_like.errors import ConfigError, QueryError, StatisticsError
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.samples import DataIds, Samples
+from logix_like.estimators.samples import DataIds, Samples, require_samples
 from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa, Solution, Solver, System
 from logix_like.objective import Batch, Objective
 from logix_like.query.result import Ids
+from logix_like.weights import fingerprint
 
 SOLVERS: Mapping[str, Callable[[], Solver]] = MappingProxyType(
     {
@@ -90,7 +92,7 @@ class InfluenceFunction(Estimator):
         self._solver = SOLVERS[solver]() if isinstance(solver, str) else solver
         self._curvature = curvature
         self._progress = progress
-        self.damping = damping
+        self.damping = require_amount(damping)
         self.solution: Solution | None = None
         """Of the last question: residuals, steps, whether it converged."""
 
@@ -98,6 +100,11 @@ class InfluenceFunction(Estimator):
     def data_id(self) -> Ids:
         """``[samples]``."""
         return self._samples.data_id
+
+    @property
+    def damping_setting(self) -> DampingSetting:
+        """Absolute."""
+        return {"absolute": self.damping}
 
     def scores(self, queries: Batch, losses: Losses | None = None) -> Tensor:
         """``[queries, samples]`` for a batch of queries.
@@ -142,13 +149,15 @@ class InfluenceFunction(Estimator):
             whole = self._operator.mean(self._loader, vectors)
             return whole if without is None else whole - self._operator.sum(without, vectors) / count
 
-        batches = _forever(self._loader)
+        batches = cycled(self._loader)
 
         def sampled(vectors: Tensor) -> Tensor:
             batch = next(batches)
             return self._operator.sum(batch, vectors) / self._operator.samples(batch)
 
-        return System(product, self.damping, sampled, self._preconditioner() if self._kronecker else None)
+        return System(
+            product, require_amount(self.damping), sampled, self._preconditioner() if self._kronecker else None
+        )
 
     def _preconditioner(self) -> KroneckerPreconditioner:
         selection = default_selection(self._model)
@@ -156,9 +165,17 @@ class InfluenceFunction(Estimator):
             self._curvature = fit_curvature(
                 self._model, self._loader, self._objective, selection=selection, progress=self._progress
             )
+        weights = self._curvature.fisher.weights
+        if weights and weights != fingerprint(self._model):
+            warnings.warn(
+                "the curvature was fitted at other weights: solutions stay right but take more steps; fit it again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return KroneckerPreconditioner(self._model, self._curvature, selection, self._flattener, self.damping)
 
     def _gradients(self, batch: Batch, losses: Losses | None) -> Tensor:
+        require_samples(self._objective, batch)
         found = sample_gradients(self._model, self._flattener, self._moved(batch), losses or self._objective.losses)
         if not bool(found.isfinite().all()):
             raise QueryError("a gradient is not finite: it cannot be scored")
@@ -180,6 +197,11 @@ class InfluenceFunction(Estimator):
         return self.solution.x
 
 
-def _forever(loader: Iterable[Batch]) -> Iterator[Batch]:
+def cycled(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, round and round."""
     while True:
-        yield from loader
+        number = -1
+        for number, batch in enumerate(loader):  # noqa: B007 (told apart from no batch below)
+            yield batch
+        if number < 0:
+            raise StatisticsError("the loader yielded no batch (a generator is spent after one pass: give a list)")

@@ -15,9 +15,10 @@ from logix_like.curvature.curvature import Curvature, Kind, damped_inverse_of
 from logix_like.curvature.fitting import At, default_selection, fit_curvature, once
 from logix_like.curvature.gradients import Gradients, InnerProducts, QuadraticForms, SquareSums
 from logix_like.curvature.sweep import Losses, Sweep
+from logix_like.damping import Damping, DampingSetting
 from logix_like.errors import QueryError
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.samples import DataIds, Samples
+from logix_like.estimators.samples import DataIds, Samples, require_samples
 from logix_like.linalg.lowrank import LowRank, low_rank
 from logix_like.linalg.products import Precision
 from logix_like.objective import Batch, Objective
@@ -36,7 +37,8 @@ class KroneckerInfluence(Estimator, ABC):
         loader: Batches of training samples, always in the same order.
         objective: What the model is trained for; a classifier unless told otherwise.
         curvature: Fitted before (:func:`logix_like.curvature.fit_curvature`); fitted when first needed if not given.
-        damping: ``lambda`` as a multiple of the mean eigenvalue of each module's block.
+        damping: ``lambda`` as a multiple of the mean eigenvalue of each module's block, ``"auto"``, or
+            ``{"absolute": lambda}``; see :mod:`logix_like.damping`.
         data_id: Names of the samples; a sequence, or what takes them from a batch. Running numbers if not given.
         selection: Tracked modules; all linear maps unless told otherwise.
         mask: ``mask(batch) -> [batch, positions]``, which positions the factors count.
@@ -56,7 +58,7 @@ class KroneckerInfluence(Estimator, ABC):
         objective: Objective | None = None,
         *,
         curvature: Curvature | None = None,
-        damping: float = 0.1,
+        damping: DampingSetting = 0.1,
         data_id: DataIds = None,
         selection: Selection | None = None,
         mask: Callable[[Batch], Tensor | None] | None = None,
@@ -78,14 +80,20 @@ class KroneckerInfluence(Estimator, ABC):
         self._progress = progress
         self._curvature = curvature
         if curvature is not None:
+            self._require_kind(curvature)
             curvature.require_model(model, self._sweep.layout)
-        self.damping = damping
+        self.damping = Damping.of(damping).setting
         """May be changed from question to question."""
 
     @property
     def data_id(self) -> Ids:
         """``[samples]``."""
         return self._samples.data_id
+
+    @property
+    def damping_setting(self) -> DampingSetting:
+        """As it was given."""
+        return self.damping
 
     @property
     def curvature(self) -> Curvature:
@@ -128,7 +136,7 @@ class KroneckerInfluence(Estimator, ABC):
 
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
-        inverse = damped_inverse_of(self.damping)
+        inverse = damped_inverse_of(self.damping, self.curvature.fisher.samples)
         sink = QuadraticForms(self.curvature.bases, self.curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
@@ -145,6 +153,7 @@ class KroneckerInfluence(Estimator, ABC):
         """
         if order not in (1, 2):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (Newton step)")
+        require_samples(self._objective, group)
         sink = Gradients()
         self._sweep.run(group, self._objective.losses, sink)
         total = {name: blocks.sum(0, keepdim=True) for name, blocks in sink.blocks.items()}
@@ -156,6 +165,7 @@ class KroneckerInfluence(Estimator, ABC):
 
     def gradients(self, queries: Batch, losses: Losses | None = None) -> dict[str, Tensor]:
         """By module ``[queries, d_out, d_in]``: gradients of full size, averaged over the sets of weights."""
+        require_samples(self._objective, queries)
         sums: dict[str, Tensor] = {}
         count = 0
         for _ in self._at():
@@ -167,6 +177,13 @@ class KroneckerInfluence(Estimator, ABC):
             if not bool(block.isfinite().all()):
                 raise QueryError(f"a query's gradient of module {name!r} is not finite: it cannot be scored")
         return {name: block / count for name, block in sums.items()}
+
+    def _require_kind(self, curvature: Curvature) -> None:
+        if curvature.kind != self.kind:
+            raise QueryError(
+                f"the curvature is {curvature.kind!r}, and {self.name} needs {self.kind!r}: fit it with "
+                f"kind={self.kind!r}, or ask with the estimator of the kind there is"
+            )
 
     def _without(self, group: Batch) -> Curvature:
         """The curvature per sample of all, without what ``group`` adds to it."""
@@ -192,7 +209,8 @@ class KroneckerInfluence(Estimator, ABC):
 
     def _preconditioned(self, queries: Batch, losses: Losses | None) -> dict[str, Tensor | LowRank]:
         curvature = self.curvature
-        vectors = curvature.apply(damped_inverse_of(self.damping), self.gradients(queries, losses))
+        inverse = damped_inverse_of(self.damping, curvature.fisher.samples)
+        vectors = curvature.apply(inverse, self.gradients(queries, losses))
         if self._rank is None:
             return dict(vectors)
         return {name: low_rank(vector, self._rank) for name, vector in vectors.items()}

@@ -12,13 +12,19 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 from logix_like.curvature.fitting import At, once
-from logix_like.errors import ConfigError, EmptyStoreError
+from logix_like.errors import ConfigError, EmptyStoreError, QueryError
 from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective
 from logix_like.query.result import Ids
 
 DataIds = Sequence[Any] | Callable[[Batch], Any] | None
 """One id for each sample; or what takes them from a batch; or None for running numbers."""
+
+
+def require_samples(objective: Objective, queries: Batch) -> None:
+    """Raise :class:`QueryError` where ``queries`` are none."""
+    if not len(objective.labels(queries)):
+        raise QueryError("the batch asked with holds no sample: at least one is needed")
 
 
 class Samples:

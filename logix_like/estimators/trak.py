@@ -13,9 +13,10 @@ from logix_like.capture.selection import Selection
 from logix_like.curvature.fitting import At, default_selection, once
 from logix_like.curvature.gradients import Gradients
 from logix_like.curvature.sweep import Losses, Sweep
+from logix_like.damping import DampingSetting, require_amount
 from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.samples import DataIds, Samples
+from logix_like.estimators.samples import DataIds, Samples, require_samples
 from logix_like.linalg.inverse import damped_inverse
 from logix_like.objective import Batch, Objective
 from logix_like.projection import INITS
@@ -65,15 +66,21 @@ class TRAK(Estimator):
         self._sweep = Sweep(model, self._objective, selection, projector=projector)
         self._samples = Samples(loader, self._objective, data_id=data_id, at=at, progress=progress)
         self._inverses: dict[int, Tensor] = {}
-        self._damping = damping
+        self._damping = require_amount(damping)
 
     @property
     def data_id(self) -> Ids:
         """``[samples]``."""
         return self._samples.data_id
 
+    @property
+    def damping_setting(self) -> DampingSetting:
+        """A multiple of the mean eigenvalue."""
+        return self._damping
+
     def scores(self, queries: Batch) -> Tensor:
         """``[queries, samples]`` for a batch of queries like those of the training."""
+        require_samples(self._objective, queries)
 
         def of_model(number: int) -> Callable[[Tensor], Tensor]:
             features = self._features(queries)[0]

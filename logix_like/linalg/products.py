@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 Precision = Literal["highest", "high", "medium"]
 """As in ``torch.set_float32_matmul_precision``: ``highest`` float32, ``high`` TensorFloat32 where the device has it,
 ``medium`` bfloat16 factors with float32 sums."""
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+"""All of them."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -228,14 +229,20 @@ class QueryEngine:
         of :meth:`influence`; the result's ``top`` is the nearest first, its ``bottom`` the most opposed.
         """
         every = self._every(reduce)
-        asked = select(every, data_id)
-        if not is_count(k) or not 1 <= k < every.count:
-            raise QueryError(f"k is {k!r}; it must be between 1 and {every.count - 1}, all samples but the one itself")
+        asked, among = select(every, data_id), select(every, options.get("where"))
         positions = asked.positions()
         ids, _ = labels(asked, positions, reduce)
-        query = QueryGradients(tuple(ids.tolist()), asked.fetch(positions), every.rows.layout, "stored rows")
-        more = min(every.count, k + int(max(_repeats(ids.tolist()), 1)))
-        result = self.influence(query, k=more, mode=mode, preconditioner=preconditioner, reduce=reduce, **options)
+        own = Counter(labels(among, (among.wanted & asked.wanted).nonzero().flatten(), reduce)[0].tolist())
+        most = max(own.values(), default=0)
+        if not is_count(k) or not 1 <= k <= among.count - most:
+            raise QueryError(
+                f"k is {k!r}; it must be between 1 and {among.count - most}, all that are ranked but the one itself"
+            )
+        gradients, factor = asked.fetch(positions), _factor(asked)
+        if factor is not None:
+            gradients = gradients * factor[positions, None]
+        query = QueryGradients(tuple(ids.tolist()), gradients, every.rows.layout, "stored rows")
+        result = self.influence(query, k=k + most, mode=mode, preconditioner=preconditioner, reduce=reduce, **options)
         assert result.top is not None and result.bottom is not None
         top, bottom = (side.without(result.query_id, k) for side in (result.top, result.bottom))
         return replace(result, top=top, bottom=bottom)
@@ -282,11 +289,13 @@ class QueryEngine:
         preconditioned = fit.preconditioner.apply(gradients)
         query_lengths = lengths = torch.empty(0)
         if mode.uses_lengths or question.normalize:
-            query_lengths = (gradients * preconditioned).sum(dim=1)
+            # In float64: squares of small gradients would underflow.
+            squares = (gradients.double() * preconditioned.double()).sum(dim=1)
+            query_lengths = squares.to(gradients.dtype)
         if question.normalize:
-            scale = query_lengths.clamp_min(torch.finfo(query_lengths.dtype).tiny).rsqrt()
-            preconditioned = preconditioned * scale[:, None]
-            query_lengths = (query_lengths > 0).to(query_lengths.dtype)
+            scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+            preconditioned = (preconditioned.double() * scale[:, None]).to(preconditioned.dtype)
+            query_lengths = (squares > 0).to(gradients.dtype)
         if mode.uses_lengths:
             lengths = self._row_lengths(candidates, fit, progress)
             lengths = lengths if factor is None else lengths * factor.square()
@@ -325,7 +334,8 @@ class QueryEngine:
         scaled = f"{fit.key}" if task.scorer.mode.uses_lengths else ""
         key = IndexKey(index, question.reduce, question.mode, scaled)
         cache = getattr(self._store, "cache", None)
-        return self._search.extremes(task, k, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
+        way = (question.preconditioner, question.damping, task.candidates.complete)
+        return self._search.extremes(task, k, way, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
 
     def _vectors(self, every: Candidates, task: Task, fit: Fit) -> Vectors:
         """All rows that can be ranked, laid out for an index, whichever of them are asked for."""
@@ -385,8 +395,3 @@ def _total(candidates: Candidates, progress: bool | None) -> Tensor:
         rows = tile.values.double()
         total += rows.sum(0) if factor is None else factor[tile.positions].double() @ rows
     return total
-
-
-def _repeats(ids: list[DataId]) -> int:
-    """How often the most frequent of ``ids`` stands there."""
-    return max(ids.count(one) for one in set(ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from threading import RLock
 from typing import Generic, TypeVar
 
 from logix_like.damping import Damping
@@ -15,20 +16,25 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """The few values used last, by key; what a changed key makes stale falls out in time."""
+    """The few values used last, by key; what a changed key makes stale falls out in time.
+
+    Threads may ask at once: a value is made by one of them, and the others wait for it.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._lock = RLock()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of ``key``, made by ``make`` unless it is held."""
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self._capacity:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = make()
+                if len(self._values) > self._capacity:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(key)
+            return self._values[key]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +51,19 @@ class GroupInfluence:
 
 def named_groups(groups: object) -> dict[str, list[DataId]]:
     """Sets by name; one list of ids is a set called ``group``."""
-    if isinstance(groups, str) or not isinstance(groups, Mapping | Sequence) or not len(groups):
-        raise QueryError(f"groups is {groups!r}; it must be a list of ids, or a mapping of names to lists of ids")
-    if not isinstance(groups, Mapping):
-        groups = {"group": groups}
-    return {str(name): list(dict.fromkeys(ids)) for name, ids in groups.items()}
+    if isinstance(groups, Mapping) and groups:
+        return {str(name): _ids(ids, f"the group {name!r}") for name, ids in groups.items()}
+    return {"group": _ids(groups, "groups")}
+
+
+def _ids(ids: Any, what: str) -> list[DataId]:
+    """Each id once."""
+    plain = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
+    listed = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
+    each = list(dict.fromkeys(plain)) if listed else []
+    if not each or any(isinstance(one, bool) for one in each):
+        raise QueryError(f"{what} is {ids!r}; it must be a list of ids, or groups a mapping of names to lists of ids")
+    return each
 
 
 def second_order(

@@ -12,7 +12,7 @@ imported on first use, after torch, since the order decides which OpenMP runtime
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,8 +117,8 @@ class RowIndex:
         self._searched = _on_gpus(index)
         self.pool = POOL
         """How many times k candidates are named for each side of a query."""
-        self.recall: dict[int, float] = {}
-        """By k: the recall that was measured."""
+        self.recall: dict[tuple[int, Hashable], float] = {}
+        """By k and the way of asking: the recall that was measured."""
 
     @classmethod
     def build(cls, vectors: Vectors, factory: str) -> RowIndex:

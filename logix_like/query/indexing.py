@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,25 +27,33 @@ class IndexSearch:
         self._indexes: Recent[RowIndex] = Recent(1)
 
     def extremes(
-        self, task: Task, k: int, key: IndexKey, rows: str, cache: Path | None, vectors: Callable[[], Vectors]
+        self,
+        task: Task,
+        k: int,
+        way: Hashable,
+        key: IndexKey,
+        rows: str,
+        cache: Path | None,
+        vectors: Callable[[], Vectors],
     ) -> tuple[Sides, str]:
         """The ``k`` highest and lowest, and a remark for the answer's note.
 
         Args:
             task: The question.
             k: Samples on each side.
+            way: What a recall depends on beside ``k`` and the index: how queries are preconditioned.
             key: What the index depends on, but for the rows.
             rows: Identifies the rows.
             cache: Where indexes of this store are kept; None to keep them in memory alone.
             vectors: Gives the rows to index.
         """
         index = self._indexes.get((key, rows), lambda: index_for(vectors(), key, cache))
-        if k not in index.recall:
-            index.recall[k] = self._measured(task, k, index)
+        if (k, way) not in index.recall:
+            index.recall[k, way] = self._measured(task, k, index)
         found = _found(task, k, index)
         if found is None:
             return exact_extremes(task, k), f"the index {key.factory} named too few rows: every row was scored"
-        return found, f"index {key.factory}, recall@{k} {index.recall[k]:.3f} measured on the first queries asked"
+        return found, f"index {key.factory}, recall@{k} {index.recall[k, way]:.3f} measured on the first queries asked"
 
     def _measured(self, task: Task, k: int, index: RowIndex) -> float:
         """The recall on some of the queries; candidates are doubled while it is low and they are few."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ def select(candidates: Candidates, where: Where | DataId | None) -> Candidates:
         return candidates
     if isinstance(where, Mapping):
         return candidates.restrict(_by_columns(candidates, where), f"where={dict(where)!r}")
+    where = _plain(where)
     mask = _as_mask(where, len(candidates.rows))
     if mask is not None:
         return candidates.restrict(mask, "the mask given as where")
-    if isinstance(where, str | int):
+    if isinstance(where, str | int) and not isinstance(where, bool):
         where = [where]
     if not isinstance(where, Iterable):
         raise QueryError(
@@ -41,17 +42,27 @@ def select(candidates: Candidates, where: Where | DataId | None) -> Candidates:
     return candidates.restrict(_by_ids(candidates, list(where)), "data_id")
 
 
+def _plain(where: Any) -> Any:
+    """Ids in tensors and arrays as Python's own; a list of truth values as the mask it is."""
+    if isinstance(where, Tensor):
+        where = where.detach().cpu().numpy()
+    if isinstance(where, np.ndarray | np.generic) and where.dtype != bool:
+        return where.tolist()
+    if isinstance(where, list | tuple) and where and all(isinstance(one, bool | np.bool_) for one in where):
+        return np.array(where, dtype=bool)
+    return where
+
+
 def _as_mask(where: object, rows: int) -> Tensor | None:
     """``where`` as a mask, when it is one."""
-    array = where.numpy() if isinstance(where, Tensor) else where
-    if not isinstance(array, np.ndarray) or array.dtype != bool:
+    if not isinstance(where, np.ndarray) or where.dtype != bool:
         return None
-    if array.shape != (rows,):
+    if where.shape != (rows,):
         raise QueryError(
-            f"the mask given as where has the shape {array.shape}, but {rows} rows are ranked: give one truth value "
+            f"the mask given as where has the shape {where.shape}, but {rows} rows are ranked: give one truth value "
             "for each row of store.view(reduce)"
         )
-    return torch.from_numpy(array.copy())
+    return torch.from_numpy(where.copy())
 
 
 def _by_ids(candidates: Candidates, data_id: Sequence[Any]) -> Tensor:
@@ -61,7 +72,7 @@ def _by_ids(candidates: Candidates, data_id: Sequence[Any]) -> Tensor:
         position_of.setdefault(ids[position], []).append(position)
     wanted = torch.zeros_like(candidates.wanted)
     for one in data_id:
-        if one not in position_of:
+        if isinstance(one, bool) or not isinstance(one, Hashable) or one not in position_of:
             raise QueryError(
                 f"no sample with the id {one!r} ({type(one).__name__}) can be ranked; the store has "
                 f"{len(position_of)} ids, the first is {next(iter(position_of))!r}"
@@ -74,7 +85,7 @@ def _by_columns(candidates: Candidates, where: Mapping[str, Any]) -> Tensor:
     wanted = candidates.wanted.clone()
     for name, value in where.items():
         column = _column(candidates.rows, name)
-        accepted = _accepted(value)
+        accepted = _accepted(name, value)
         fits = np.fromiter((one in accepted for one in column.tolist()), bool, len(column))
         if not (fits & candidates.wanted.numpy()).any():
             known = list(dict.fromkeys(column.tolist()[:1000]))[:5]
@@ -86,12 +97,17 @@ def _by_columns(candidates: Candidates, where: Mapping[str, Any]) -> Tensor:
     return wanted
 
 
-def _accepted(value: Any) -> Collection[Any]:
+def _accepted(name: str, value: Any) -> Collection[Any]:
     """The values that a sample may have; text is one value, not its letters."""
     if isinstance(value, Tensor | np.ndarray):
         value = value.tolist()
     several = isinstance(value, Iterable) and not isinstance(value, str)
-    return set(value) if several else {value}
+    try:
+        return set(value) if several else {value}
+    except TypeError as error:
+        raise QueryError(
+            f"where asks for {name} = {value!r}; it must be one value, or a list of values (range(a, b) for numbers)"
+        ) from error
 
 
 def _column(rows: Rows, name: str) -> NDArray[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import logix_like as logix
+from logix_like.capture.selection import select_modules
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, partial, save_curvature
 from logix_like.errors import (
     CaptureError,
@@ -51,6 +52,9 @@ class Stopping:
     batches: Data
     left: int
 
+    def __len__(self) -> int:
+        return len(self.batches)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.batches:
             if self.left == 0:
@@ -80,6 +84,38 @@ def test_another_fit_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.Mon
             fit_curvature(model, Stopping(batches, stop), resume_from=tmp_path, progress=False)
         with pytest.raises(StatisticsError, match="half-finished fit with labels 'sampled'"):
             fit_curvature(model, batches, labels="empirical", resume_from=tmp_path, progress=False)
+
+
+def test_only_its_own_files_are_taken_away(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights of years")
+    fit_curvature(network(), data(), resume_from=tmp_path, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(ConfigError, match=r"resume_from is .*model.safetensors, a file; it must be a folder"):
+        fit_curvature(network(), data(), resume_from=tmp_path / "model.safetensors", progress=False)
+
+
+def test_a_fit_of_other_modules_or_other_batches_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SAVE_SECONDS", 0.0)
+    model, batches = network(), data()
+    with pytest.raises(InterruptedFitError):
+        fit_curvature(model, Stopping(batches, 2), resume_from=tmp_path, progress=False)
+    first = select_modules(model, types=("Linear",), include=["0"])
+    with pytest.raises(StatisticsError, match="half-finished fit with modules '2 modules"):
+        fit_curvature(model, Stopping(batches, 8), selection=first, resume_from=tmp_path, progress=False)
+    with pytest.raises(StatisticsError, match="half-finished fit with batches 4, and this one has 2"):
+        fit_curvature(model, batches[:2], resume_from=tmp_path, progress=False)
+
+
+def test_a_generator_is_spent_after_one_pass() -> None:
+    model, batches = network(), data()
+    with pytest.raises(StatisticsError, match="saw 20 samples and the second 0: EK-FAC needs the same ones twice"):
+        fit_curvature(model, (batch for batch in batches), progress=False)
+    assert same(
+        fit_curvature(model, (batch for batch in batches), kind="kfac", progress=False),
+        fit_curvature(model, batches, kind="kfac", progress=False),
+    )
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -247,6 +283,13 @@ def test_what_is_refused() -> None:
         fit_curvature(model, batches, kind="full", progress=False)
     with pytest.raises(ConfigError, match="unknown labels"):
         fit_curvature(model, batches, labels="true", progress=False)
+    for options in ({"widest": 0}, {"seed": -1}, {"seed": 2**40}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*; it must be a whole number from"):
+            fit_curvature(model, batches, progress=False, **options)
+    with pytest.raises(ConfigError, match="unknown precision 'low'; known: highest, high, medium"):
+        fit_curvature(model, batches, precision="low", progress=False)
+    with pytest.raises(StatisticsError, match="not finite"):
+        fit_curvature(model, [(x * math.nan, y) for x, y in batches], progress=False)
     reduced = Objective(outputs=lambda m, b: m(b[0]).detach(), targets=lambda b: b[1])
     with pytest.raises(CaptureError, match="no tracked module was called"):
         fit_curvature(model, batches, reduced, progress=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from logix_like.curvature import fit_curvature
 from logix_like.curvature.operators import Flattener, GaussNewton, Hessian
-from logix_like.errors import ConfigError, QueryError, StatisticsError
+from logix_like.errors import ConfigError, ModelMismatchError, QueryError, StatisticsError
 from logix_like.estimators import InfluenceFunction
-from logix_like.estimators.influence import SOLVERS
+from logix_like.estimators.influence import SOLVERS, cycled
 from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa
 from logix_like.objective import Objective
 from tests.estimators.convex import FEATURES, Convex, prediction, residuals, ridge, softmax
@@ -29,6 +33,13 @@ def influence(convex: Convex, theta: Tensor, solver: object = "exact", **options
         progress=False,
         **options,
     )
+
+
+def classifier() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """A model of two layers, twelve samples in three batches, four queries."""
+    x, y = torch.randn(16, 5, dtype=torch.float64), torch.arange(16) % 3
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return model, list(zip(x[:12].split(4), y[:12].split(4), strict=True)), (x[12:], y[12:])
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
@@ -241,6 +252,36 @@ def test_what_is_refused_or_warned_of() -> None:
     )
     with pytest.raises(StatisticsError, match="singular"):
         singular.scores(queries)
+
+
+def test_a_loader_that_is_spent_gives_no_curvature_of_nothing() -> None:
+    model, data, queries = classifier()
+    batches = (batch for batch in data)
+    with pytest.raises(StatisticsError, match="a generator is spent after one pass"):
+        InfluenceFunction(model, batches, solver="cg", progress=False).group_influence(queries, data[0])
+    with pytest.raises(StatisticsError, match="yielded no batch"):
+        next(cycled([]))
+
+
+def test_a_curvature_of_another_model_is_refused() -> None:
+    model, data, queries = classifier()
+    for other in (nn.Sequential(nn.Linear(5, 3)), nn.Sequential(nn.Flatten(), nn.Linear(5, 3))):
+        mine = fit_curvature(other.double(), data, progress=False)
+        with pytest.raises(ModelMismatchError, match="it is that of another model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            InfluenceFunction(model, data, curvature=mine, progress=False).scores(queries)
+
+
+def test_a_singular_preconditioner_and_damping_that_is_none_are_said() -> None:
+    model, data, queries = classifier()
+    dead = [(torch.cat([x[:, :-1], torch.zeros_like(x[:, :1])], 1), y) for x, y in data]
+    with pytest.raises(StatisticsError, match="singular with damping 0"):
+        InfluenceFunction(model, dead, damping=0, progress=False).scores(queries)
+    for wrong in (-0.5, math.nan, True, "auto", {"absolute": 0.1}):
+        with pytest.raises(QueryError, match="damping is"):
+            InfluenceFunction(model, data, damping=wrong, progress=False)
+    with pytest.raises(QueryError, match="holds no sample"):
+        InfluenceFunction(model, data, solver="cg", progress=False).scores(tuple(part[:0] for part in queries))
 
 
 def test_a_direction_of_negative_curvature_is_said() -> None:

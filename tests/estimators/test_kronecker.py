@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -195,6 +196,38 @@ def test_what_is_refused() -> None:
         EKFAC(model, data, progress=False).scores((queries[0] * float("inf"), queries[1]))
     with pytest.raises(UnsupportedModuleError, match="rules exist for"):
         select_modules(nn.Sequential(nn.Linear(3, 3), nn.Bilinear(3, 3, 3)), include=("0", "1"))
+
+
+def test_damping_is_given_as_everywhere() -> None:
+    model, data, queries = classifier()
+    curvature = fit_curvature(model, data, progress=False)
+    estimator = EKFAC(model, data, curvature=curvature, damping={"absolute": 0.3}, progress=False)
+    vectors = curvature.apply(lambda _, values: 1 / (values + 0.3), estimator.gradients(queries))
+    inner = sum((vectors[name] * g).flatten(1).sum(1) for name, g in estimator.gradients(queries).items())
+    batch = EKFAC(model, [queries], curvature=curvature, damping={"absolute": 0.3}, progress=False)
+    torch.testing.assert_close(batch.self_influence(), inner, rtol=1e-9, atol=0)
+    assert estimator.influence(queries).damping == {"absolute": 0.3}
+    estimator.damping = "auto"
+    auto = estimator.scores(queries)
+    assert auto.isfinite().all() and not torch.equal(auto, batch.scores(queries))
+    for wrong in (-0.5, math.nan, True, "much", None):
+        with pytest.raises(QueryError, match=r"damping is .*; it must be a number of at least 0"):
+            EKFAC(model, data, curvature=curvature, damping=wrong, progress=False)
+
+
+def test_a_curvature_of_the_other_kind_is_refused() -> None:
+    model, data, _ = classifier()
+    for kind, estimator in (("kfac", EKFAC), ("ekfac", KFAC)):
+        curvature = fit_curvature(model, data, kind=kind, progress=False)
+        with pytest.raises(QueryError, match=f"the curvature is '{kind}', and {estimator.name} needs"):
+            estimator(model, data, curvature=curvature, progress=False)
+
+
+def test_a_batch_without_a_query_is_refused() -> None:
+    model, data, queries = classifier()
+    none = tuple(part[:0] for part in queries)
+    with pytest.raises(QueryError, match="holds no sample"):
+        EKFAC(model, data, progress=False).scores(none)
 
 
 def test_singular_curvature_without_damping_is_refused() -> None:

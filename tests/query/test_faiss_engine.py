@@ -13,9 +13,12 @@ from torch import Tensor
 from logix_like.errors import MissingDependencyError
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.index import RowIndex
+from logix_like.query.indexing import IndexSearch
 from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
+from logix_like.query.scoring import Task
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout
 
@@ -122,3 +125,21 @@ def test_a_missing_faiss_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without_faiss)
     with pytest.raises(MissingDependencyError, match=r"pip install 'logix_like\[faiss\]'"):
         QueryEngine(MemoryStore(LAYOUT, rows), keep_bytes=0).influence(query, k=5, engine="faiss")
+
+
+def test_a_recall_is_measured_anew_for_another_curvature(
+    rows: Tensor, query: QueryGradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def measure(search: IndexSearch, task: Task, k: int, index: RowIndex) -> float:
+        measured.append(k)
+        return len(measured) / 10
+
+    monkeypatch.setattr(IndexSearch, "_measured", measure)
+    engine, notes = QueryEngine(MemoryStore(LAYOUT, rows), keep_bytes=0), []
+    for name, damping in (("identity", 0.1), ("covariance", 0.1), ("covariance", 1e-3), ("covariance", 0.1)):
+        notes.append(engine.influence(query, k=3, engine="faiss", preconditioner=name, damping=damping).note)
+    assert measured == [3, 3, 3]
+    for note, recall in zip(notes, ("0.100", "0.200", "0.300", "0.200"), strict=True):
+        assert f"recall@3 {recall}" in note

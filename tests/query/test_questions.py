@@ -245,7 +245,7 @@ def test_second_order_of_repeated_visits_takes_all_of_them_out(rows: Tensor, que
 def test_sets_that_make_no_sense(engine: QueryEngine, query: QueryGradients) -> None:
     senseless: tuple[Any, ...] = ([], {}, "s1", 3)
     for groups in senseless:
-        with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or a mapping"):
+        with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or groups a mapping"):
             engine.group_influence(query, groups, **OPTIONS)
     with pytest.raises(QueryError, match="no sample with the id 'x'"):
         engine.group_influence(query, ["x"], **OPTIONS)
@@ -298,3 +298,79 @@ def test_absolute_damping(engine: QueryEngine, rows: Tensor, query: QueryGradien
     assert found.damping == {"absolute": 0.7} and "damping 0.7 (absolute)" in found.note
     again = engine.influence(query, preconditioner=preconditioner, damping=0.7)
     assert not torch.allclose(again.scores, found.scores)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([7, 2]), np.array([2, 7]), [np.int64(2), 7]])
+def test_ids_come_in_tensors_and_arrays(rows: Tensor, query: QueryGradients, ids: Any) -> None:
+    engine = QueryEngine(_store(rows, list(range(60))))
+    assert engine.influence(query, data_id=ids, **OPTIONS).data_id.tolist() == [2, 7]  # type: ignore[union-attr]
+    whole = engine.group_influence(query, {"two": ids}, **OPTIONS).scores
+    torch.testing.assert_close(whole, engine.group_influence(query, [2, 7], **OPTIONS).scores, rtol=EXACT, atol=0)
+    assert torch.equal(whole, engine.group_influence(query, ids, **OPTIONS).scores)
+
+
+def test_truth_values_are_a_mask_and_never_the_ids_0_and_1(rows: Tensor, query: QueryGradients) -> None:
+    engine = QueryEngine(_store(rows, list(range(60))))
+    mask = [i in (5, 9) for i in range(60)]
+    assert engine.influence(query, where=mask, **OPTIONS).data_id.tolist() == [5, 9]  # type: ignore[union-attr]
+    with pytest.raises(QueryError, match="has the shape"):
+        engine.influence(query, where=[True, False], **OPTIONS)
+    with pytest.raises(QueryError, match=r"no sample with the id True \(bool\)"):
+        engine.influence(query, data_id=[3, True], **OPTIONS)
+    with pytest.raises(QueryError, match="the group 'a' is"):
+        engine.group_influence(query, {"a": [True, False]}, **OPTIONS)
+
+
+@pytest.mark.parametrize("ids", ["s3", 3, [], {"s3"}])
+def test_a_group_is_a_list_and_not_the_letters_of_an_id(engine: QueryEngine, query: QueryGradients, ids: Any) -> None:
+    if isinstance(ids, set):
+        engine.group_influence(query, {"a": ids}, **OPTIONS)
+        return
+    with pytest.raises(QueryError, match=r"the group 'a' is .*; it must be a list of ids"):
+        engine.group_influence(query, {"a": ids}, **OPTIONS)
+
+
+@pytest.mark.parametrize("value", [[[1]], slice(1, 2), {"a": [1]}.values()])
+def test_what_cannot_stand_in_a_column_is_refused(engine: QueryEngine, query: QueryGradients, value: Any) -> None:
+    with pytest.raises(QueryError, match=r"where asks for step = .*; it must be one value, or a list of values"):
+        engine.influence(query, where={"step": value}, **OPTIONS)
+
+
+@pytest.mark.parametrize("mode", ["dot", "l2", "relatif", "cosine"])
+def test_sums_of_visits_are_compared_with_sums(rows: Tensor, mode: str) -> None:
+    ids = [f"s{i % 20}" for i in range(60)]
+    engine = QueryEngine(_store(rows, ids))
+    summed = QueryEngine(MemoryStore(LAYOUT, torch.stack([rows[i::20].sum(0) for i in range(20)])))
+    found, expected = (one.similar(["s4"], k=5, mode=mode, reduce="sum").proponents() for one in (engine, summed))
+    assert found.ids.tolist() == expected.ids.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, rtol=EXACT, atol=EXACT)
+
+
+def test_look_alikes_among_some_samples_only(engine: QueryEngine) -> None:
+    others = [f"s{i}" for i in range(20, 25)]
+    assert set(engine.similar(["s3"], k=5, where=others).proponents().ids[0]) == set(others)
+    with pytest.raises(QueryError, match="k is 6; it must be between 1 and 5"):
+        engine.similar(["s3"], k=6, where=others)
+    with pytest.raises(QueryError, match="k is 5; it must be between 1 and 4"):
+        engine.similar(["s20"], k=5, where=others)
+
+
+def test_look_alikes_where_samples_have_unlike_numbers_of_visits(rows: Tensor) -> None:
+    engine = QueryEngine(_store(rows, ["a", "a", "a", *(f"s{i}" for i in range(57))]))
+    assert engine.similar(["a", "s3"], k=57, reduce="none").proponents().ids.shape == (4, 57)
+    with pytest.raises(QueryError, match="k is 58; it must be between 1 and 57"):
+        engine.similar(["a", "s3"], k=58, reduce="none")
+
+
+def test_gradients_whose_squares_underflow_keep_their_scores(rows: Tensor, query: QueryGradients) -> None:
+    rows, asked = rows.float(), QueryGradients(query.data_id, query.gradients.float(), LAYOUT)
+    small = QueryGradients(query.data_id, asked.gradients * 1e-20, LAYOUT)
+    plain, tiny = QueryEngine(_store(rows)), QueryEngine(_store(rows * 1e-20))
+    expected = plain.influence(asked, **OPTIONS).scores
+    assert expected is not None
+    close = {"rtol": 1e-3, "atol": 1e-3 * float(expected.abs().max())}
+    torch.testing.assert_close(tiny.influence(small, **OPTIONS).scores, expected, **close)
+    options = {"preconditioner": "identity", "normalize": True}
+    torch.testing.assert_close(
+        plain.influence(small, **options).scores, plain.influence(asked, **options).scores, rtol=1e-5, atol=1e-5
+    )

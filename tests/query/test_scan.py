@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +16,7 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.query.engine import QueryEngine
+from logix_like.query.fitting import Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.scan import CHUNKS_AHEAD, ahead
 from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store
@@ -20,6 +24,10 @@ from logix_like.store.gradients import RowChunk
 from tests.reference import blocks_layout, dense_ranking
 
 LAYOUT = blocks_layout((4, 8), (8, 4))
+
+
+def _same(key: tuple[int, int]) -> tuple[int, int]:
+    return key
 
 
 def _numbers(taken: list[int], stop: int, fail_at: int = -1) -> Iterator[RowChunk]:
@@ -78,3 +86,27 @@ def test_every_place_gives_the_same_answer(tmp_path: Path, where: str) -> None:
     if where != "local":
         some = engine.influence(query, k=4, preconditioner="identity", data_id=range(0, 300, 3))
         assert some.proponents().ids.tolist() == [[3 * c for c in r] for r in dense_ranking(expected[:, ::3], 4)]
+
+
+def test_what_is_kept_is_made_once_for_threads_that_ask_together() -> None:
+    made: list[int] = []
+    kept: Recent[tuple[int, int]] = Recent(1)
+
+    def ask(thread: int) -> bool:
+        keys = [(thread, number % 3) for number in range(5000)]
+        return all(kept.get(key, partial(_same, key)) == key for key in keys)
+
+    def slow() -> tuple[int, int]:
+        time.sleep(0.01)
+        made.append(1)
+        return 0, 0
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(ask, range(4)))
+            assert set(threads.map(lambda _: kept.get("slow", slow), range(4))) == {(0, 0)}
+    finally:
+        sys.setswitchinterval(before)
+    assert made == [1]
