@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from logix_like.errors import StoreError
+from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.flat import DataOf, FlatModel, differentiable
@@ -104,7 +104,7 @@ class TracInLastLayer(Estimator):
 
     A sample's gradient there is ``e_i (x) a_i``, residual times input, so that a product of two gradients is
     ``(e_i . e_q)(a_i . a_q + 1)`` (the 1 for the bias) and none is ever formed. The learning rate is taken as one
-    number: the optimizer's ``lr`` (a step size for each weight would not factorise). Arguments as for
+    number: the ``lr`` of the parameter group that holds the layer (a step size for each weight would not factorise). Arguments as for
     :class:`TracInCP`, and ``layer``, the last layer's name (None: the last ``nn.Linear``).
     """
 
@@ -124,6 +124,9 @@ class TracInLastLayer(Estimator):
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         self._path = path
         self._layer = LastLayer(model, objective, layer)
+        self._weight = f"{self._layer.name}.weight" if self._layer.name else "weight"
+        if self._weight not in path.parameters:
+            raise ConfigError(f"the path's optimizer did not train {self._weight!r}; name another layer")
         self._data = data
         self._chunk = chunk
         self._ids = path.data_id
@@ -153,7 +156,7 @@ class TracInLastLayer(Estimator):
     def _summed(self, part: Callable[[], Tensor]) -> Tensor:
         total: Tensor | None = None
         for stored, visits in self._visits:
-            lr = float(self._path.settings(stored.step)[0]["lr"])
+            lr = float(self._path.settings_for(self._weight, stored.step)["lr"])
             with self._layer.at(stored.read().weights):
                 found = part() * (lr * visits)
             total = found if total is None else total + found
@@ -172,6 +175,8 @@ class Rates:
         self._path = path
         self._flat = flat
         self._rule = rule_of(path.optimizer)
+        if any(settings.get("maximize") for settings in path.settings(path.first)):
+            raise ConfigError("the optimizer was used with maximize=True, where the sign of a score would be another")
 
     def at(self, checkpoint: Checkpoint) -> Tensor:
         """``[parameters]``; the learning rate is that of the step behind the checkpoint.

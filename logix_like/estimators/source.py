@@ -19,7 +19,7 @@ from logix_like.estimators.segments import BACKENDS, Blocks, Spectrum
 from logix_like.objective import Batch, Objective
 from logix_like.path import StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
-from logix_like.updates import rule_of
+from logix_like.updates import common_settings, rule_of
 from logix_like.weights import load_weights, restored_weights
 
 
@@ -81,13 +81,14 @@ class Source(Estimator):
         data: gives the batch of some ids.
         segments: how many; the paper takes 3.
         curvature: ``ekfac``, or ``dense`` for models of a few thousand parameters.
-        rate: step size to take for an adaptive optimizer, whose steps are no multiple of the gradient.
+        rate: step size to take for an adaptive optimizer, whose steps are no multiple of the gradient, or for groups
+            of different rates. (Of the groups' weight decays the largest is taken.)
         chunk: samples whose gradients are taken together.
 
     Raises:
         StoreError: a segment holds no checkpoint.
         ModelMismatchError: the path was recorded with another model.
-        ConfigError: the optimizer is adaptive and no ``rate`` is given.
+        ConfigError: the optimizer is adaptive, or its groups moved by different rates, and no ``rate`` is given.
     """
 
     name: ClassVar[str] = "SOURCE"
@@ -197,4 +198,9 @@ def _step_size(path: TrainingPath, rate: float | None) -> Callable[[int], float]
             "segments have no closed form in the curvature's eigenvectors; give rate=..., the step size of the SGD "
             "that it is to be taken for"
         )
-    return lambda step: float(rule.rate({}, step, path.settings(step)[0]))
+
+    def size(step: int) -> float:
+        groups = path.settings(step)
+        return float(rule.rate({}, step, common_settings(groups, "SOURCE's segments", "give rate=...")))
+
+    return size
