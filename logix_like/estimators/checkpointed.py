@@ -104,8 +104,8 @@ class TracInLastLayer(Estimator):
 
     A sample's gradient there is ``e_i (x) a_i``, residual times input, so that a product of two gradients is
     ``(e_i . e_q)(a_i . a_q + 1)`` (the 1 for the bias) and none is ever formed. The learning rate is taken as one
-    number: the ``lr`` of the parameter group that holds the layer (a step size for each weight would not factorise). Arguments as for
-    :class:`TracInCP`, and ``layer``, the last layer's name (None: the last ``nn.Linear``).
+    number: the ``lr`` of the parameter group that holds the layer (a step size for each weight would not factorise).
+    Arguments as for :class:`TracInCP`, and ``layer``, the last layer's name (None: the last ``nn.Linear``).
     """
 
     name: ClassVar[str] = "TracInCPFast"

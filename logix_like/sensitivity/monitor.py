@@ -105,6 +105,10 @@ class SensitivityMonitor:
         _require(posterior, SOURCES, "posterior")
         chosen: Form = form or ("loo" if posterior == "dense" else "full")
         _require(chosen, tuple(FORMS), "form")
+        if samples < 1:
+            raise ConfigError(f"samples is {samples}; it is the number of training samples, 1 or more")
+        if strength is not None and not strength >= 0:
+            raise ConfigError(f"strength is {strength}; the L2 penalty must be a number, 0 or more")
         if posterior == "optimizer" and optimizer is None:
             raise ConfigError("posterior 'optimizer' is read from the optimizer's state; give optimizer=...")
         self.model = model
@@ -241,6 +245,8 @@ class _Look:
     def mean_loss(self, batches: Iterable[Batch]) -> float:
         with differentiable(self._flat.model):
             found = [self._losses(self._flat.outputs(self._theta, batch), batch) for batch in batches]
+        if not found:
+            raise ConfigError("validation yielded no batch; give at least one, or none at all (validation=None)")
         return float(torch.cat(found).mean())
 
     def _part(self, batch: Batch, *, whole: bool) -> tuple[Tensor, ...]:
