@@ -144,6 +144,10 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
     assert detect_poison(planted(), data_id=[f"x{i}" for i in range(500)]).first(1)[0][0] == "x"
     with pytest.raises(EvaluationError, match="ask without k="):
         detect_poison(explain(run, model, (x, y), k=2))
+    with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
+        detect_poison(planted(), data_id=["a"])
+    with pytest.raises(EvaluationError, match="top is 10 and group 0"):
+        detect_poison(planted(), group=0)
     with pytest.raises(EvaluationError, match="there are 10 queries"):
         detect_poison(planted()[:10])
     with pytest.raises(EvaluationError, match=r"shape \(500,\)"):
