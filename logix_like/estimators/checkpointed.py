@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf, FlatModel, differentiable
+from logix_like.estimators.flat import DataOf, FlatModel, checked, differentiable, require_chunk, require_queries
 from logix_like.estimators.last_layer import LastLayer
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
@@ -59,8 +59,8 @@ class TracInCP(Estimator):
     ) -> None:
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         self._flat = FlatModel(model, objective, path.parameters)
-        self._data = data
-        self._chunk = chunk
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._visits = visits_between(path, _chosen(path, checkpoints))
         self._rates = Rates(path, self._flat)
@@ -72,6 +72,7 @@ class TracInCP(Estimator):
     def scores(self, queries: Batch) -> Tensor:
         """``[queries, samples]``."""
         total = None
+        require_queries(queries)
         with differentiable(self._flat.model):
             for checkpoint, visits in self._each():
                 theta = self._flat.flatten(checkpoint.weights)
@@ -127,8 +128,8 @@ class TracInLastLayer(Estimator):
         self._weight = f"{self._layer.name}.weight" if self._layer.name else "weight"
         if self._weight not in path.parameters:
             raise ConfigError(f"the path's optimizer did not train {self._weight!r}; name another layer")
-        self._data = data
-        self._chunk = chunk
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._visits = visits_between(path, _chosen(path, checkpoints))
 
@@ -140,7 +141,7 @@ class TracInLastLayer(Estimator):
         """``[queries, samples]``."""
 
         def part() -> Tensor:
-            asked = self._layer.factors(queries)
+            asked = self._layer.factors(require_queries(queries))
             return torch.cat([asked.products(self._layer.factors(batch)) for batch in self._batches()], 1)
 
         return self._summed(part)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf
+from logix_like.estimators.flat import DataOf, checked, require_chunk, require_queries
 from logix_like.estimators.segments import BACKENDS, Blocks, Spectrum
 from logix_like.objective import Batch, Objective
 from logix_like.path import StoredCheckpoint, TrainingPath
@@ -110,8 +110,8 @@ class Source(Estimator):
             raise ConfigError(f"unknown curvature {curvature!r}; known: {', '.join(BACKENDS)}")
         self._path = path
         self._model = model
-        self._data = data
-        self._chunk = chunk
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._backend = BACKENDS[curvature](model, objective)
         self.segments = _segments(path, segments, rate)
@@ -126,7 +126,7 @@ class Source(Estimator):
         """``[queries, samples]``; the curvatures are fitted at the first call."""
         with restored_weights(self._model):
             load_weights(self._model, self._path.checkpoints[-1].read().weights)
-            vectors = self._backend.gradients(queries)
+            vectors = self._backend.gradients(require_queries(queries))
             total = None
             for segment, spectrum in reversed(list(zip(self.segments, self._fitted(), strict=True))):
                 part = self._products(segment, spectrum.apply(segment.gathered, vectors))
@@ -190,6 +190,8 @@ def _segments(path: TrainingPath, count: int, rate: float | None) -> tuple[Segme
 
 def _step_size(path: TrainingPath, rate: float | None) -> Callable[[int], float]:
     if rate is not None:
+        if not rate > 0:
+            raise ConfigError(f"rate is {rate}; a step size is a number above 0")
         return lambda step: rate
     rule = rule_of(path.optimizer)
     if rule.adaptive:

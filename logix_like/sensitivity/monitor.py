@@ -236,7 +236,10 @@ class _Look:
                 size = jacobians_at_once(self._flat, batch, self._memory)
                 parts += [self._part(part, whole=size > 0) for part in sliced(batch, size or 1)]
         if not parts:
-            raise ConfigError("the loader yielded no batch; give the training samples")
+            raise ConfigError(
+                "the loader yielded no batch; give the training samples, as something that can be read more than once "
+                "(a generator cannot)"
+            )
         columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
         if len(ids) != len(columns[0]):
             raise ConfigError(f"data_id gave {len(ids)} ids for {len(columns[0])} samples; one for each is needed")

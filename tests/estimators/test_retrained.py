@@ -228,7 +228,7 @@ def test_a_subset_that_cannot_be_trained_is_named() -> None:
 def test_queries_may_be_a_tensor_of_indices(ridge: Ridge) -> None:
     estimator = LeaveOneOut(ridge.oracle())
     for queries in ([2], [3, 0]):
-        assert torch.equal(estimator.scores(torch.tensor(queries)), estimator.scores(queries))  # type: ignore[arg-type]
+        assert torch.equal(estimator.scores(torch.tensor(queries)), estimator.scores(queries))
 
 
 @pytest.mark.filterwarnings("ignore:after 8 permutations")

@@ -273,6 +273,15 @@ def test_what_cannot_be_measured_is_said() -> None:
         monitor.measure([(x, y)], data_id=lambda batch: ["a", "b"])
     with pytest.raises(ConfigError, match="yielded no batch"):
         monitor.measure([])
+    with pytest.raises(ConfigError, match="a generator cannot"):
+        monitor.measure(batch for batch in _batches())
+    wide = SensitivityMonitor(nn.Linear(6, 5000), samples=40, posterior="dense", strength=1.0)
+    with pytest.raises(ConfigError, match=r"posterior of 35,000 parameters .* at most 20,000"):
+        wide.measure([(x.float(), y)])
+    with pytest.raises(ConfigError, match="unknown form 'half'; known: loo, full"):
+        choose_strength(model, _batches(), [1.0], form="half")
+    with pytest.raises(ConfigError, match=r"strengths are \(nan,\)"):
+        choose_strength(model, _batches(), [float("nan")])
     with pytest.raises(ConfigError, match="validation yielded no batch"):
         monitor.measure([(x, y)], validation=[])
     with pytest.raises(ConfigError, match="not positive definite"):
