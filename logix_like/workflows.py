@@ -147,8 +147,12 @@ def find_mislabeled(
         options: Of the run's ``compute_...`` (preconditioner, damping, ...).
 
     Raises:
-        EvaluationError: ``share`` names no sample, or more than there are.
+        EvaluationError: ``share`` names no sample, or more than there are, or an option is of no use here.
     """
+    if isinstance(source, Estimator) and options:
+        raise EvaluationError(f"an estimator takes no options here ({', '.join(options)}); give them to the estimator")
+    if "k" in options:
+        raise EvaluationError("all samples are ranked; say with share=, not k=, how many are to be checked")
     if isinstance(source, Estimator):
         names, scores = source.data_id, _suspicion(source, validation)
     elif validation is None:

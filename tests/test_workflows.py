@@ -97,6 +97,10 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
     by_harm = find_mislabeled(run, share=1.0, validation=query)
     assert torch.equal(by_harm.scores, harm.sort(descending=True).values)
     assert torch.equal(find_mislabeled(StoredInfluence(run), share=1.0, validation=query).scores, by_harm.scores)
+    with pytest.raises(EvaluationError, match="share=, not k="):
+        find_mislabeled(run, validation=query, k=5)
+    with pytest.raises(EvaluationError, match=r"takes no options here \(damping\)"):
+        find_mislabeled(StoredInfluence(run), damping=0.5)
     with pytest.raises(EvaluationError, match=r"share is 0\.001: 0 of 23"):
         find_mislabeled(run, share=0.001)
 
