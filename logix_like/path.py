@@ -115,6 +115,11 @@ class TrainingPath:
         """Settings of each group at the step with this number (the last step's behind the end)."""
         return self.steps[min(max(step - self.first, 0), len(self.steps) - 1)].settings
 
+    def settings_for(self, parameter: str, step: int) -> Mapping[str, Any]:
+        """Settings of the group that holds a parameter, at the step with this number."""
+        group = next(number for number, names in enumerate(self.groups) if parameter in names)
+        return self.settings(step)[group]
+
     def require_parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise :class:`ModelMismatchError` unless a model with parameters of these shapes was trained on this path."""
         missing = next((name for name in self.parameters if name not in shapes), None)

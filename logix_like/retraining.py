@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class SubsetOracle:
             when ``train`` or ``measure`` change.
         executor: Any ``concurrent.futures`` executor, or a ``dask.distributed`` client; None trains in this process.
             A process pool needs ``train`` and ``measure`` that can be pickled (functions of a module, or objects
-            that load their data themselves).
+            that load their data themselves). Threads share torch's random numbers, so that a pool of several needs a
+            ``train`` that draws from a generator of its own.
         empty: What is measured without any training, a number or ``[queries]``; None trains on no samples.
         progress: Show a bar with the time left: always, never, or (None) on a terminal.
 
@@ -137,12 +139,14 @@ class SubsetOracle:
         empty: Tensor | float | None = None,
         progress: bool | None = None,
     ) -> None:
+        if not isinstance(n, Integral) or not isinstance(seeds, Integral):
+            raise RetrainingError(f"n is {n!r} and seeds is {seeds!r}; both must be whole numbers")
         if n < 2:
             raise RetrainingError(f"there is {n} training sample; comparing subsets needs at least 2")
         if seeds < 1:
             raise RetrainingError(f"seeds is {seeds}; each subset must be trained at least once")
-        self.n = n
-        self.seeds = seeds
+        self.n = n = int(n)
+        self.seeds = int(seeds)
         self._train = train
         self._measure = measure
         self._executor = _as_executor(executor)
@@ -248,6 +252,10 @@ class SubsetOracle:
                 for future in sorted(done, key=lambda one: isinstance(one.exception(), BrokenExecutor)):
                     yield waiting.pop(future), _outcome(future)
         except BrokenExecutor as error:
+            # What had ended before a task could not even be handed over.
+            for future, key in waiting.items():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    yield key, future.result()
             raise RetrainingError(
                 "a worker process died (out of memory, or killed); what was retrained before is kept: start again "
                 "with a new executor, perhaps of fewer workers, to go on"

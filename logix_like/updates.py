@@ -7,7 +7,7 @@ same numbers from weights, gradient and moments, for replaying a recorded run an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -167,6 +167,9 @@ class RMSpropRule(UpdateRule):
         return scale
 
 
+MOVES = ("lr", "momentum", "dampening", "nesterov", "betas", "alpha")
+"""The settings that say how far a gradient moves a weight."""
+
 RULES: Mapping[str, UpdateRule] = {
     "SGD": SGDRule(),
     "Adam": AdamRule(decoupled=False),
@@ -185,6 +188,23 @@ def rule_of(optimizer: str) -> UpdateRule:
     if optimizer not in RULES:
         raise ConfigError(f"the optimizer {optimizer!r} has no known update rule; known are {', '.join(RULES)}")
     return RULES[optimizer]
+
+
+def common_settings(groups: Sequence[Hyper], what: str, instead: str) -> Hyper:
+    """The settings of all parameter groups, which must agree in what moves weights.
+
+    Args:
+        groups: settings of each group.
+        what: needs one for all, e.g. ``tracked queries``.
+        instead: what to do where the groups differ.
+
+    Raises:
+        ConfigError: they differ (says in what).
+    """
+    for name in MOVES:
+        if any(group.get(name) != groups[0].get(name) for group in groups):
+            raise ConfigError(f"the optimizer's groups differ in {name}; {what} need one for all: {instead}")
+    return groups[0]
 
 
 def settings_of(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:

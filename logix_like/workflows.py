@@ -19,6 +19,7 @@ from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
 from logix_like.evaluation.removal import RemovalCurve, removal_curve
 from logix_like.evaluation.scored import Scores, score_vector
+from logix_like.evaluation.statistics import mean_and_error
 from logix_like.layout import DataId
 from logix_like.objective import IGNORED, Batch, Categorical, Objective
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
@@ -146,8 +147,12 @@ def find_mislabeled(
         options: Of the run's ``compute_...`` (preconditioner, damping, ...).
 
     Raises:
-        EvaluationError: ``share`` names no sample, or more than there are.
+        EvaluationError: ``share`` names no sample, or more than there are, or an option is of no use here.
     """
+    if isinstance(source, Estimator) and options:
+        raise EvaluationError(f"an estimator takes no options here ({', '.join(options)}); give them to the estimator")
+    if "k" in options:
+        raise EvaluationError("all samples are ranked; say with share=, not k=, how many are to be checked")
     if isinstance(source, Estimator):
         names, scores = source.data_id, _suspicion(source, validation)
     elif validation is None:
@@ -188,10 +193,9 @@ class Curation:
 
     def __str__(self) -> str:
         """One line."""
-        error = self.random.std().item() / len(self.random) ** 0.5
         return (
             f"without {len(self.dropped)} of {len(self.kept) + len(self.dropped)} samples: {self.before:.4f} -> "
-            f"{self.after:.4f} (as many at random: {self.random.mean().item():.4f} +- {error:.4f})"
+            f"{self.after:.4f} (as many at random: {mean_and_error(self.random)})"
         )
 
 
@@ -298,6 +302,8 @@ def detect_poison(
         EvaluationError: the scores are those of the top samples only, not finite, or of too few queries or samples.
     """
     matrix, names = _scores_and_names(scores, data_id)
+    if top < 1 or group < 1:
+        raise EvaluationError(f"top is {top} and group {group}; lists and groups need 1 or more")
     if len(matrix) <= 2 * group or matrix.shape[1] < top:
         raise EvaluationError(
             f"there are {len(matrix)} queries and {matrix.shape[1]} samples; groups of {group + 1} queries can only "
@@ -333,6 +339,8 @@ def _scores_and_names(scores: InfluenceResult | Tensor, data_id: Sequence[DataId
         matrix, names = scores.scores.double(), scores.data_id
     else:
         matrix = scores.detach().cpu().double()
+        if data_id is not None and len(data_id) != matrix.shape[-1]:
+            raise EvaluationError(f"data_id names {len(data_id)} samples; the scores have {matrix.shape[-1]} columns")
         names = np.empty(matrix.shape[-1], dtype=object)
         names[:] = list(range(matrix.shape[-1]) if data_id is None else data_id)
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):

@@ -47,11 +47,24 @@ def query_losses(model: nn.Module) -> Tensor:
 
 
 def train(
-    root: Path, optimizer: str = "SGD", *, steps: int = 12, checkpoints: Any = "none", batch: int = BATCH, **hyper: Any
+    root: Path,
+    optimizer: str = "SGD",
+    *,
+    steps: int = 12,
+    checkpoints: Any = "none",
+    batch: int = BATCH,
+    head_lr: float | None = None,
+    **hyper: Any,
 ) -> tuple[TrainingPath, nn.Sequential]:
-    """Record a training over the samples in order; returns its path and the trained model."""
+    """Record a training over the samples in order; returns its path and the trained model.
+
+    With ``head_lr`` the last layer makes a parameter group of its own.
+    """
     model = network()
-    taker = getattr(torch.optim, optimizer)(model.parameters(), **{"lr": 0.15, **hyper})
+    groups: Any = model.parameters()
+    if head_lr is not None:
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": head_lr}]
+    taker = getattr(torch.optim, optimizer)(groups, **{"lr": 0.15, **hyper})
     config = {"root": str(root), "record": "path", "checkpoints": checkpoints, "projection": {"init": "identity"}}
     run = logix.init("run", model, {**config, "store": {"dtype": "float64"}}, optimizer=taker, verbose=False)
     for step in range(steps):

@@ -123,3 +123,21 @@ def test_what_cannot_be_tracked_is_said(tmp_path: Path) -> None:
     run = logix.init("d", model, root=str(tmp_path), optimizer=plain, verbose=False)
     with pytest.raises(ConfigError, match="every is 0 and order 2"):
         run.track(queries(), _loss, every=0)
+
+
+def test_momentum_of_a_step_at_rate_0_goes_on(tmp_path: Path) -> None:
+    """A warm-up of the learning rate begins at 0; what the first batch left in the momentum moves the weights later."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    run = logix.init("run", model, IDENTITY, root=str(tmp_path), record="path", optimizer=optimizer, verbose=False)
+    live = run.track(queries(), _loss, every=1, order=1)
+    for step in range(6):
+        optimizer.zero_grad()
+        with run(data_id=[2 * step, 2 * step + 1]):
+            _loss(model, batch_of([2 * step, 2 * step + 1])).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+    run.finalize()
+    expected = TracIn(run.training_path, network(), OBJECTIVE, batch_of).scores(queries()).float()
+    assert expected[:, 0].abs().min() > 0
+    torch.testing.assert_close(live.scores, expected, rtol=5e-3, atol=2e-3 * expected.abs().max().item())

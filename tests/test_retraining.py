@@ -155,6 +155,22 @@ def test_a_dead_worker_is_said_and_what_was_done_is_kept(tmp_path: Path) -> None
     assert (done, len(again.trained)) == (2, 3)
 
 
+def test_what_ended_before_the_pool_broke_is_kept(tmp_path: Path) -> None:
+    """A broken pool takes no further task: what it had done by then is not lost."""
+
+    class Refusing(Dying):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            if self.taken == 2:
+                raise BrokenProcessPool("a process was terminated abruptly")
+            return super().submit(fn, *args, **kwargs)
+
+    with pytest.raises(RetrainingError, match="a worker process died"):
+        Ridge(5).oracle(tmp_path, executor=Refusing()).values(without_each(5))
+    again = Ridge(5)
+    again.oracle(tmp_path).values(without_each(5))
+    assert len(again.trained) == 3
+
+
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
@@ -193,6 +209,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_arguments_that_make_no_sense() -> None:
+    with pytest.raises(RetrainingError, match=r"n is 2\.5 and seeds is 1; both must be whole"):
+        SubsetOracle(sums, itself, 2.5)  # type: ignore[arg-type]
     ridge = Ridge()
     with pytest.raises(RetrainingError, match="at least 2"):
         SubsetOracle(ridge.train, ridge.measure, 1)

@@ -97,6 +97,10 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
     by_harm = find_mislabeled(run, share=1.0, validation=query)
     assert torch.equal(by_harm.scores, harm.sort(descending=True).values)
     assert torch.equal(find_mislabeled(StoredInfluence(run), share=1.0, validation=query).scores, by_harm.scores)
+    with pytest.raises(EvaluationError, match="share=, not k="):
+        find_mislabeled(run, validation=query, k=5)
+    with pytest.raises(EvaluationError, match=r"takes no options here \(damping\)"):
+        find_mislabeled(StoredInfluence(run), damping=0.5)
     with pytest.raises(EvaluationError, match=r"share is 0\.001: 0 of 23"):
         find_mislabeled(run, share=0.001)
 
@@ -144,6 +148,10 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
     assert detect_poison(planted(), data_id=[f"x{i}" for i in range(500)]).first(1)[0][0] == "x"
     with pytest.raises(EvaluationError, match="ask without k="):
         detect_poison(explain(run, model, (x, y), k=2))
+    with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
+        detect_poison(planted(), data_id=["a"])
+    with pytest.raises(EvaluationError, match="top is 10 and group 0"):
+        detect_poison(planted(), group=0)
     with pytest.raises(EvaluationError, match="there are 10 queries"):
         detect_poison(planted()[:10])
     with pytest.raises(EvaluationError, match=r"shape \(500,\)"):

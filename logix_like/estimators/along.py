@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logix_like.errors import QueryError
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf, batch_size, differentiable
+from logix_like.estimators.flat import DataOf, checked, differentiable, require_chunk, require_queries
 from logix_like.estimators.replay import Point, Replay
 from logix_like.layout import DataId
 from logix_like.objective import Batch, Objective
@@ -48,10 +47,10 @@ class PathEstimator(Estimator):
     def __init__(
         self, path: TrainingPath, model: nn.Module, objective: Objective, data: DataOf, *, chunk: int = 64
     ) -> None:
-        self._replay = Replay(path, model, objective, data)
+        self._data = checked(data)
+        self._replay = Replay(path, model, objective, self._data)
         self._model = model
-        self._data = data
-        self._chunk = chunk
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._column = {name: number for number, name in enumerate(self._ids)}
 
@@ -78,9 +77,7 @@ class PathEstimator(Estimator):
         """The scores; the model is in eval mode meanwhile."""
 
     def _gradients(self, theta: Tensor, queries: Batch) -> Tensor:
-        if batch_size(queries) < 1:
-            raise QueryError("the batch of queries is empty; give at least one sample")
-        return self._replay.flat.sample_gradients(theta, queries)
+        return self._replay.flat.sample_gradients(theta, require_queries(queries))
 
     def _add(self, scores: Tensor, point: Point, directions: Tensor) -> None:
         """Add each visit's gradient times ``directions [queries, parameters]`` to its sample's column."""

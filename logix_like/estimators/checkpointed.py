@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from logix_like.errors import StoreError
+from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf, FlatModel, differentiable
+from logix_like.estimators.flat import DataOf, FlatModel, checked, differentiable, require_chunk, require_queries
 from logix_like.estimators.last_layer import LastLayer
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
@@ -59,8 +59,8 @@ class TracInCP(Estimator):
     ) -> None:
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         self._flat = FlatModel(model, objective, path.parameters)
-        self._data = data
-        self._chunk = chunk
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._visits = visits_between(path, _chosen(path, checkpoints))
         self._rates = Rates(path, self._flat)
@@ -72,6 +72,7 @@ class TracInCP(Estimator):
     def scores(self, queries: Batch) -> Tensor:
         """``[queries, samples]``."""
         total = None
+        require_queries(queries)
         with differentiable(self._flat.model):
             for checkpoint, visits in self._each():
                 theta = self._flat.flatten(checkpoint.weights)
@@ -104,8 +105,8 @@ class TracInLastLayer(Estimator):
 
     A sample's gradient there is ``e_i (x) a_i``, residual times input, so that a product of two gradients is
     ``(e_i . e_q)(a_i . a_q + 1)`` (the 1 for the bias) and none is ever formed. The learning rate is taken as one
-    number: the optimizer's ``lr`` (a step size for each weight would not factorise). Arguments as for
-    :class:`TracInCP`, and ``layer``, the last layer's name (None: the last ``nn.Linear``).
+    number: the ``lr`` of the parameter group that holds the layer (a step size for each weight would not factorise).
+    Arguments as for :class:`TracInCP`, and ``layer``, the last layer's name (None: the last ``nn.Linear``).
     """
 
     name: ClassVar[str] = "TracInCPFast"
@@ -124,8 +125,11 @@ class TracInLastLayer(Estimator):
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         self._path = path
         self._layer = LastLayer(model, objective, layer)
-        self._data = data
-        self._chunk = chunk
+        self._weight = f"{self._layer.name}.weight" if self._layer.name else "weight"
+        if self._weight not in path.parameters:
+            raise ConfigError(f"the path's optimizer did not train {self._weight!r}; name another layer")
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._visits = visits_between(path, _chosen(path, checkpoints))
 
@@ -137,7 +141,7 @@ class TracInLastLayer(Estimator):
         """``[queries, samples]``."""
 
         def part() -> Tensor:
-            asked = self._layer.factors(queries)
+            asked = self._layer.factors(require_queries(queries))
             return torch.cat([asked.products(self._layer.factors(batch)) for batch in self._batches()], 1)
 
         return self._summed(part)
@@ -153,7 +157,7 @@ class TracInLastLayer(Estimator):
     def _summed(self, part: Callable[[], Tensor]) -> Tensor:
         total: Tensor | None = None
         for stored, visits in self._visits:
-            lr = float(self._path.settings(stored.step)[0]["lr"])
+            lr = float(self._path.settings_for(self._weight, stored.step)["lr"])
             with self._layer.at(stored.read().weights):
                 found = part() * (lr * visits)
             total = found if total is None else total + found
@@ -172,6 +176,8 @@ class Rates:
         self._path = path
         self._flat = flat
         self._rule = rule_of(path.optimizer)
+        if any(settings.get("maximize") for settings in path.settings(path.first)):
+            raise ConfigError("the optimizer was used with maximize=True, where the sign of a score would be another")
 
     def at(self, checkpoint: Checkpoint) -> Tensor:
         """``[parameters]``; the learning rate is that of the step behind the checkpoint.

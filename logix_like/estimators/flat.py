@@ -13,12 +13,49 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, QueryError
 from logix_like.objective import Batch, Objective, bound
 from logix_like.weights import frozen
 
 DataOf = Callable[[Sequence[Any]], Batch]
 """Gives the batch of the samples with these ids, in this order, as the training loop had it."""
+
+
+def checked(data: DataOf) -> DataOf:
+    """``data``, whose batches have as many samples as ids were given, lest scores stand at other samples' names."""
+
+    def batch_of(ids: Sequence[Any]) -> Batch:
+        batch = data(ids)
+        if batch_size(batch) != len(ids):
+            raise QueryError(
+                f"data gave a batch of {batch_size(batch)} samples for {len(ids)} ids; it must give one sample for "
+                "each id, in their order"
+            )
+        return batch
+
+    return batch_of
+
+
+def require_chunk(chunk: int) -> int:
+    """``chunk``, if it is a number of samples.
+
+    Raises:
+        ConfigError: it is less than 1.
+    """
+    if chunk < 1:
+        raise ConfigError(f"chunk is {chunk}; it is how many samples are taken together, 1 or more")
+    return chunk
+
+
+def require_queries(queries: Batch) -> Batch:
+    """``queries``, if there is any.
+
+    Raises:
+        QueryError: the batch is empty.
+    """
+    if batch_size(queries) < 1:
+        raise QueryError("the batch of queries is empty; give at least one sample")
+    return queries
 
 
 class FlatModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -51,7 +52,7 @@ class RetrainedEstimator(Estimator):
         values = self.values
         if queries is None:
             return values.clone()
-        chosen = list(queries)
+        chosen = [operator.index(query) for query in queries]  # tensors of one number would count as dimensions
         if any(not 0 <= query < len(values) for query in chosen):
             raise QueryError(f"queries are {chosen}; they must be between 0 and {len(values) - 1}, what is measured")
         return values[chosen]

@@ -99,6 +99,7 @@ class Shapley(RetrainedEstimator):
         total = (self._oracle.full() - self._nothing()).abs()
         generator = torch.Generator().manual_seed(self._seed)
         drawn = 0
+        self._gains.clear()  # of an attempt that broke off
         while drawn < self._most:
             count = min(self._batch, self._most - drawn)
             order = torch.rand(count, self._oracle.n, generator=generator).argsort(1)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf
+from logix_like.estimators.flat import DataOf, checked, require_chunk, require_queries
 from logix_like.estimators.segments import BACKENDS, Blocks, Spectrum
 from logix_like.objective import Batch, Objective
 from logix_like.path import StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
-from logix_like.updates import rule_of
+from logix_like.updates import common_settings, rule_of
 from logix_like.weights import load_weights, restored_weights
 
 
@@ -81,13 +81,14 @@ class Source(Estimator):
         data: gives the batch of some ids.
         segments: how many; the paper takes 3.
         curvature: ``ekfac``, or ``dense`` for models of a few thousand parameters.
-        rate: step size to take for an adaptive optimizer, whose steps are no multiple of the gradient.
+        rate: step size to take for an adaptive optimizer, whose steps are no multiple of the gradient, or for groups
+            of different rates. (Of the groups' weight decays the largest is taken.)
         chunk: samples whose gradients are taken together.
 
     Raises:
         StoreError: a segment holds no checkpoint.
         ModelMismatchError: the path was recorded with another model.
-        ConfigError: the optimizer is adaptive and no ``rate`` is given.
+        ConfigError: the optimizer is adaptive, or its groups moved by different rates, and no ``rate`` is given.
     """
 
     name: ClassVar[str] = "SOURCE"
@@ -109,8 +110,8 @@ class Source(Estimator):
             raise ConfigError(f"unknown curvature {curvature!r}; known: {', '.join(BACKENDS)}")
         self._path = path
         self._model = model
-        self._data = data
-        self._chunk = chunk
+        self._data = checked(data)
+        self._chunk = require_chunk(chunk)
         self._ids = path.data_id
         self._backend = BACKENDS[curvature](model, objective)
         self.segments = _segments(path, segments, rate)
@@ -125,7 +126,7 @@ class Source(Estimator):
         """``[queries, samples]``; the curvatures are fitted at the first call."""
         with restored_weights(self._model):
             load_weights(self._model, self._path.checkpoints[-1].read().weights)
-            vectors = self._backend.gradients(queries)
+            vectors = self._backend.gradients(require_queries(queries))
             total = None
             for segment, spectrum in reversed(list(zip(self.segments, self._fitted(), strict=True))):
                 part = self._products(segment, spectrum.apply(segment.gathered, vectors))
@@ -189,6 +190,8 @@ def _segments(path: TrainingPath, count: int, rate: float | None) -> tuple[Segme
 
 def _step_size(path: TrainingPath, rate: float | None) -> Callable[[int], float]:
     if rate is not None:
+        if not rate > 0:
+            raise ConfigError(f"rate is {rate}; a step size is a number above 0")
         return lambda step: rate
     rule = rule_of(path.optimizer)
     if rule.adaptive:
@@ -197,4 +200,9 @@ def _step_size(path: TrainingPath, rate: float | None) -> Callable[[int], float]
             "segments have no closed form in the curvature's eigenvectors; give rate=..., the step size of the SGD "
             "that it is to be taken for"
         )
-    return lambda step: float(rule.rate({}, step, path.settings(step)[0]))
+
+    def size(step: int) -> float:
+        groups = path.settings(step)
+        return float(rule.rate({}, step, common_settings(groups, "SOURCE's segments", "give rate=...")))
+
+    return size

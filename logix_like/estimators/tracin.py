@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from logix_like.errors import ConfigError
 from logix_like.estimators.along import PathEstimator, scores_of
+from logix_like.estimators.flat import DataOf
 from logix_like.estimators.replay import Point
-from logix_like.objective import Batch
+from logix_like.objective import Batch, Objective
+from logix_like.path import TrainingPath
 
 
 class TracIn(PathEstimator):
@@ -53,16 +56,32 @@ class InRunShapley(TracIn):
 
     Args:
         path, model, objective, data, chunk: as for :class:`PathEstimator`.
-        order: 1 or 2.
+        order: of the expansion of the query's loss, 1 or 2.
+
+    Raises:
+        ConfigError: ``order`` is another.
     """
 
     name: ClassVar[str] = "in-run Shapley"
-    order: int = 2
-    """Of the expansion of the query's loss."""
+
+    def __init__(
+        self,
+        path: TrainingPath,
+        model: nn.Module,
+        objective: Objective,
+        data: DataOf,
+        *,
+        order: int = 2,
+        chunk: int = 64,
+    ) -> None:
+        super().__init__(path, model, objective, data, chunk=chunk)
+        if order not in (1, 2):
+            raise ConfigError(f"order is {order}; the query's loss is expanded to order 1 or 2")
+        self._order = order
 
     def _wanted(self, point: Point, queries: Batch) -> Tensor:
         slope = super()._wanted(point, queries)
-        if self.order == 1:
+        if self._order == 1:
             return slope
         after = self._replay.step(point.theta, point.gradient, point.moments, point)[0]
         products = self._replay.flat.sample_curvature_products(point.theta, queries, after - point.theta)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreError
 from logix_like.estimators.base import Estimator
-from logix_like.path import TrainingPath
+from logix_like.path import PathStep, TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids
 from logix_like.store import GradientStore
-from logix_like.updates import rule_of
+from logix_like.store.journal import journals
+from logix_like.updates import Hyper, common_settings, rule_of
 
 AtSteps = Mapping[int, QueryGradients]
 """The same queries' gradients at several moments, by the number of steps taken before."""
@@ -35,7 +36,9 @@ class TracInRP(Estimator):
 
     Raises:
         StoreError: rows carry no learning rate (``init(optimizer=...)`` records it), or there are none.
-        ConfigError: the recorded optimizer is adaptive: its steps are no multiple of the gradient.
+        StoreDamagedError: there is a recorded path, and it cannot be read.
+        ConfigError: the recorded optimizer is adaptive (its steps are no multiple of the gradient), or its parameter
+            groups moved by different rates.
     """
 
     name: ClassVar[str] = "TracIn-RP"
@@ -102,13 +105,18 @@ def _pairs(store: GradientStore, valid: np.ndarray) -> zip[tuple[object, bool]]:
 
 def _rates(store: GradientStore) -> np.ndarray:
     """``[rows]``: what each row's gradient moved the weights by, per unit."""
-    try:
-        path = store.training_path
-    except StoreError:
-        _, inverse, counts = np.unique(store.step, return_inverse=True, return_counts=True)
-        rates: np.ndarray = store.lr / counts[inverse]
-        return rates
-    return _recorded_rates(store, path)
+    if journals(store.path):
+        return _recorded_rates(store, store.training_path)
+    # A step that was taken again after going back is another batch.
+    attempts = np.repeat([w.attempt for w in store.writers], [w.rows for w in store.writers])
+    batches = np.stack([attempts, store.step])
+    _, inverse, counts = np.unique(batches, axis=1, return_inverse=True, return_counts=True)
+    rates: np.ndarray = store.lr / counts[inverse.reshape(-1)]
+    return rates
+
+
+def _settings(step: PathStep) -> Hyper:
+    return common_settings(step.settings, "projected rows", "use TracIn or TracInCP over the recorded path")
 
 
 def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
@@ -118,7 +126,7 @@ def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
             f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that rows and "
             "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
         )
-    rate = {step.step: float(rule.rate({}, step.step, step.settings[0])) for step in path.steps}
+    rate = {step.step: float(rule.rate({}, step.step, _settings(step))) for step in path.steps}
     weight = {(step.step, one): block.weight for step in path.steps for block in step.blocks for one in block.data_id}
     rows = zip(store.step.tolist(), store.data_id.tolist(), strict=True)
     return np.array([rate.get(step, 0.0) * weight.get((step, one), 0.0) for step, one in rows])

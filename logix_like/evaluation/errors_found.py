@@ -12,6 +12,7 @@ from logix_like.errors import EvaluationError
 from logix_like.evaluation.scored import Scores, score_vector
 from logix_like.evaluation.statistics import ranks
 from logix_like.layout import DataId
+from logix_like.query.result import InfluenceResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,13 @@ class LabelErrors:
     """``[samples]``: share of all errors among the first 1, 2, ..., n samples by falling score; ``found[k - 1]``."""
 
     def found_in(self, share: float) -> float:
-        """Share of all errors found by checking the first ``share`` of the samples."""
+        """Share of all errors found by checking the first ``share`` of the samples.
+
+        Raises:
+            EvaluationError: ``share`` is not between 0 and 1.
+        """
+        if not 0 <= share <= 1:
+            raise EvaluationError(f"share is {share}; give one between 0 and 1")
         checked = round(share * len(self.found))
         return self.found[checked - 1].item() if checked else 0.0
 
@@ -41,7 +48,8 @@ def label_errors(scores: Scores, wrong: Tensor, *, data_id: Sequence[DataId] | N
 
     Args:
         scores: ``[samples]``, a :class:`~logix_like.query.result.SelfInfluence`, or an estimator (its self-influence).
-            Influence on a validation set's loss is negative for errors: give minus the sum over queries.
+            Influence on a validation set's loss is negative for errors: of a result with all scores, minus the sum
+            over its queries is taken; of an array, give that yourself.
         wrong: ``[samples]`` bool: which labels are wrong.
         data_id: Names of the samples in the order of ``wrong``, where scores carry names; else numbers are expected.
 
@@ -54,6 +62,8 @@ def label_errors(scores: Scores, wrong: Tensor, *, data_id: Sequence[DataId] | N
     if not 0 < errors < n:
         raise EvaluationError(f"{errors} of {n} labels are wrong; there must be both wrong and right ones")
     suspicion = score_vector(scores, n, data_id)
+    if isinstance(scores, InfluenceResult):
+        suspicion = -suspicion
     auroc = (ranks(suspicion)[wrong].sum().item() / errors - (errors + 1) / 2) / (n - errors)
     order = suspicion.argsort(stable=True, descending=True)
     found = wrong[order].double().cumsum(0) / errors

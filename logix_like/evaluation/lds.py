@@ -28,10 +28,12 @@ def subset_truth(oracle: SubsetOracle, *, subsets: int = 100, share: float = 0.5
     warning; with a cache in the oracle an interrupted call goes on where it was.
 
     Raises:
-        EvaluationError: a subset would hold no sample or all.
+        EvaluationError: a subset would hold no sample or all, or there are fewer than 3.
         RetrainingError: all retrainings failed.
     """
-    size = round(share * oracle.n)
+    if subsets < FEWEST_SUBSETS:
+        raise EvaluationError(f"subsets is {subsets}; a rank correlation needs at least {FEWEST_SUBSETS}")
+    size = round(share * oracle.n) if math.isfinite(share) else 0
     if not 0 < size < oracle.n:
         raise EvaluationError(f"share is {share}: subsets of {size} of {oracle.n} samples cannot be compared")
     masks = random_subsets(oracle.n, size, subsets, torch.Generator().manual_seed(seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from logix_like.errors import EvaluationError
 from logix_like.evaluation.scored import Scores, score_matrix, score_vector
+from logix_like.evaluation.statistics import mean_and_error
 from logix_like.layout import DataId
 from logix_like.query.ranking import stable_top
 from logix_like.retraining import SubsetOracle
@@ -28,7 +30,8 @@ class RemovalEffect:
     random: Tensor
     """``[removed, queries]``: the same for random samples, mean over draws."""
     flipped: Tensor
-    """``[removed]``: share of the queries measured above 0 before (right, if it is a margin) and not after."""
+    """``[removed]``: share of the queries measured above 0 before (right, if it is a margin) and not after;
+    NaN if none was."""
     flipped_random: Tensor
     """``[removed]``: the same for random samples."""
 
@@ -41,12 +44,15 @@ class RemovalEffect:
         """A table with a line for each number removed."""
         lines = [f"{'removed':>8} {'drop':>18} {'random':>10} {'flipped':>8} {'random':>8}"]
         for i, count in enumerate(self.removed):
-            drop, error = self.drops[i].mean(), self.drops[i].std() / len(self.drops[i]) ** 0.5
             lines.append(
-                f"{count:>8} {drop:>+9.4f} +- {error:<5.4f} {self.random[i].mean():>+10.4f} "
-                f"{self.flipped[i]:>8.1%} {self.flipped_random[i]:>8.1%}"
+                f"{count:>8} {mean_and_error(self.drops[i]):>18} {self.random[i].mean():>+10.4f} "
+                f"{_percent(self.flipped[i]):>8} {_percent(self.flipped_random[i]):>8}"
             )
         return "\n".join(lines)
+
+
+def _percent(share: Tensor) -> str:
+    return "-" if bool(share.isnan()) else f"{share.item():.1%}"
 
 
 def brittleness(
@@ -74,10 +80,11 @@ def brittleness(
         data_id: Names of the samples 0, 1, ... where scores carry names.
 
     Raises:
-        EvaluationError: the scores do not fit, or a number to remove leaves no sample.
+        EvaluationError: the scores do not fit, a number to remove leaves no sample, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
-    counts = tuple(removed)
+    _require_draws(draws)
+    counts = tuple(map(operator.index, removed))
     if not counts or not all(0 < count < oracle.n for count in counts):
         raise EvaluationError(f"removed is {counts}; each number must be between 1 and {oracle.n - 1}, of {oracle.n}")
     matrix = score_matrix(scores, oracle.n, oracle.queries, queries, data_id)
@@ -107,8 +114,18 @@ def query_loss_difference(
     """Remove the top ``share`` (1 %) of each query's proponents against as many at random: how much worse it gets.
 
     ``differences`` of the result is the figure; measure minus the loss. Options are those of :func:`brittleness`.
+
+    Raises:
+        EvaluationError: ``share`` is none between 0 and 1.
     """
+    if not 0 < share < 1:
+        raise EvaluationError(f"share is {share}; it must be above 0 and below 1, e.g. 0.01")
     return brittleness(oracle, scores, removed=(max(1, round(share * oracle.n)),), **options)
+
+
+def _require_draws(draws: int) -> None:
+    if draws < 1:
+        raise EvaluationError(f"draws is {draws}; at least 1 random removal is needed to compare with")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +145,9 @@ class RemovalCurve:
         """A table of means over the queries; the error is that over the draws."""
         lines = [f"{'removed':>8} {'highest first':>14} {'lowest first':>14} {'at random':>22}"]
         for i, share in enumerate(self.shares):
-            random = self.random[i].mean(1)
-            error = random.std() / len(random) ** 0.5
             lines.append(
                 f"{share:>8.1%} {self.highest_first[i].mean():>14.4f} {self.lowest_first[i].mean():>14.4f} "
-                f"{random.mean():>12.4f} +- {error:<6.4f}"
+                f"{mean_and_error(self.random[i].mean(1)):>22}"
             )
         return "\n".join(lines)
 
@@ -160,9 +175,10 @@ def removal_curve(
         data_id: Names of the samples 0, 1, ... where values carry names.
 
     Raises:
-        EvaluationError: the values do not fit, or a share leaves no sample or removes none.
+        EvaluationError: the values do not fit, a share leaves no sample or removes none, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
+    _require_draws(draws)
     vector, n = score_vector(values, oracle.n, data_id), oracle.n
     counts = [round(share * n) for share in shares]
     if not counts or not all(0 < count < n for count in counts):

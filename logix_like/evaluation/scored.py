@@ -41,7 +41,7 @@ def score_matrix(
             raise EvaluationError("the result scores visits, not samples; ask with reduce='mean' or another")
         matrix = _reordered(scores.scores, scores.data_id, n, data_id)
     else:
-        matrix = torch.as_tensor(scores).detach()
+        matrix = _as_tensor(scores)
     matrix = matrix.to("cpu", torch.float64)
     expected = f"({'queries' if queries is None else queries}, {n})"
     if matrix.ndim != 2 or matrix.shape[1] != n or queries not in (None, len(matrix)):
@@ -53,7 +53,9 @@ def score_matrix(
 
 
 def score_vector(scores: Scores, n: int, data_id: Sequence[DataId] | None = None) -> Tensor:
-    """``[n]`` float64: one score a sample, from an estimator's or a store's self-influence, or from an array.
+    """``[n]`` float64: one score a sample, from an array or an estimator's or a store's self-influence.
+
+    A result's scores are summed over its queries: what each sample is worth to all of them.
 
     Raises:
         EvaluationError: as :func:`score_matrix`.
@@ -62,11 +64,24 @@ def score_vector(scores: Scores, n: int, data_id: Sequence[DataId] | None = None
         vector = _reordered(scores.self_influence()[None], scores.data_id, n, data_id)[0]
     elif isinstance(scores, SelfInfluence):
         vector = _reordered(scores.scores[None], scores.data_id, n, data_id)[0]
+    elif isinstance(scores, InfluenceResult):
+        vector = score_matrix(scores, n, None, data_id=data_id).sum(0)
     else:
-        vector = torch.as_tensor(scores).detach()
+        vector = _as_tensor(scores)
     if vector.shape != (n,):
         raise EvaluationError(f"the scores have the shape {tuple(vector.shape)}; ({n},) is needed: one for each sample")
     return _finite(vector.to("cpu", torch.float64))
+
+
+def _as_tensor(scores: Any) -> Tensor:
+    try:
+        tensor: Tensor = torch.as_tensor(scores).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EvaluationError(
+            f"scores are a {type(scores).__name__}; give an estimator, a result with all scores, or numbers as a "
+            "tensor, an array or lists"
+        ) from error
+    return tensor
 
 
 def _finite(scores: Tensor) -> Tensor:

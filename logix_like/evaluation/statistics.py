@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logix_like.errors import MissingDependencyError
+from logix_like.errors import EvaluationError, MissingDependencyError
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -54,7 +54,19 @@ def resampled(count: int, draws: int, generator: torch.Generator) -> Tensor:
     )
 
 
+def mean_and_error(values: Tensor) -> str:
+    """``+0.1234 +- 0.0123``: mean and standard error of ``values [n]``; of a single one the error is unknown."""
+    mean = f"{values.mean().item():+.4f}"
+    return mean if len(values) < 2 else f"{mean} +- {values.std().item() / len(values) ** 0.5:.4f}"
+
+
 def interval(draws: Tensor, level: float) -> tuple[float, float]:
-    """The middle ``level`` of ``draws [n]``."""
+    """The middle ``level`` of ``draws [n]``.
+
+    Raises:
+        EvaluationError: ``level`` is no share.
+    """
+    if not 0 < level < 1:
+        raise EvaluationError(f"level is {level}; an interval holds a share between 0 and 1, e.g. 0.95")
     low, high = torch.quantile(draws.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return low.item(), high.item()

@@ -21,7 +21,7 @@ from logix_like.query.result import InfluenceResult
 from logix_like.ranks import Ranks
 from logix_like.run.block import BlockOptions
 from logix_like.run.tracking import projected
-from logix_like.updates import Hyper, UpdateRule, rule_of, settings_of
+from logix_like.updates import Hyper, UpdateRule, common_settings, rule_of, settings_of
 from logix_like.weights import evaluating, frozen, undisturbed
 
 FORGOTTEN = 1e-3
@@ -166,8 +166,9 @@ class LiveScores:
             self._visits.popleft()
 
     def _is_spent(self, visits: _Visits, step: int) -> bool:
-        first = self._rule.impulse(0, step, visits.settings)
-        return self._rule.impulse(step - visits.step, step, visits.settings) <= FORGOTTEN * first
+        # Whatever the learning rate was: after a step of rate 0 momentum moves the weights all the same.
+        unit = {**visits.settings, "lr": 1.0}
+        return self._rule.impulse(step - visits.step, step, unit) <= FORGOTTEN * self._rule.impulse(0, step, unit)
 
     def _grow(self) -> None:
         missing = len(self._columns) - self._scores.shape[1]
@@ -215,12 +216,5 @@ class LiveScores:
 
 
 def _common_settings(optimizer: Optimizer) -> Hyper:
-    """The settings of all parameter groups, which must agree in what moves weights."""
-    groups = settings_of(optimizer)
-    for name in ("lr", "momentum", "betas"):
-        if any(group.get(name) != groups[0].get(name) for group in groups):
-            raise ConfigError(
-                f"the optimizer's groups differ in {name}; tracked queries need one for all: use TracIn over a "
-                "recorded path (record: path)"
-            )
-    return groups[0]
+    instead = "use TracIn over a recorded path (record: path)"
+    return common_settings(settings_of(optimizer), "tracked queries", instead)

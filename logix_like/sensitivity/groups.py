@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logix_like.estimators.flat import FlatModel, differentiable
+from logix_like.errors import ConfigError
+from logix_like.estimators.flat import FlatModel, batch_size, differentiable
 from logix_like.objective import Batch
 from logix_like.sensitivity.posterior import Posterior
 
@@ -39,13 +40,16 @@ def leave_groups_out(
 
     Two passes over the samples. A whole class is far outside what first order can tell: use the order of the
     effects, not their size.
+
+    Raises:
+        ConfigError: not every sample has a group.
     """
     theta = flat.theta
     with differentiable(flat.model):
         moves = {name: posterior.times(total) for name, total in _sums(flat, theta, batches(), groups).items()}
         found: dict[Any, list[tuple[Tensor, Tensor]]] = {name: [] for name in moves}
         for batch in batches():
-            names, now = list(groups(batch)), flat.losses(theta, batch)
+            names, now = _names(groups, batch), flat.losses(theta, batch)
             for name in set(names):
                 own = torch.tensor([one == name for one in names], device=theta.device)
                 along = flat.outputs_along(theta, batch, moves[name].expand(len(names), -1))
@@ -59,10 +63,19 @@ def leave_groups_out(
     return effects
 
 
+def _names(groups: Labels, batch: Batch) -> list[Any]:
+    """Each sample's group, as something that is equal where the group is: the numbers of a tensor, not its parts."""
+    found = groups(batch)
+    names = found.tolist() if isinstance(found, Tensor) else list(found)
+    if len(names) != batch_size(batch):
+        raise ConfigError(f"groups named {len(names)} groups for {batch_size(batch)} samples; one for each is needed")
+    return names
+
+
 def _sums(flat: FlatModel, theta: Tensor, batches: Iterable[Batch], groups: Labels) -> dict[Any, Tensor]:
     """The summed gradient of each group, in the order of first appearance."""
     sums: dict[Any, Tensor] = {}
     for batch in batches:
-        for name, row in zip(groups(batch), flat.sample_gradients(theta, batch), strict=True):
+        for name, row in zip(_names(groups, batch), flat.sample_gradients(theta, batch), strict=True):
             sums[name] = sums[name] + row if name in sums else row
     return sums

@@ -105,6 +105,10 @@ class SensitivityMonitor:
         _require(posterior, SOURCES, "posterior")
         chosen: Form = form or ("loo" if posterior == "dense" else "full")
         _require(chosen, tuple(FORMS), "form")
+        if samples < 1:
+            raise ConfigError(f"samples is {samples}; it is the number of training samples, 1 or more")
+        if strength is not None and not strength >= 0:
+            raise ConfigError(f"strength is {strength}; the L2 penalty must be a number, 0 or more")
         if posterior == "optimizer" and optimizer is None:
             raise ConfigError("posterior 'optimizer' is read from the optimizer's state; give optimizer=...")
         self.model = model
@@ -232,7 +236,10 @@ class _Look:
                 size = jacobians_at_once(self._flat, batch, self._memory)
                 parts += [self._part(part, whole=size > 0) for part in sliced(batch, size or 1)]
         if not parts:
-            raise ConfigError("the loader yielded no batch; give the training samples")
+            raise ConfigError(
+                "the loader yielded no batch; give the training samples, as something that can be read more than once "
+                "(a generator cannot)"
+            )
         columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
         if len(ids) != len(columns[0]):
             raise ConfigError(f"data_id gave {len(ids)} ids for {len(columns[0])} samples; one for each is needed")
@@ -241,6 +248,8 @@ class _Look:
     def mean_loss(self, batches: Iterable[Batch]) -> float:
         with differentiable(self._flat.model):
             found = [self._losses(self._flat.outputs(self._theta, batch), batch) for batch in batches]
+        if not found:
+            raise ConfigError("validation yielded no batch; give at least one, or none at all (validation=None)")
         return float(torch.cat(found).mean())
 
     def _part(self, batch: Batch, *, whole: bool) -> tuple[Tensor, ...]:

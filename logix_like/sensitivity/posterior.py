@@ -19,6 +19,9 @@ from logix_like.errors import ConfigError
 from logix_like.estimators.flat import FlatModel, differentiable
 from logix_like.objective import Batch
 
+MOST_DENSE = 20_000
+"""Parameters of a dense posterior at most: a matrix of 1.6 GB in float32."""
+
 
 class Posterior(ABC):
     """A covariance ``S [parameters, parameters]`` of a flat vector of parameters."""
@@ -194,7 +197,16 @@ VARIANCES: Mapping[str, Variances] = {
 
 
 def dense_laplace(flat: FlatModel, batches: Iterable[Batch], strength: float) -> DensePosterior:
-    """The inverse of the summed Gauss-Newton matrix plus ``strength``, at the present weights."""
+    """The inverse of the summed Gauss-Newton matrix plus ``strength``, at the present weights.
+
+    Raises:
+        ConfigError: there are more parameters than one matrix can hold.
+    """
+    if flat.width > MOST_DENSE:
+        raise ConfigError(
+            f"the dense posterior of {flat.width:,} parameters is a matrix of so many lines; at most {MOST_DENSE:,} "
+            "are taken: name fewer parameters= (the last layer, say), or take 'kronecker' or 'diagonal'"
+        )
     theta = flat.theta
     total = strength * torch.eye(flat.width, dtype=theta.dtype, device=theta.device)
     with differentiable(flat.model):

@@ -52,10 +52,12 @@ def choose_strength(
     what its linearisation says. All Jacobians are held, ``samples x outputs x parameters``.
 
     Raises:
-        ConfigError: there is no strength or no sample, or a strength is negative.
+        ConfigError: there is no strength or no sample, a strength is negative, or the form is unknown.
     """
     objective = objective or Objective()
-    if not strengths or min(strengths) < 0:
+    if form not in FORMS:
+        raise ConfigError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if not strengths or not all(strength >= 0 for strength in strengths):
         raise ConfigError(f"strengths are {tuple(strengths)}; give at least one number, 0 or more")
     linear = _Linearised(FlatModel(model, objective, trained_parameters(model, parameters)), batches)
     train, left_out = [], []

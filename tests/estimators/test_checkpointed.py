@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,16 @@ def test_adams_own_step_sizes_weigh_the_products(tmp_path: Path) -> None:
     torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02 * exact.abs().max().item())
 
 
-def test_the_last_layers_products_are_those_of_its_gradients(tmp_path: Path) -> None:
-    path, _ = train(tmp_path, steps=4, batch=SAMPLES, checkpoints=EVERY)
+@pytest.mark.parametrize("head_lr", [None, 0.4])
+def test_the_last_layers_products_are_those_of_its_gradients(tmp_path: Path, head_lr: float | None) -> None:
+    path, _ = train(tmp_path, steps=4, batch=SAMPLES, checkpoints=EVERY, head_lr=head_lr)
     found = TracInLastLayer(path, network(), OBJECTIVE, batch_of, chunk=7)
     frozen_rest = network()
     expected = torch.zeros(4, SAMPLES, dtype=torch.float64)
     for stored in path.checkpoints[:-1]:
         frozen_rest.load_state_dict(dict(stored.read().weights))
         rows, asked = (_last_gradients(frozen_rest, *batch) for batch in (batch_of(range(SAMPLES)), queries()))
-        expected += 0.15 / SAMPLES * asked @ rows.T
+        expected += (head_lr or 0.15) / SAMPLES * asked @ rows.T
     torch.testing.assert_close(found.scores(queries()), expected, rtol=EXACT, atol=EXACT)
     own = found.scores(batch_of(range(SAMPLES))).diagonal()
     torch.testing.assert_close(found.self_influence(), own, rtol=EXACT, atol=EXACT)
@@ -134,3 +136,16 @@ def test_a_fit_that_did_not_arrive_is_said() -> None:
         _points(decay=0)
     with pytest.raises(QueryError, match="2 data ids were given for 24 samples"):
         _points(data_id=["a", "b"])
+
+
+def test_an_optimizer_that_climbs_is_refused(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, steps=2, checkpoints=EVERY, maximize=True)
+    with pytest.raises(ConfigError, match="maximize=True"):
+        TracInCP(path, network(), OBJECTIVE, batch_of)
+
+
+def test_a_layer_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, steps=2, checkpoints=EVERY)
+    without = replace(path, groups=(("0.weight", "0.bias"),))
+    with pytest.raises(ConfigError, match=r"did not train '2\.weight'; name another layer"):
+        TracInLastLayer(without, network(), OBJECTIVE, batch_of)

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logix_like.errors import ConfigError, ModelMismatchError, QueryError
+from logix_like.estimators.checkpointed import TracInCP, TracInLastLayer
 from logix_like.estimators.flat import FlatModel, differentiable
 from logix_like.estimators.hydra import Hydra
 from logix_like.estimators.replay import Replay
+from logix_like.estimators.source import Source
 from logix_like.estimators.tracin import InRunShapley, TracIn
 from logix_like.estimators.unrolling import ExactUnrolling
 from tests.path_runs import (
@@ -237,3 +239,24 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with differentiable(model):
         assert not model.training
+
+
+def test_the_order_of_in_run_shapley_is_chosen(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, steps=3)
+    first = InRunShapley(path, network(), OBJECTIVE, batch_of, order=1).scores(queries())
+    torch.testing.assert_close(first, TracIn(path, network(), OBJECTIVE, batch_of).scores(queries()), rtol=0, atol=0)
+    assert not torch.allclose(first, InRunShapley(path, network(), OBJECTIVE, batch_of).scores(queries()))
+    with pytest.raises(ConfigError, match="order is 3"):
+        InRunShapley(path, network(), OBJECTIVE, batch_of, order=3)
+
+
+@pytest.mark.parametrize("kind", [TracIn, TracInCP, TracInLastLayer, Source])
+def test_data_and_queries_that_do_not_fit_are_refused(tmp_path: Path, kind: Any) -> None:
+    path, _ = train(tmp_path, steps=6, checkpoints={"every_steps": 1})
+    with pytest.raises(QueryError, match=r"data gave a batch of .* samples for .* ids"):
+        kind(path, network(), OBJECTIVE, lambda ids: batch_of(ids[:-1])).scores(queries())
+    x, y = queries()
+    with pytest.raises(QueryError, match="the batch of queries is empty"):
+        kind(path, network(), OBJECTIVE, batch_of).scores((x[:0], y[:0]))
+    with pytest.raises(ConfigError, match="chunk is 0"):
+        kind(path, network(), OBJECTIVE, batch_of, chunk=0)

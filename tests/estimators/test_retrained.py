@@ -223,3 +223,27 @@ def test_a_subset_that_cannot_be_trained_is_named() -> None:
 
     with pytest.raises(RetrainingError, match=r"1 retrainings failed: training on 3 samples .*both classes"):
         LeaveOneOut(SubsetOracle(train, lambda model: model, 4)).scores()
+
+
+def test_queries_may_be_a_tensor_of_indices(ridge: Ridge) -> None:
+    estimator = LeaveOneOut(ridge.oracle())
+    for queries in ([2], [3, 0]):
+        assert torch.equal(estimator.scores(torch.tensor(queries)), estimator.scores(queries))
+
+
+@pytest.mark.filterwarnings("ignore:after 8 permutations")
+def test_shapley_after_a_failure_is_as_without_one(ridge: Ridge) -> None:
+    failing = iter([False] * 40 + [True])
+
+    def train(samples: list[int], seed: int) -> Tensor:
+        if next(failing, False):
+            raise OSError("the disk was full")
+        return ridge.value(tuple(samples))
+
+    options = {"permutations": 8, "batch": 4, "tolerance": 0.0}
+    broken = Shapley(SubsetOracle(train, lambda value: value, 8), **options)
+    with pytest.raises(RetrainingError, match="the disk was full"):
+        broken.scores()
+    whole = Shapley(ridge.oracle(), **options)
+    assert broken.permutations == whole.permutations == 8
+    close(broken.standard_errors(), whole.standard_errors())

@@ -170,3 +170,10 @@ def test_what_source_cannot_do_is_said(tmp_path: Path) -> None:
         Source(path, network(), OBJECTIVE, batch_of, segments=9, rate=0.01)
     with pytest.raises(ConfigError, match="unknown curvature 'full'; known: ekfac, dense"):
         Source(path, network(), OBJECTIVE, batch_of, curvature="full", rate=0.01)
+
+
+def test_groups_of_different_rates_need_one_to_take(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, steps=4, checkpoints={"every_steps": 1}, head_lr=0.5)
+    with pytest.raises(ConfigError, match=r"groups differ in lr; SOURCE's segments need one for all: give rate="):
+        Source(path, network(), OBJECTIVE, batch_of, segments=1)
+    assert Source(path, network(), OBJECTIVE, batch_of, segments=1, rate=0.2).segments[0].amount > 0

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import logix_like as logix
-from logix_like.errors import ConfigError, QueryError, StoreError
+from logix_like.errors import ConfigError, QueryError, StoreDamagedError, StoreError
 from logix_like.estimators.tracin import TracIn
 from logix_like.estimators.tracin_rows import TracInRP
 from logix_like.query.gradients import QueryGradients
+from logix_like.store.journal import journals
 from tests.path_runs import BATCH, OBJECTIVE, batch_of, network, queries, train
 
 FLOAT32 = 1e-5
@@ -86,3 +87,37 @@ def test_what_cannot_be_told_from_rows_is_said(tmp_path: Path) -> None:
     estimator = TracInRP(logix.open_store(tmp_path / "sgd" / "run"))
     with pytest.raises(QueryError, match="there is no query"):
         estimator.scores({})
+
+
+def test_a_step_taken_again_counts_its_own_rows_alone(tmp_path: Path) -> None:
+    def go(ids: list[int], **options: Any) -> logix.Run:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        config = {"root": str(tmp_path), "projection": {"init": "identity"}}
+        run = logix.init("run", model, config, optimizer=optimizer, verbose=False, **options)
+        with run(data_id=ids):
+            _loss(model, batch_of(ids)).backward()
+        optimizer.step()
+        run.finalize()
+        return run
+
+    go([0, 1, 2])
+    run = go([3, 4], resume=True, resume_step=0)
+    found = TracInRP(run.store)
+    squares = run.store.norm[run.store.valid] ** 2
+    assert list(found.data_id) == [3, 4]
+    torch.testing.assert_close(found.self_influence(), torch.tensor(0.2 / 2 * squares).float(), rtol=1e-2, atol=0)
+
+
+def test_a_damaged_path_is_not_taken_for_none(tmp_path: Path) -> None:
+    train(tmp_path, steps=3)
+    (journal,) = journals(tmp_path / "run")
+    journal.write_bytes(journal.read_bytes().replace(b'"step":1', b'"step":5'))
+    with pytest.raises(StoreDamagedError, match="the record is damaged"):
+        TracInRP(logix.open_store(tmp_path / "run"))
+
+
+def test_groups_of_different_rates_are_refused(tmp_path: Path) -> None:
+    train(tmp_path, steps=2, head_lr=0.5)
+    with pytest.raises(ConfigError, match="groups differ in lr; projected rows need one for all: use TracIn"):
+        TracInRP(logix.open_store(tmp_path / "run"))

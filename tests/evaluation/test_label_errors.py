@@ -52,3 +52,7 @@ def test_what_is_refused() -> None:
         label_errors(torch.zeros(3), torch.tensor([0, 1, 1]))
     with pytest.raises(EvaluationError, match=r"shape \(4,\)"):
         label_errors(torch.zeros(4), torch.tensor([True, False, False]))
+    with pytest.raises(EvaluationError, match=r"scores are a str; give an estimator"):
+        label_errors("high", torch.tensor([True, False]))
+    with pytest.raises(EvaluationError, match=r"share is 1\.5"):
+        label_errors(torch.zeros(2), torch.tensor([True, False])).found_in(1.5)

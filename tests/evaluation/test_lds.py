@@ -112,6 +112,12 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         lds(world.effects, Measurements(truth.masks[:2], truth.values[:2]))
     with pytest.raises(EvaluationError, match="share is 1"):
         subset_truth(world.oracle, share=1.0)
+    with pytest.raises(EvaluationError, match="share is nan"):
+        subset_truth(world.oracle, share=math.nan)
+    with pytest.raises(EvaluationError, match="subsets is 0; a rank correlation needs at least 3"):
+        subset_truth(world.oracle, subsets=0)
+    with pytest.raises(EvaluationError, match="level is 95"):
+        lds(world.effects, truth, level=95)
 
 
 def test_a_subset_that_fails_is_left_out_and_the_rest_goes_on_later(tmp_path: Path) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from logix_like.errors import EvaluationError
-from logix_like.evaluation import brittleness, leave_one_out_correlation, query_loss_difference, removal_curve
+from logix_like.evaluation import (
+    brittleness,
+    label_errors,
+    leave_one_out_correlation,
+    query_loss_difference,
+    removal_curve,
+)
+from logix_like.query.result import InfluenceResult
+from logix_like.workflows import curate
 from tests.evaluation.additive import Additive
 
 EXACT = 1e-9
@@ -83,3 +92,39 @@ def test_what_is_refused() -> None:
         removal_curve(world.oracle, world.effects)
     with pytest.raises(EvaluationError, match="at least 3"):
         leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])
+
+
+def test_one_query_and_one_draw_print_without_an_error_bar() -> None:
+    world = Additive(q=1)
+    for shown in (
+        str(brittleness(world.oracle, world.effects, removed=(3,))),
+        str(removal_curve(world.oracle, world.effects[0], shares=(0.1,), draws=1)),
+        str(curate(world.oracle, world.effects[0], draws=1)),
+    ):
+        assert "nan" not in shown and "+-" not in shown
+    assert "+-" in str(curate(world.oracle, world.effects[0], draws=2))
+
+
+def test_options_that_make_no_sense() -> None:
+    world = Additive(q=2)
+    for draws in (0, -1):
+        with pytest.raises(EvaluationError, match=f"draws is {draws}; at least 1 random removal"):
+            brittleness(world.oracle, world.effects, removed=(5,), draws=draws)
+        with pytest.raises(EvaluationError, match=f"draws is {draws}; at least 1 random removal"):
+            removal_curve(world.oracle, world.effects[0], draws=draws)
+    for share in (0.0, -0.5, 1.5):
+        with pytest.raises(EvaluationError, match=r"share is .*; it must be above 0"):
+            query_loss_difference(world.oracle, world.effects, share=share)
+
+
+def test_a_results_scores_are_summed_over_its_queries_by_name() -> None:
+    world = Additive(q=2)
+    order = torch.randperm(60)
+    ids = np.array([f"s{i}" for i in order.tolist()], dtype=object)
+    result = InfluenceResult(
+        ("a", "b"), 60, "dot", "x", 0.1, "mean", "exact", "", data_id=ids, scores=world.effects[:, order]
+    )
+    found = curate(world.oracle, result, data_id=[f"s{i}" for i in range(60)])
+    assert found.dropped == curate(world.oracle, world.effects.sum(0)).dropped
+    harmful = torch.zeros(60, dtype=torch.bool).index_fill_(0, torch.tensor(found.dropped), True)
+    assert label_errors(result, harmful, data_id=[f"s{i}" for i in range(60)]).auroc == 1

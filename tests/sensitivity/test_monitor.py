@@ -246,6 +246,8 @@ def test_every_optimizer_is_tested() -> None:
     [
         (lambda m: SensitivityMonitor(m, samples=4), r"give optimizer="),
         (lambda m: SensitivityMonitor(m, samples=4, posterior="dense"), r"give strength="),
+        (lambda m: SensitivityMonitor(m, samples=0, posterior="dense", strength=1.0), "samples is 0"),
+        (lambda m: SensitivityMonitor(m, samples=4, posterior="dense", strength=-1.0), "strength is -1.0"),
         (lambda m: SensitivityMonitor(m, samples=4, posterior="exact"), "known: optimizer, diagonal, kronecker, dense"),
         (lambda m: SensitivityMonitor(m, samples=4, posterior="dense", strength=1.0, form="half"), "known: loo, full"),
     ],
@@ -271,7 +273,26 @@ def test_what_cannot_be_measured_is_said() -> None:
         monitor.measure([(x, y)], data_id=lambda batch: ["a", "b"])
     with pytest.raises(ConfigError, match="yielded no batch"):
         monitor.measure([])
+    with pytest.raises(ConfigError, match="a generator cannot"):
+        monitor.measure(batch for batch in _batches())
+    wide = SensitivityMonitor(nn.Linear(6, 5000), samples=40, posterior="dense", strength=1.0)
+    with pytest.raises(ConfigError, match=r"posterior of 35,000 parameters .* at most 20,000"):
+        wide.measure([(x.float(), y)])
+    with pytest.raises(ConfigError, match="unknown form 'half'; known: loo, full"):
+        choose_strength(model, _batches(), [1.0], form="half")
+    with pytest.raises(ConfigError, match=r"strengths are \(nan,\)"):
+        choose_strength(model, _batches(), [float("nan")])
+    with pytest.raises(ConfigError, match="validation yielded no batch"):
+        monitor.measure([(x, y)], validation=[])
     with pytest.raises(ConfigError, match="not positive definite"):
         SensitivityMonitor(model, samples=40, posterior="dense", strength=0.0).measure(_batches())
     with pytest.raises(QueryError, match="between 1 and 40"):
         monitor.measure([(x, y)]).most_sensitive(41)
+
+
+def test_groups_may_be_named_by_a_tensor() -> None:
+    x, y = classes_of_noise(40)
+    monitor = SensitivityMonitor(_network(), samples=40, posterior="diagonal", strength=1.0)
+    assert monitor.leave_out(_batches(), lambda batch: batch[1]) == monitor.leave_out([(x, y)])[:3]
+    with pytest.raises(ConfigError, match="groups named 1 groups for 16 samples"):
+        monitor.leave_out(_batches(), lambda batch: ["a"])
