@@ -119,7 +119,7 @@ def test_every_order_is_one(explorer: Explorer, sort: str) -> None:
 
 
 def test_nonsense_in_the_address_is_harmless(client: TestClient) -> None:
-    for asked in ({"page": "x"}, {"sort": "<x>"}, {"from": "a"}, {"is:none": "x"}, {"page": "-5"}):
+    for asked in ({"page": "x"}, {"sort": "<x>"}, {"from": "a"}, {"is:none": "x"}, {"page": "-5"}, {"from": "1" * 400}):
         assert "Samples" in page(client, "/", **asked)
 
 
@@ -189,10 +189,16 @@ def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestCl
         ({"sample": "stext-3", "mode": "dott"}, "unknown mode 'dott'"),
         ({"sample": "stext-3", "damping": "much"}, "must be numbers"),
         ({"sample": "stext-3", "damping": "-1"}, "damping is -1.0; it must be"),
+        ({"sample": "stext-3", "damping": "nan"}, "damping is nan; it must be"),
+        ({"sample": "stext-3", "k": "many"}, "must be numbers"),
     ],
 )
 def test_what_cannot_be_asked_is_said(client: TestClient, asked: dict[str, str], message: str) -> None:
-    assert message in unescape(client.get("/ask", params=asked).text)
+    answer = client.get("/ask", params=asked)
+    assert answer.status_code == 200
+    assert message in unescape(answer.text)
+    if "damping" in asked:
+        assert 'name="damping" inputmode="decimal"' in answer.text and f'value="{asked["damping"]}"' in answer.text
 
 
 def test_a_loss_that_fails_is_said(texts: tuple[Path, nn.Module], explorers: Callable[..., Explorer]) -> None:
