@@ -15,6 +15,7 @@ from logix_like.errors import LogixError, QueryError
 from logix_like.explorer.catalogue import SELF_INFLUENCE, SORTS, Catalogue, Wish
 from logix_like.explorer.state import Explorer, Job, Options
 from logix_like.layout import DataId
+from logix_like.planning import size
 from logix_like.preconditioner import PRECONDITIONERS
 from logix_like.query.modes import MODES
 from logix_like.report import figures, plots
@@ -191,8 +192,8 @@ def health_page(explorer: Explorer) -> dict[str, Any]:
         "rows": f"{summary.rows:,}",
         "samples": f"{summary.samples:,}",
         "rows a second, on average": f"{summary.rows / seconds:,.0f}" if seconds else "unknown",
-        "bytes on disk": f"{sum(summary.bytes.values()):,}",
-        "statistics cover": f"{summary.statistics_rows / summary.rows:.0%} of rows" if summary.rows else "nothing",
+        "on disk": size(sum(summary.bytes.values())),
+        "rows in the statistics": f"{summary.statistics_rows / summary.rows:.0%}" if summary.rows else "none",
         "left out of scores": f"{summary.nonfinite + summary.superseded:,} rows",
     }
     return {

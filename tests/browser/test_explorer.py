@@ -50,7 +50,7 @@ def test_a_sample_is_picked_and_its_answer_updates(browser: Browser, text_explor
     name = browser.texts(".list .id")[0]
     browser.driver.find_element("css selector", ".list .id").click()
     browser.until("return document.querySelector('.query')")
-    assert browser.texts("h1") == [f"What influenced {name}"]
+    assert browser.texts("h1") == [f"What influenced the sample {name}"]
     assert len(browser.texts(".sample")) == 20
     before = browser.texts(".score")
     browser.choose("[name=mode]", "cosine")

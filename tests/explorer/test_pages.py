@@ -155,7 +155,7 @@ def test_a_sample_is_asked_about(explorer: Explorer, client: TestClient, data_id
 
 def test_a_typed_query_is_answered(explorer: Explorer, client: TestClient, texts: tuple[Path, nn.Module]) -> None:
     text = page(client, "/ask", text="the cat and a dog")
-    assert "What influenced the cat and a dog" in text
+    assert "What influenced “the cat and a dog”" in text
     run = logix.load(explorer.store.path, texts[1])
     with run.query(data_id=["q"]) as query:
         loss_of_text(texts[1], "the cat and a dog").backward()
@@ -222,7 +222,7 @@ def test_keys_tell_numbers_from_texts() -> None:
 
 def test_health_tells_how_the_run_is_doing(explorer: Explorer, client: TestClient) -> None:
     text = page(client, "/health")
-    for words in ("201", "100% of rows", "0 rows", "closed", "linear", "Not checked since"):
+    for words in ("201", "rows in the statistics", "100%", "0 rows", "closed", "linear", "Not checked since"):
         assert words in text
     client.post("/verify", headers={"origin": HERE})
     assert explorer.verification is not None
@@ -274,7 +274,7 @@ def test_a_store_without_rows_is_no_error(tmp_path: Path, explorers: Callable[..
     with client_of(explorers(run.path)) as client:
         assert "0 to 0 of 0" in page(client, "/")
         page(client, "/ask")
-        assert "nothing" in page(client, "/health")
+        assert "none" in page(client, "/health")
 
 
 def test_the_first_rows_are_shown_while_ids_are_read(
