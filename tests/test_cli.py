@@ -317,6 +317,27 @@ def test_a_report_with_contents(run: logix.Run, queries: Path, tmp_path: Path, m
         assert words in page
 
 
+def test_a_report_asks_as_it_is_told(run: logix.Run, queries: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answer.html"
+    told = ("--preconditioner", "identity", "--damping", "auto", "--mode", "cosine", "--reduce", "none")
+    result = call("report", run.path, "--queries", queries, "--output", output, *told)
+    assert result.exit_code == 0, result.stderr
+    page = output.read_text(encoding="utf-8")
+    assert "cosine, in the curvature “identity”" in page and "<span>step " in page
+
+
+def test_a_damping_is_a_number_or_auto(run: logix.Run, queries: Path) -> None:
+    assert call("query", run.path, "--queries", queries, "--damping", "auto").exit_code == 0
+    for wrong in ("nan", "-1", "much"):
+        refused = usage_error(call("query", run.path, "--queries", queries, "--damping", wrong))
+        assert "neither a number of at least 0 nor auto" in refused
+
+
+def test_what_is_no_function_is_said(run: logix.Run) -> None:
+    assert "it must be a function" in usage_error(call("plan", "--model", "sys:path", "--samples", 1))
+    assert "it must be a function" in usage_error(call("serve", run.path, "--model", "sys:path"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

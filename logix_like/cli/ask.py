@@ -10,11 +10,18 @@ import typer
 
 from logix_like import load
 from logix_like.cli.app import app
-from logix_like.cli.options import AsJson, StorePath, as_json, choice
-from logix_like.preconditioner import PRECONDITIONERS
+from logix_like.cli.options import (
+    AsJson,
+    DampingOption,
+    Engine,
+    Mode,
+    Preconditioner,
+    Reduce,
+    StorePath,
+    as_json,
+    given,
+)
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.modes import MODES
-from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.query.result import InfluenceResult, Ranking
 from logix_like.query.table import influence_table
 
@@ -62,14 +69,11 @@ def query(
         int | None,
         typer.Option("-k", min=1, help="Samples on each side of a query.", show_default=f"{SHOWN}, or all of fewer"),
     ] = None,
-    preconditioner: Annotated[str | None, choice("Curvature to score in", PRECONDITIONERS)] = None,
-    damping: Annotated[
-        float | None,
-        typer.Option(min=0, help="Damping, x the blocks' mean eigenvalue.", show_default="the store's config"),
-    ] = None,
-    mode: Annotated[str | None, choice("How two gradients are compared", MODES)] = None,
-    reduce: Annotated[str | None, choice("How a sample's visits are combined", REDUCTIONS)] = None,
-    engine: Annotated[str | None, choice("What searches the rows", ENGINES)] = None,
+    preconditioner: Preconditioner = None,
+    damping: DampingOption = None,
+    mode: Mode = None,
+    reduce: Reduce = None,
+    engine: Engine = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", callback=_known_suffix, help=f"Save the answer: {', '.join(OUTPUTS)}."),
@@ -77,14 +81,8 @@ def query(
     json: AsJson = False,
 ) -> None:
     """Name the samples that helped and those that harmed, for each of some queries."""
-    options = {
-        "preconditioner": preconditioner,
-        "damping": damping,
-        "mode": mode,
-        "reduce": reduce,
-        "engine": engine,
-    }
-    result = _answer(store, queries, k, {name: value for name, value in options.items() if value is not None})
+    options = given(damping, preconditioner=preconditioner, mode=mode, reduce=reduce, engine=engine)
+    result = _answer(store, queries, k, options)
     typer.echo(as_json(_plain(result)) if json else influence_table(result, result.held))
     if output is not None:
         saved = result.report(output, k=result.held) if output.suffix == ".html" else result.save(output)

@@ -34,3 +34,11 @@ def load_object(name: str | None) -> Any:
             raise typer.BadParameter(f"{module!r} has no {attribute!r}; it must be a name in that module")
         found = getattr(found, part)
     return found
+
+
+def load_function(name: str) -> Any:
+    """The function that ``module:name`` names; ``typer.BadParameter`` where it is none."""
+    found = load_object(name)
+    if not callable(found):
+        raise typer.BadParameter(f"{name} is a {type(found).__name__}; it must be a function")
+    return found

@@ -8,6 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from logix_like.damping import Damping
+from logix_like.errors import QueryError
+from logix_like.preconditioner import PRECONDITIONERS
+from logix_like.query.modes import MODES
+from logix_like.query.question import ENGINES, REDUCTIONS
+
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="A store: its folder <root>/<project>, or its URL (s3://...).")
 ]
@@ -29,6 +35,36 @@ def one_of(known: Collection[str]) -> Callable[[str | None], str | None]:
 def choice(what: str, known: Collection[str]) -> Any:
     """An option that takes one of some words, by default the one in the store's config."""
     return typer.Option(help=f"{what}: {', '.join(known)}.", callback=one_of(known), show_default="the store's config")
+
+
+def _damping(value: str) -> str:
+    """Refuse what is no damping."""
+    try:
+        Damping.of(value if value == "auto" else float(value))
+    except (QueryError, ValueError) as error:
+        raise typer.BadParameter(f"{value!r} is neither a number of at least 0 nor auto") from error
+    return value
+
+
+Preconditioner = Annotated[str | None, choice("Curvature to score in", PRECONDITIONERS)]
+DampingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|auto",
+        parser=_damping,
+        help="Damping, x the blocks' mean eigenvalue; auto chooses it.",
+        show_default="the store's config",
+    ),
+]
+Mode = Annotated[str | None, choice("How two gradients are compared", MODES)]
+Reduce = Annotated[str | None, choice("How a sample's visits are combined", REDUCTIONS)]
+Engine = Annotated[str | None, choice("What searches the rows", ENGINES)]
+
+
+def given(damping: str | None, **options: str | None) -> dict[str, Any]:
+    """The options that were given, as ``compute_influence_all`` takes them."""
+    setting = damping if damping in (None, "auto") else float(damping)
+    return {name: value for name, value in (options | {"damping": setting}).items() if value is not None}
 
 
 def as_json(content: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ import typer
 from logix_like import load
 from logix_like.cli.app import app
 from logix_like.cli.ask import GradientsFile
-from logix_like.cli.loading import load_object
-from logix_like.cli.options import StorePath
+from logix_like.cli.loading import load_function, load_object
+from logix_like.cli.options import DampingOption, Engine, Mode, Preconditioner, Reduce, StorePath, given
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.query.parts import parts_of
@@ -41,21 +41,30 @@ def report(
     query_data: Annotated[
         str | None, typer.Option(metavar="MODULE:NAME", help="The same for the ids of the queries.")
     ] = None,
+    preconditioner: Preconditioner = None,
+    damping: DampingOption = None,
+    mode: Mode = None,
+    reduce: Reduce = None,
+    engine: Engine = None,
 ) -> None:
     """Write an answer as one self-contained HTML page: samples beside scores, distributions, what was computed."""
     contents, asked = load_object(data), load_object(query_data)
-    result = _answer(store, QueryGradients.load(queries, load(store).store.modules), k)
+    options = given(damping, preconditioner=preconditioner, mode=mode, reduce=reduce, engine=engine)
+    result = _answer(store, queries, k, options)
     saved = result.report(output, k=k, data=contents, queries=asked, store=store)
     typer.echo(f"saved to {saved}", err=True)
 
 
-def _answer(path: str, gradients: QueryGradients, k: int) -> InfluenceResult:
+def _answer(path: str, queries: Path, k: int, options: dict[str, Any]) -> InfluenceResult:
     """All scores where memory allows, else the extremes alone."""
     run = load(path)
-    store = run.store
+    store, asked = run.store, run.config.query
+    gradients = QueryGradients.load(queries, store.modules)
     pairs, layers = len(gradients) * len(store), len(parts_of(store.modules, "layer").names)
-    options: dict[str, Any] = {} if pairs <= PAIRS_HELD else {"k": k}
-    if pairs * layers <= PAIRS_HELD and MODES[run.config.query.mode].proportional:
+    exact = options.get("engine", asked.engine) == "exact"
+    if pairs > PAIRS_HELD or not exact:
+        options["k"] = k
+    if exact and pairs * layers <= PAIRS_HELD and MODES[options.get("mode", asked.mode)].proportional:
         options["per"] = "layer"
     return run.compute_influence_all(gradients, **options)
 
@@ -96,7 +105,7 @@ def _model(name: str | None) -> Any:
     """The model and the loss of a text that the user's function returns."""
     if name is None:
         return None
-    made = load_object(name)()
+    made = load_function(name)()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise typer.BadParameter(f"{name} returned a {type(made).__name__}; it must return (model, loss_fn)")
     return made

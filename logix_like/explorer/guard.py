@@ -32,9 +32,11 @@ REFUSED = (
 class Guard:
     """Middleware that lets nobody in without the token.
 
-    The token comes once in the address; a cookie that scripts cannot read and other sites cannot send takes its place,
-    and the address is shown without it. Requests that change something must come from the server's own pages. There
-    are no CORS headers: no other site's script can read an answer. (That the server is asked by its own name, against
+    The token comes once in the address; a cookie that scripts cannot read takes its place, and the address is shown
+    without it. Other sites' pages may link here (the printed address is often opened from one: a notebook's terminal,
+    a chat), which ``SameSite=Strict`` would answer by a refusal; they can neither send the cookie with anything but
+    such a link nor frame a page. Requests that change something must come from the server's own pages. There are no
+    CORS headers: no other site's script can read an answer. (That the server is asked by its own name, against
     DNS rebinding, is checked by starlette's ``TrustedHostMiddleware`` in front of this.)
     """
 
@@ -70,7 +72,7 @@ class Guard:
     def _let_in(self, scope: Scope, query: list[tuple[str, str]]) -> Response:
         path = "/" + scope["path"].lstrip("/")  # never another host's address
         response = RedirectResponse(path + ("?" + urlencode(query) if query else ""), status_code=303)
-        response.set_cookie(self._cookie(scope), self._token, httponly=True, samesite="strict")
+        response.set_cookie(self._cookie(scope), self._token, httponly=True, samesite="lax")
         return response
 
     @staticmethod

@@ -11,10 +11,11 @@ from urllib.parse import urlencode
 import numpy as np
 
 from logix_like.damping import Damping
-from logix_like.errors import QueryError
+from logix_like.errors import LogixError, QueryError
 from logix_like.explorer.catalogue import SELF_INFLUENCE, SORTS, Catalogue, Wish
 from logix_like.explorer.state import Explorer, Job, Options
 from logix_like.layout import DataId
+from logix_like.planning import size
 from logix_like.preconditioner import PRECONDITIONERS
 from logix_like.query.modes import MODES
 from logix_like.report import figures, plots
@@ -26,6 +27,8 @@ from logix_like.store.schema import COMMITS
 
 PAGE = 25
 """Samples on a page of the list."""
+LARGEST = 2**53
+"""No step or page lies beyond this."""
 LINE_LIMIT = 100_000
 """Characters of a typed query that are taken."""
 
@@ -75,8 +78,9 @@ def options_of(asked: Mapping[str, str], defaults: Options) -> Options:
 
 
 def _whole(text: str) -> int | None:
+    """A whole number that a column can hold; None for anything else."""
     try:
-        return int(text)
+        return max(-LARGEST, min(LARGEST, int(text)))
     except ValueError:
         return None
 
@@ -138,12 +142,15 @@ def ask_address(data_id: DataId) -> str:
 
 def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
     """A question and its answer."""
-    options, wish = options_of(asked, explorer.defaults), wish_of(asked)
-    catalogue = explorer.catalogue()
+    wish, catalogue = wish_of(asked), explorer.catalogue()
+    try:
+        options, wrong = options_of(asked, explorer.defaults), ""
+    except QueryError as error:
+        options, wrong = explorer.defaults, str(error)
     text, key = asked.get("text", "")[:LINE_LIMIT], asked.get("sample", "")
     page: dict[str, Any] = {
         "options": options,
-        "damping": str(Damping.of(options.damping)),
+        "damping": asked.get("damping") or str(Damping.of(options.damping)),
         "wish": wish,
         "modes": tuple(MODES),
         "preconditioners": tuple(PRECONDITIONERS),
@@ -155,9 +162,11 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
         "sample": key,
         "query": None,
         "pictures": [],
-        "error": "",
+        "error": wrong,
         "note": "",
     }
+    if wrong:
+        return page
     try:
         if text.strip():
             result = explorer.ask_text(text, options, wish)
@@ -165,7 +174,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
             result = explorer.ask_sample(id_of(key), options, wish)
         else:
             return page
-    except QueryError as error:
+    except LogixError as error:
         return page | {"error": str(error)}
     album = Album()
     asking = Contents({result.query_id[0]: text}) if text.strip() else explorer.contents
@@ -183,8 +192,8 @@ def health_page(explorer: Explorer) -> dict[str, Any]:
         "rows": f"{summary.rows:,}",
         "samples": f"{summary.samples:,}",
         "rows a second, on average": f"{summary.rows / seconds:,.0f}" if seconds else "unknown",
-        "bytes on disk": f"{sum(summary.bytes.values()):,}",
-        "statistics cover": f"{summary.statistics_rows / summary.rows:.0%} of rows" if summary.rows else "nothing",
+        "on disk": size(sum(summary.bytes.values())),
+        "rows in the statistics": f"{summary.statistics_rows / summary.rows:.0%}" if summary.rows else "none",
         "left out of scores": f"{summary.nonfinite + summary.superseded:,} rows",
     }
     return {

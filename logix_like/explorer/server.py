@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import socket
 from collections.abc import Callable
+from typing import Any
 
 from logix_like.errors import ConfigError, LogixError, MissingDependencyError
 from logix_like.explorer.state import Explorer
+
+SETTINGS: dict[str, Any] = {
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+    "proxy_headers": False,
+    "http": "h11",
+    "h11_max_incomplete_event_size": 2**21,
+}
+"""How uvicorn is run: a typed query stands in the address, so that addresses as long as browsers send are taken."""
 
 
 def serve(explorer: Explorer, host: str, port: int, told: Callable[[str], object]) -> None:
@@ -37,9 +47,8 @@ def serve(explorer: Explorer, host: str, port: int, told: Callable[[str], object
     listening = listen(host, port)
     token = secrets.token_urlsafe(24)
     name = f"[{host}]" if ":" in host else host
-    hosts = [*LOCAL] if _is_local(host) else [*LOCAL, name] if host not in ("0.0.0.0", "::") else ["*"]
-    app = make_app(explorer, token, hosts)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)
+    app = make_app(explorer, token, ["*"] if host in ("0.0.0.0", "::") else [*LOCAL, name])
+    config = uvicorn.Config(app, **SETTINGS)
     with listening:
         told(f"http://{name}:{listening.getsockname()[1]}/?token={token}")
         uvicorn.Server(config).run(sockets=[listening])
@@ -63,10 +72,3 @@ def listen(host: str, port: int) -> socket.socket:
             "free one"
         ) from error
     return listening
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -50,6 +50,7 @@ SETTINGS = {
     "savefig.transparent": True,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "axes.prop_cycle": f"cycler('color', ['{plots.PROPONENT}', '{plots.OPPONENT}', '{plots.NEUTRAL}'])",
 }
 
 

@@ -284,7 +284,8 @@ def _shares(result: InfluenceResult, k: int) -> dict[str, float]:
 
 def _about(result: InfluenceResult, store: GradientStore | None) -> dict[str, str]:
     about = {
-        "scores": f"{result.mode}, in the curvature “{result.preconditioner}”",
+        "scores": f"{result.mode}, in the curvature "
+        + ("that “auto” chose, named at the top" if result.preconditioner == "auto" else f"“{result.preconditioner}”"),
         "damping": _damping(result),
         "visits of a sample": result.reduce,
         "engine": result.engine,

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from logix_like.errors import QueryError
 from logix_like.query.result import InfluenceResult
 from logix_like.report.concentration import held_by
+from logix_like.report.content import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def influence_distribution(result: InfluenceResult, ax: Axes, query: int = 0, k:
     ax.set_yticks([])
     ax.set_xlabel("score (positive: training on the sample lowered the query's loss)")
     ax.set_ylabel("samples (root of count)")
-    ax.set_title(f"Influence on {result.query_id[query]}")
+    ax.set_title(f"Influence on {short_name(result.query_id[query])}", parse_math=False)
     return ax
 
 
@@ -109,7 +110,7 @@ def module_shares(shares: Mapping[str, float], ax: Axes) -> Axes:
     colours = [PROPONENT if value >= 0 else OPPONENT for value in values]
     places = np.arange(len(names))[::-1]
     ax.barh(places, 100 * values, color=colours, height=0.7)
-    ax.set_yticks(places, names)
+    ax.set_yticks(places, [short_name(name) for name in names], parse_math=False)
     ax.axvline(0, color=NEUTRAL, linewidth=0.8)
     ax.set_xlabel("% of the score")
     return ax
@@ -158,7 +159,7 @@ def lds_bars(scores: Mapping[str, tuple[float, float, float]], ax: Axes, ceiling
     if ceiling is not None:
         ax.axvline(ceiling, color=OPPONENT, linestyle="--", linewidth=1, label=f"noise ceiling {ceiling:.2f}")
         ax.legend(frameon=False)
-    ax.set_yticks(places, list(scores))
+    ax.set_yticks(places, list(scores), parse_math=False)
     ax.set_xlabel("linear datamodeling score (Spearman)")
     return ax
 
@@ -172,9 +173,10 @@ def sensitivity_map(values: ArrayLike, rows: Sequence[str], columns: Sequence[st
     if table.shape != (len(rows), len(columns)):
         raise QueryError(f"values have the shape {table.shape}; {len(rows)} rows and {len(columns)} columns are named")
     ax.imshow(np.ma.masked_invalid(table), cmap="cividis", aspect="auto")
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    middle = np.nanmean([np.nanmin(table), np.nanmax(table)])
+    ax.set_xticks(range(len(columns)), columns, parse_math=False)
+    ax.set_yticks(range(len(rows)), rows, parse_math=False)
+    known = table[np.isfinite(table)]
+    middle = (known.min() + known.max()) / 2 if known.size else 0.0
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
             colour = "black" if value > middle else "white"

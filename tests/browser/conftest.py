@@ -130,10 +130,10 @@ def served(explorer: Any) -> Iterator[str]:
     import uvicorn
 
     from logix_like.explorer.app import make_app
-    from logix_like.explorer.server import listen
+    from logix_like.explorer.server import SETTINGS, listen
 
     with listen("127.0.0.1", 0) as listening:
-        config = uvicorn.Config(make_app(explorer, "a-token"), log_level="error", access_log=False)
+        config = uvicorn.Config(make_app(explorer, "a-token"), **SETTINGS)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="Dummy-server")
         thread.start()

@@ -50,7 +50,7 @@ def test_a_sample_is_picked_and_its_answer_updates(browser: Browser, text_explor
     name = browser.texts(".list .id")[0]
     browser.driver.find_element("css selector", ".list .id").click()
     browser.until("return document.querySelector('.query')")
-    assert browser.texts("h1") == [f"What influenced {name}"]
+    assert browser.texts("h1") == [f"What influenced the sample {name}"]
     assert len(browser.texts(".sample")) == 20
     before = browser.texts(".score")
     browser.choose("[name=mode]", "cosine")
@@ -143,3 +143,19 @@ def test_another_name_is_refused(browser: Browser, text_explorer: str) -> None:
     connection.request("GET", "/?token=a-token", headers={"Host": f"evil.example:{port}"})
     assert connection.getresponse().status == 400
     connection.close()
+
+
+def test_the_address_may_be_opened_from_another_site(browser: Browser, text_explorer: str, tmp_path: Path) -> None:
+    link = tmp_path / "chat.html"
+    link.write_text(f'<a href="{text_explorer}">open</a>', encoding="utf-8")
+    browser.open(link.as_uri())
+    browser("document.querySelector('a').click()")
+    browser.until("return document.title.startsWith('Samples')")
+
+
+def test_a_long_text_is_taken(browser: Browser, text_explorer: str) -> None:
+    browser.open(text_explorer)
+    address = text_explorer.split("?")[0] + "ask"
+    browser.open(address)
+    browser("document.getElementById('text').value = 'cat dog '.repeat(12000); document.forms[0].requestSubmit()")
+    browser.until("return document.querySelector('.query') !== null")

@@ -119,7 +119,7 @@ def test_every_order_is_one(explorer: Explorer, sort: str) -> None:
 
 
 def test_nonsense_in_the_address_is_harmless(client: TestClient) -> None:
-    for asked in ({"page": "x"}, {"sort": "<x>"}, {"from": "a"}, {"is:none": "x"}, {"page": "-5"}):
+    for asked in ({"page": "x"}, {"sort": "<x>"}, {"from": "a"}, {"is:none": "x"}, {"page": "-5"}, {"from": "1" * 400}):
         assert "Samples" in page(client, "/", **asked)
 
 
@@ -155,7 +155,7 @@ def test_a_sample_is_asked_about(explorer: Explorer, client: TestClient, data_id
 
 def test_a_typed_query_is_answered(explorer: Explorer, client: TestClient, texts: tuple[Path, nn.Module]) -> None:
     text = page(client, "/ask", text="the cat and a dog")
-    assert "What influenced the cat and a dog" in text
+    assert "What influenced “the cat and a dog”" in text
     run = logix.load(explorer.store.path, texts[1])
     with run.query(data_id=["q"]) as query:
         loss_of_text(texts[1], "the cat and a dog").backward()
@@ -189,10 +189,16 @@ def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestCl
         ({"sample": "stext-3", "mode": "dott"}, "unknown mode 'dott'"),
         ({"sample": "stext-3", "damping": "much"}, "must be numbers"),
         ({"sample": "stext-3", "damping": "-1"}, "damping is -1.0; it must be"),
+        ({"sample": "stext-3", "damping": "nan"}, "damping is nan; it must be"),
+        ({"sample": "stext-3", "k": "many"}, "must be numbers"),
     ],
 )
 def test_what_cannot_be_asked_is_said(client: TestClient, asked: dict[str, str], message: str) -> None:
-    assert message in unescape(client.get("/ask", params=asked).text)
+    answer = client.get("/ask", params=asked)
+    assert answer.status_code == 200
+    assert message in unescape(answer.text)
+    if "damping" in asked:
+        assert 'name="damping" inputmode="decimal"' in answer.text and f'value="{asked["damping"]}"' in answer.text
 
 
 def test_a_loss_that_fails_is_said(texts: tuple[Path, nn.Module], explorers: Callable[..., Explorer]) -> None:
@@ -216,7 +222,7 @@ def test_keys_tell_numbers_from_texts() -> None:
 
 def test_health_tells_how_the_run_is_doing(explorer: Explorer, client: TestClient) -> None:
     text = page(client, "/health")
-    for words in ("201", "100% of rows", "0 rows", "closed", "linear", "Not checked since"):
+    for words in ("201", "rows in the statistics", "100%", "0 rows", "closed", "linear", "Not checked since"):
         assert words in text
     client.post("/verify", headers={"origin": HERE})
     assert explorer.verification is not None
@@ -268,7 +274,7 @@ def test_a_store_without_rows_is_no_error(tmp_path: Path, explorers: Callable[..
     with client_of(explorers(run.path)) as client:
         assert "0 to 0 of 0" in page(client, "/")
         page(client, "/ask")
-        assert "nothing" in page(client, "/health")
+        assert "none" in page(client, "/health")
 
 
 def test_the_first_rows_are_shown_while_ids_are_read(

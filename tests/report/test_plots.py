@@ -108,3 +108,22 @@ def test_zero_is_found_in_a_distribution() -> None:
     places = figures.zero_places(result(torch.tensor([[-1.0, 3.0], [0.0, 2.0], [1.0, 2.0], [5.0, 5.0]])))
     assert places[:2] == [0.25, 0.0]
     assert np.isnan(places[2:]).all()
+
+
+def test_names_are_text_and_no_formula(ax: Axes) -> None:
+    odd = "$\\frac{$"
+    named = result(torch.randn(1, 20))
+    fields = {name: getattr(named, name) for name in named.__dataclass_fields__} | {"query_id": (odd,)}
+    svg = figures.figure(lambda axis: plots.influence_distribution(InfluenceResult(**fields), axis), 4, 2, "scores")
+    assert odd in svg
+    assert odd in figures.figure(lambda axis: plots.module_shares({odd: 0.5}, axis), 4, 2, "shares")
+    assert odd in figures.figure(lambda axis: plots.lds_bars({odd: (0.1, 0, 0.2)}, axis), 4, 2, "bars")
+
+
+def test_a_map_without_any_measurement_is_empty(ax: Axes) -> None:
+    assert not plots.sensitivity_map([[np.nan]], ["a"], ["b"], ax).texts
+
+
+def test_a_line_takes_the_pages_colour() -> None:
+    svg = figures.figure(lambda ax: plots.norms_by_step(np.arange(9), np.ones(9), ax), 4, 2, "norms")
+    assert "var(--for)" in svg
