@@ -29,10 +29,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -139,7 +139,7 @@ class SubsetOracle:
         empty: Tensor | float | None = None,
         progress: bool | None = None,
     ) -> None:
-        if not isinstance(n, Integral) or not isinstance(seeds, Integral):
+        if not all(isinstance(count, int | np.integer) for count in (n, seeds)):
             raise RetrainingError(f"n is {n!r} and seeds is {seeds!r}; both must be whole numbers")
         if n < 2:
             raise RetrainingError(f"there is {n} training sample; comparing subsets needs at least 2")

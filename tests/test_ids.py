@@ -31,7 +31,9 @@ def test_token_ids_are_hashed_without_padding() -> None:
     assert all(len(str(one)) == 32 for one in ids)
 
 
-@pytest.mark.parametrize("given", ["name", 3, torch.tensor([0.5, 1.5]), torch.ones(2, 2, 2).long(), [True], [1.5]], ids=repr)
+@pytest.mark.parametrize(
+    "given", ["name", 3, torch.tensor([0.5, 1.5]), torch.ones(2, 2, 2).long(), [True], [1.5]], ids=repr
+)
 def test_what_is_no_name_is_refused(given: Any) -> None:
     with pytest.raises(CaptureError, match=r"give|ids are str or int"):
         as_data_ids(given)
