@@ -148,8 +148,7 @@ class LogixCallback(Callback):
     @property
     def state_key(self) -> str:
         """Under which a checkpoint keeps what :meth:`state_dict` gives."""
-        key: str = self._generate_state_key(project=self._setup.config.project)
-        return key
+        return str(self._generate_state_key(project=self._setup.config.project))
 
     def state_dict(self) -> dict[str, Any]:
         """Steps as the run counts them: the Trainer counts skipped ones, and those of all optimizers together."""

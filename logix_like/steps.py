@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from logix_like.errors import ConfigError
 
 
 class Progress:
@@ -57,3 +60,14 @@ class Progress:
         self.step += 1
         if self.on_step is not None:
             self.on_step(self.step)
+
+
+def counted(value: Any, what: str) -> int:
+    """``value`` as a number of steps or epochs; raises :class:`ConfigError` if it is none."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigError(f"{what} is {value!r}; give a whole number, 0 or more")
+    return number

@@ -97,7 +97,7 @@ def test_a_step_beyond_the_rows_is_warned_of(tmp_path: Path) -> None:
     again.finalize()
 
 
-@pytest.mark.parametrize(("options", "said"), [({}, "resume=True too"), ({"resume": True}, "resume_step is -1")])
+@pytest.mark.parametrize(("options", "said"), [({}, "resume=True too"), ({"resume": True}, "resume_step, .*, is -1")])
 def test_a_step_that_makes_no_sense_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         begin(tmp_path, network(), resume_step=-1, **options)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -297,3 +298,45 @@ def test_shuffled_loaders_need_ids(run: logix.Run) -> None:
     run.finalize()
     assert len(run.store) == 0
     assert SAMPLES > 0
+
+
+WRONG_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
+    "a scale of text": ({"scale": "0.5"}, "scale is 0.5; give the positive factor"),
+    "no scale": ({"scale": None}, "scale is None"),
+    "an endless scale": ({"scale": float("inf")}, "scale is inf"),
+    "no scaler": ({"scaler": "cuda"}, "scaler is 'cuda'; give the torch.amp.GradScaler"),
+    "columns in a list": ({"metadata": ["label"]}, "metadata is a list"),
+    "vectors in a column": ({"metadata": {"label": torch.zeros(4, 2)}}, "a metadata value is tensor"),
+    "an empty mask": ({"mask": [[0] * 6] * 4, "loss_reduction": "token_mean"}, "mask leaves out every token"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_options_of_a_block_that_make_no_sense(run: logix.Run, model: nn.Module, case: str) -> None:
+    options, said = WRONG_OPTIONS[case]
+    x, y = data()
+    with pytest.raises(CaptureError, match=said), run(data_id=range(4), **options):
+        F.cross_entropy(model(x[:4]), y[:4]).backward()
+    step(run, model, range(4))
+    run.finalize()
+    assert len(run.store) == 4
+
+
+@pytest.mark.parametrize("number", [None, "one", 1.5, -1])
+def test_steps_and_epochs_that_are_no_numbers_reach_no_store(run: logix.Run, model: nn.Module, number: Any) -> None:
+    with pytest.raises(ConfigError, match=r"the epoch is .*whole number"):
+        run.epoch(number)
+    if number is not None:
+        with pytest.raises(ConfigError, match=r"the step is .*whole number"):
+            run.step(number)
+    run.epoch(torch.tensor(2))
+    step(run, model, range(4))
+    run.finalize()
+    assert list(run.store.epoch) == [2] * 4
+
+
+def test_forgetting_nothing_takes_nothing_back(run: logix.Run, model: nn.Module) -> None:
+    step(run, model, range(4))
+    assert run.forget([]) == 0
+    run.finalize()
+    assert run.store.valid.all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -52,16 +53,21 @@ class BlockOptions:
         if others.get("reduction", "mean") not in get_args(Reduction):
             known = ", ".join(get_args(Reduction))
             raise ConfigError(f"loss_reduction is {others['reduction']!r}; known are {known}")
+        mask = None if mask is None else torch.as_tensor(mask)
         ids = as_data_ids(data_id, mask)
         if not ids:
             raise CaptureError("data_id is empty; give one id for each sample of the batch")
         _require_positive(scale)
+        if not hasattr(others.get("scaler") or torch.amp.GradScaler, "get_scale"):
+            raise CaptureError(f"scaler is {others['scaler']!r}; give the torch.amp.GradScaler that scales the loss")
         if mask is not None and (mask.ndim != 2 or len(mask) != len(ids)):
             raise CaptureError(f"mask has shape {tuple(mask.shape)}; expected [{len(ids)}, positions]")
         if loss is not None:
             loss = torch.as_tensor(loss).detach()
             if loss.shape != (len(ids),):
                 raise CaptureError(f"loss has shape {tuple(loss.shape)}; expected one loss for each of {len(ids)} ids")
+        if not isinstance(metadata or {}, Mapping):
+            raise CaptureError(f"metadata is a {type(metadata).__name__}; give {{column: one value for each sample}}")
         columns = {name: tuple(_plain(v) for v in values) for name, values in (metadata or {}).items()}
         for name, values in columns.items():
             if len(values) != len(ids):
@@ -95,7 +101,10 @@ class BlockOptions:
             return float(len(self.data_id))
         if self.reduction == "sum":
             return 1.0
-        return float(self._required_mask("loss_reduction: token_mean").sum())
+        tokens = float(self._required_mask("loss_reduction: token_mean").sum())
+        if not tokens > 0:
+            raise CaptureError("mask leaves out every token of the block, whose mean loss is then that of nothing")
+        return tokens
 
     def _required_mask(self, asker: str) -> Tensor:
         if self.mask is None:
@@ -173,15 +182,13 @@ class Block:
             self._on_end(self)
 
 
-def _require_positive(scale: float) -> None:
-    if not scale > 0:
+def _require_positive(scale: Any) -> None:
+    if isinstance(scale, str) or scale is None or not 0 < float(scale) < math.inf:
         raise CaptureError(f"scale is {scale}; give the positive factor that the loss was multiplied by")
 
 
 def _plain(value: Any) -> str | int | float:
-    if isinstance(value, Tensor):
-        value = value.item()
-    if hasattr(value, "item"):
+    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
         value = value.item()
     if not isinstance(value, str | int | float):
         raise CaptureError(f"a metadata value is {value!r} ({type(value).__name__}); give str, int or float")

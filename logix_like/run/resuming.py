@@ -10,6 +10,7 @@ from logix_like.config import Config, load_config
 from logix_like.config_errors import section_of
 from logix_like.errors import ConfigError
 from logix_like.run.session import StoreSession
+from logix_like.steps import counted
 from logix_like.store import GradientStore
 
 
@@ -45,14 +46,13 @@ def with_stored(settings: Config, stored: Config) -> Config:
     return kept
 
 
-def require_resume_step(step: int | None, *, resume: bool) -> None:
-    """Raise :class:`ConfigError` for a step that makes no sense."""
+def require_resume_step(step: int | None, *, resume: bool) -> int | None:
+    """The step; raises :class:`ConfigError` for one that makes no sense."""
     if step is None:
-        return
+        return None
     if not resume:
         raise ConfigError("resume_step says where an earlier run is gone on with; give resume=True too")
-    if step < 0:
-        raise ConfigError(f"resume_step is {step}; give the number of steps that the checkpoint had taken")
+    return counted(step, "resume_step, how many steps the checkpoint had taken,")
 
 
 def warn_of_missing_steps(session: StoreSession, resume_step: int | None) -> None:

@@ -37,7 +37,7 @@ from logix_like.run.recording import PathRecorder
 from logix_like.run.resuming import stand_of
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import describe, new_tracker, tracker_of_store
-from logix_like.steps import Progress
+from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.weights import frozen
 
@@ -178,7 +178,7 @@ class Run(Questions):
 
         With ``checkpoints: every_epoch`` the weights are kept, those that the last epoch ended with.
         """
-        last = self._progress.epoch
+        number, last = counted(number, "the epoch"), self._progress.epoch
         if last not in (-1, number) and self.config.checkpoints == "every_epoch":
             self.checkpoint()
         self._progress.epoch = number
@@ -186,7 +186,7 @@ class Run(Questions):
     def step(self, number: int | None = None) -> int:
         """How many optimizer steps were taken so far; ``number`` says it, when training goes on from a checkpoint."""
         if number is not None:
-            self._progress.step = number
+            self._progress.step = counted(number, "the step")
         return self._progress.step
 
     def track(

@@ -53,7 +53,7 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
-    require_resume_step(resume_step, resume=resume)
+    resume_step = require_resume_step(resume_step, resume=resume)
     path = place_of(settings)
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))

@@ -40,6 +40,8 @@ def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[Dat
 
     Raises :class:`StoreError` when a sample has no row, and then nothing is taken back.
     """
+    if not data_id:
+        return 0
     store = GradientStore(path)
     counts = Counter(store.data_id[_standing(store)])
     unknown = [one for one in dict.fromkeys(data_id) if not counts[one]]

@@ -330,18 +330,6 @@ def test_rows_behind_an_older_checkpoint_are_taken_back(tmp_path: Path, step: in
     assert list(store.epoch[kept]) == [int(number) // 5 for number in store.step[kept]]
 
 
-def test_rows_behind_an_older_checkpoint_of_several_optimizers_are_taken_back(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "older.ckpt"
-    first = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
-    trainer(tmp_path, first, Saving(10, checkpoint)).fit(Manual())
-    before = first.run.store
-    again = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
-    trainer(tmp_path, again).fit(Manual(), ckpt_path=checkpoint)
-    store = again.run.store
-    assert list(store.valid[: len(before)]) == list(before.step < 5)
-    assert sorted(set(store.step[store.valid])) == sorted(set(before.step))
-
-
 def test_samples_of_an_epoch_resumed_in_its_midst_are_those_trained_on(tmp_path: Path) -> None:
     checkpoint, module = tmp_path / "midst.ckpt", Classifier()
     first = LogixCallback("run", root=tmp_path, verbose=False, **IDENTITY)
