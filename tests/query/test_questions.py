@@ -303,7 +303,7 @@ def test_absolute_damping(engine: QueryEngine, rows: Tensor, query: QueryGradien
 @pytest.mark.parametrize("ids", [torch.tensor([7, 2]), np.array([2, 7]), [np.int64(2), 7]])
 def test_ids_come_in_tensors_and_arrays(rows: Tensor, query: QueryGradients, ids: Any) -> None:
     engine = QueryEngine(_store(rows, list(range(60))))
-    assert engine.influence(query, data_id=ids, **OPTIONS).data_id.tolist() == [2, 7]  # type: ignore[union-attr]
+    assert engine.influence(query, data_id=ids, **OPTIONS).data_id.tolist() == [2, 7]
     whole = engine.group_influence(query, {"two": ids}, **OPTIONS).scores
     torch.testing.assert_close(whole, engine.group_influence(query, [2, 7], **OPTIONS).scores, rtol=EXACT, atol=0)
     assert torch.equal(whole, engine.group_influence(query, ids, **OPTIONS).scores)
@@ -312,7 +312,7 @@ def test_ids_come_in_tensors_and_arrays(rows: Tensor, query: QueryGradients, ids
 def test_truth_values_are_a_mask_and_never_the_ids_0_and_1(rows: Tensor, query: QueryGradients) -> None:
     engine = QueryEngine(_store(rows, list(range(60))))
     mask = [i in (5, 9) for i in range(60)]
-    assert engine.influence(query, where=mask, **OPTIONS).data_id.tolist() == [5, 9]  # type: ignore[union-attr]
+    assert engine.influence(query, where=mask, **OPTIONS).data_id.tolist() == [5, 9]
     with pytest.raises(QueryError, match="has the shape"):
         engine.influence(query, where=[True, False], **OPTIONS)
     with pytest.raises(QueryError, match=r"no sample with the id True \(bool\)"):
@@ -321,11 +321,8 @@ def test_truth_values_are_a_mask_and_never_the_ids_0_and_1(rows: Tensor, query: 
         engine.group_influence(query, {"a": [True, False]}, **OPTIONS)
 
 
-@pytest.mark.parametrize("ids", ["s3", 3, [], {"s3"}])
+@pytest.mark.parametrize("ids", ["s3", 3, []])
 def test_a_group_is_a_list_and_not_the_letters_of_an_id(engine: QueryEngine, query: QueryGradients, ids: Any) -> None:
-    if isinstance(ids, set):
-        engine.group_influence(query, {"a": ids}, **OPTIONS)
-        return
     with pytest.raises(QueryError, match=r"the group 'a' is .*; it must be a list of ids"):
         engine.group_influence(query, {"a": ids}, **OPTIONS)
 
