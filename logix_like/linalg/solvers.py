@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,8 @@ class System:
     """``H v`` with the samples of the next batch only, round and round: an unbiased guess."""
     preconditioner: Linear | None = None
     """An approximate inverse of ``H + lambda I``, symmetric and positive definite."""
+    kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """What a solver worked out of the whole system, for further right-hand sides."""
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """``(H + lambda I) v``."""
@@ -85,8 +87,10 @@ class Exact(Solver):
                 f"an exact solution needs a matrix of {size:,} x {size:,} numbers (limit {self.most:,}); choose the "
                 "solver 'cg' or 'ekfac-cg', or fewer parameters"
             )
-        matrix = system.product(torch.eye(size, dtype=b.dtype, device=b.device))
-        inverse = damped_inverse(matrix, system.damping, "all parameters").to(b.device)
+        if "inverse" not in system.kept:
+            matrix = system.product(torch.eye(size, dtype=b.dtype, device=b.device))
+            system.kept["inverse"] = damped_inverse(matrix, system.damping, "all parameters").to(b.device)
+        inverse = system.kept["inverse"]
         x = (b.double() @ inverse).to(b.dtype)
         return Solution(x, system.residual(x, b), size, self.tolerance)
 

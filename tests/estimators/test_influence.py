@@ -284,6 +284,20 @@ def test_a_singular_preconditioner_and_damping_that_is_none_are_said() -> None:
         InfluenceFunction(model, data, solver="cg", progress=False).scores(tuple(part[:0] for part in queries))
 
 
+def test_an_exact_inverse_is_found_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, _ = classifier()
+    widths: list[int] = []
+    product = GaussNewton.mean
+
+    def counted(operator: GaussNewton, batches: list[tuple[Tensor, Tensor]], vectors: Tensor) -> Tensor:
+        widths.append(len(vectors))
+        return product(operator, batches, vectors)
+
+    monkeypatch.setattr(GaussNewton, "mean", counted)
+    InfluenceFunction(model, data, solver="exact", progress=False).self_influence()
+    assert widths == [57, 4, 4, 4]  # the matrix, then each batch's residual
+
+
 def test_a_direction_of_negative_curvature_is_said() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     batch = torch.randn(9, 5, dtype=torch.float64), torch.randint(3, (9,))
