@@ -8,8 +8,8 @@ sampler is watched for the samples' indices. All is removed when training ends.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -302,30 +302,38 @@ class _OpenBatch:
                 "the loss that was trained on is not the one that the model returned (a compute_loss of one's own), so "
                 "rows could not be scaled; have the model return its loss, or log in a loop of your own"
             )
-        try:
+        with self._dropped_on_error():
             scaler = self.block.options.scaler
             scaled = 1.0 if scaler is None else scaler.get_scale()  # which the loss's gradient has seen, too
             self.block.measured(float(self._scale) / scaled, self._divisor)
-        except BaseException:
-            self.block.drop()
-            raise
         self.block.__exit__(None, None, None)
 
     def _seen(self, gradient: Tensor) -> None:
         self._scale = gradient.detach()
 
     def _seen_by_logits(self, logits: Tensor, smoothing: float, gradient: Tensor) -> None:
-        if self.block.options.per_token and logits.ndim > 2:
-            raise CaptureError(
-                "per_token: true divides a row by the sample's counted tokens, which the labels tell; with a loss "
-                "outside the model (compute_loss_func, label smoothing) these do not reach it: set per_token: false"
-            )
-        self._scale = torch.tensor(cross_entropy_factor(logits, gradient, smoothing), dtype=torch.float64)
-        self._divisor = 1.0
+        with self._dropped_on_error():
+            if self.block.options.per_token and logits.ndim > 2:
+                raise CaptureError(
+                    "per_token: true divides a row by the sample's counted tokens, which the labels tell; with a loss "
+                    "outside the model (compute_loss_func, label smoothing) these do not reach it: set per_token: false"
+                )
+            self._scale = torch.tensor(cross_entropy_factor(logits, gradient, smoothing), dtype=torch.float64)
+            self._divisor = 1.0
 
     def _seen_by_log_chances(self, log_chances: Tensor, gradient: Tensor) -> None:
-        self._scale = torch.tensor(token_factor(log_chances, gradient), dtype=torch.float64)
-        self._divisor = 1.0
+        with self._dropped_on_error():
+            self._scale = torch.tensor(token_factor(log_chances, gradient), dtype=torch.float64)
+            self._divisor = 1.0
+
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        """An error of ours ends the training: its block must not stay open on the model."""
+        try:
+            yield
+        except BaseException:
+            self.block.drop()
+            raise
 
 
 def _batches_to_skip(steps: int, batches: int, accumulated: int) -> int:

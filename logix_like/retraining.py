@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import secrets
 import warnings
@@ -32,7 +33,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -139,14 +139,13 @@ class SubsetOracle:
         empty: Tensor | float | None = None,
         progress: bool | None = None,
     ) -> None:
-        if not all(isinstance(count, int | np.integer) for count in (n, seeds)):
-            raise RetrainingError(f"n is {n!r} and seeds is {seeds!r}; both must be whole numbers")
+        n, seeds = _whole(n, "n"), _whole(seeds, "seeds")
         if n < 2:
             raise RetrainingError(f"there is {n} training sample; comparing subsets needs at least 2")
         if seeds < 1:
             raise RetrainingError(f"seeds is {seeds}; each subset must be trained at least once")
-        self.n = n = int(n)
-        self.seeds = int(seeds)
+        self.n = n
+        self.seeds = seeds
         self._train = train
         self._measure = measure
         self._executor = _as_executor(executor)
@@ -294,6 +293,13 @@ def _numbers(value: Any) -> list[float]:
         raise RetrainingError(f"measure() gave {measured[first].item()} for query {first}; all must be finite numbers")
     numbers: list[float] = measured.tolist()
     return numbers
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise RetrainingError(f"{what} is {value!r}; it must be a whole number") from error
 
 
 def _as_executor(executor: Any) -> Executor | None:

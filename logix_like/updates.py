@@ -64,8 +64,8 @@ class UpdateRule(ABC):
         for name in self.refused:
             if hyper.get(name):
                 raise ConfigError(
-                    f"the optimizer was used with {name}={hyper[name]!r}, which cannot be replayed; use {name}=False, "
-                    "or an estimator that needs no replay (TracInCP, stored rows)"
+                    f"the optimizer was used with {name}={hyper[name]!r}, which cannot be replayed; use {name}=False"
+                    + ("" if name == "maximize" else ", or an estimator that needs no replay (TracInCP, stored rows)")
                 )
 
 
@@ -205,6 +205,15 @@ def common_settings(groups: Sequence[Hyper], what: str, instead: str) -> Hyper:
         if any(group.get(name) != groups[0].get(name) for group in groups):
             raise ConfigError(f"the optimizer's groups differ in {name}; {what} need one for all: {instead}")
     return groups[0]
+
+
+def require_descent(groups: Sequence[Hyper]) -> None:
+    """Raise :class:`ConfigError` if the optimizer climbed: the sign of a score would be another."""
+    if any(group.get("maximize") for group in groups):
+        raise ConfigError(
+            "the optimizer was used with maximize=True, where the sign of a score would be another; minimise the "
+            "negated objective instead"
+        )
 
 
 def settings_of(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:

@@ -209,8 +209,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_arguments_that_make_no_sense() -> None:
-    with pytest.raises(RetrainingError, match=r"n is 2\.5 and seeds is 1; both must be whole"):
-        SubsetOracle(sums, itself, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(RetrainingError, match=r"n is 2\.5; it must be a whole number"):
+        SubsetOracle(sums, itself, 2.5)
     ridge = Ridge()
     with pytest.raises(RetrainingError, match="at least 2"):
         SubsetOracle(ridge.train, ridge.measure, 1)

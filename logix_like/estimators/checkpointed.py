@@ -16,7 +16,7 @@ from logix_like.estimators.last_layer import LastLayer
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
-from logix_like.updates import rule_of
+from logix_like.updates import require_descent, rule_of
 
 
 class TracInCP(Estimator):
@@ -124,6 +124,7 @@ class TracInLastLayer(Estimator):
     ) -> None:
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         self._path = path
+        require_descent(path.settings(path.first))
         self._layer = LastLayer(model, objective, layer)
         self._weight = f"{self._layer.name}.weight" if self._layer.name else "weight"
         if self._weight not in path.parameters:
@@ -176,8 +177,7 @@ class Rates:
         self._path = path
         self._flat = flat
         self._rule = rule_of(path.optimizer)
-        if any(settings.get("maximize") for settings in path.settings(path.first)):
-            raise ConfigError("the optimizer was used with maximize=True, where the sign of a score would be another")
+        require_descent(path.settings(path.first))
 
     def at(self, checkpoint: Checkpoint) -> Tensor:
         """``[parameters]``; the learning rate is that of the step behind the checkpoint.

@@ -19,7 +19,7 @@ from logix_like.estimators.segments import BACKENDS, Blocks, Spectrum
 from logix_like.objective import Batch, Objective
 from logix_like.path import StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
-from logix_like.updates import common_settings, rule_of
+from logix_like.updates import common_settings, require_descent, rule_of
 from logix_like.weights import load_weights, restored_weights
 
 
@@ -108,6 +108,7 @@ class Source(Estimator):
         path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
         if curvature not in BACKENDS:
             raise ConfigError(f"unknown curvature {curvature!r}; known: {', '.join(BACKENDS)}")
+        require_descent(path.settings(path.first))
         self._path = path
         self._model = model
         self._data = checked(data)

@@ -17,7 +17,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids
 from logix_like.store import GradientStore
 from logix_like.store.journal import journals
-from logix_like.updates import Hyper, common_settings, rule_of
+from logix_like.updates import Hyper, common_settings, require_descent, rule_of
 
 AtSteps = Mapping[int, QueryGradients]
 """The same queries' gradients at several moments, by the number of steps taken before."""
@@ -120,6 +120,7 @@ def _settings(step: PathStep) -> Hyper:
 
 
 def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
+    require_descent(path.settings(path.first))
     rule = rule_of(path.optimizer)
     if rule.adaptive:
         raise ConfigError(

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import logix_like as logix
 from logix_like.errors import ConfigError, QueryError, StoreError
 from logix_like.estimators.checkpointed import TracInCP, TracInLastLayer
 from logix_like.estimators.last_layer import LastLayer
 from logix_like.estimators.representer import RepresenterPoints
+from logix_like.estimators.source import Source
 from logix_like.estimators.tracin import TracIn
+from logix_like.estimators.tracin_rows import TracInRP
 from logix_like.objective import Gaussian, Objective
 from tests.path_runs import CLASSES, FEATURES, OBJECTIVE, SAMPLES, batch_of, network, queries, train, training_data
 
@@ -140,8 +143,11 @@ def test_a_fit_that_did_not_arrive_is_said() -> None:
 
 def test_an_optimizer_that_climbs_is_refused(tmp_path: Path) -> None:
     path, _ = train(tmp_path, steps=2, checkpoints=EVERY, maximize=True)
+    for kind in (TracInCP, TracInLastLayer, Source):
+        with pytest.raises(ConfigError, match="maximize=True"):
+            kind(path, network(), OBJECTIVE, batch_of)
     with pytest.raises(ConfigError, match="maximize=True"):
-        TracInCP(path, network(), OBJECTIVE, batch_of)
+        TracInRP(logix.open_store(tmp_path / "run"))
 
 
 def test_a_layer_that_was_not_trained_is_refused(tmp_path: Path) -> None:
