@@ -11,6 +11,7 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 
+from logix_like.errors import ConfigError
 from logix_like.explorer import app, server
 
 
@@ -35,6 +36,6 @@ def test_it_is_asked_by_the_name_it_was_given(monkeypatch: pytest.MonkeyPatch, h
     explorer: Any = None
     try:
         server.serve(explorer, host, 0, told.append)
-    except server.ConfigError:
+    except ConfigError:
         pytest.skip(f"this machine has no {host}")
     assert asked == [names] and told[0].startswith("http://")
