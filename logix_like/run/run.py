@@ -370,7 +370,7 @@ class Run(Questions):
         :func:`logix_like.curvature.fit_curvature`; ``at=lambda: run.at_checkpoints("all")`` averages over checkpoints.
         """
         file, tracker = stored_curvature(self.path, name), self._logbook.tracker
-        options = {"selection": tracker.selection, "resume_from": file.with_suffix(".partial"), **options}
+        options = {"selection": tracker.selection, "resume_from": file.with_name(f"{file.stem}.partial"), **options}
         curvature = fit_curvature(tracker.model, loader, objective, **options)
         save_curvature(curvature, file)
         return curvature
