@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from logix_like.errors import CaptureError, MissingDependencyError
+from logix_like.errors import MissingDependencyError
 from logix_like.objective import Objective
 from logix_like.sensitivity import SensitivityMonitor
 
-from .looking import in_order
+from .looking import Watch
 
 try:
     from transformers import TrainerCallback
@@ -32,10 +32,7 @@ class SensitivityCallback(TrainerCallback):
     """
 
     def __init__(self, objective: Objective | None = None, *, every: int = 1, **options: Any) -> None:
-        self._objective = objective
-        self._every = every
-        self._options = options
-        self._monitor: SensitivityMonitor | None = None
+        self._watch = Watch(objective, every, options, "trainer.train()")
 
     @property
     def monitor(self) -> SensitivityMonitor:
@@ -44,23 +41,18 @@ class SensitivityCallback(TrainerCallback):
         Raises:
             CaptureError: training has not begun.
         """
-        if self._monitor is None:
-            raise CaptureError("there is no monitor yet: it begins with trainer.train()")
-        return self._monitor
+        return self._watch.monitor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to watch; what is wrong with the options is said before a long training."""
+        """Begin to watch."""
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._loader = in_order(kwargs["train_dataloader"])
-        options = {"samples": len(self._loader.dataset), **self._options}  # type: ignore[arg-type]
-        self._monitor = SensitivityMonitor(kwargs["model"], optimizer, self._objective, **options)
+        self._watch.begin(kwargs["model"], optimizer, kwargs["train_dataloader"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at all samples."""
         epoch = round(state.epoch)
-        if epoch % self._every == 0:
-            self.monitor.measure(self._loader, validation=kwargs.get("eval_dataloader"), epoch=epoch)
-            look = self.monitor.history[-1]
+        if self._watch.is_due(epoch):
+            look = self._watch.look(epoch, kwargs.get("eval_dataloader"))
             entry = {"epoch": state.epoch, "step": state.global_step, "loo_loss": look.loo_loss}
             entry["sensitivity_train_loss"] = look.train_loss
             if look.validation_loss is not None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from logix_like.errors import CaptureError, MissingDependencyError
+from logix_like.errors import MissingDependencyError
 from logix_like.objective import Objective
 from logix_like.sensitivity import SensitivityMonitor
 
-from .looking import in_order
+from .looking import Watch
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -35,11 +35,8 @@ class SensitivityCallback(Callback):
     def __init__(
         self, objective: Objective | None = None, *, submodule: str = "", every: int = 1, **options: Any
     ) -> None:
-        self._objective = objective
         self._submodule = submodule
-        self._every = every
-        self._options = options
-        self._monitor: SensitivityMonitor | None = None
+        self._watch = Watch(objective, every, options, "trainer.fit()")
 
     @property
     def monitor(self) -> SensitivityMonitor:
@@ -48,25 +45,18 @@ class SensitivityCallback(Callback):
         Raises:
             CaptureError: training has not begun.
         """
-        if self._monitor is None:
-            raise CaptureError("there is no monitor yet: it begins with trainer.fit()")
-        return self._monitor
+        return self._watch.monitor
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to watch; what is wrong with the options is said before a long training."""
-        self._loader = in_order(trainer.train_dataloader)
-        options = {"samples": len(self._loader.dataset), **self._options}  # type: ignore[arg-type]
-        model = pl_module.get_submodule(self._submodule)
-        self._monitor = SensitivityMonitor(model, trainer.optimizers[0], self._objective, **options)
+        """Begin to watch."""
+        self._watch.begin(pl_module.get_submodule(self._submodule), trainer.optimizers[0], trainer.train_dataloader)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Look at all samples."""
-        if (trainer.current_epoch + 1) % self._every:
+        if not self._watch.is_due(trainer.current_epoch + 1):
             return
         loaders = trainer.val_dataloaders
-        validation = loaders[0] if isinstance(loaders, list) else loaders
-        self.monitor.measure(self._loader, validation=validation, epoch=trainer.current_epoch)
-        look = self.monitor.history[-1]
+        look = self._watch.look(trainer.current_epoch, loaders[0] if isinstance(loaders, list) else loaders)
         pl_module.log("loo_loss", look.loo_loss)
         pl_module.log("sensitivity_train_loss", look.train_loss)
         if look.validation_loss is not None:

@@ -165,7 +165,9 @@ class Layout(Sequence[ModuleBlock]):
     def from_json(cls, table: object) -> Layout:
         """Read what :meth:`to_json` wrote; anything else is a :class:`StoreDamagedError`."""
         try:
-            return cls([_block(entry) for entry in table])  # type: ignore[attr-defined]
+            if not isinstance(table, list):
+                raise TypeError(f"it is a {type(table).__name__}, not a list")
+            return cls([_block(entry) for entry in table])
         except (TypeError, KeyError, ValueError) as error:
             raise StoreDamagedError(f"the store's module table cannot be read: {error}") from error
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -345,7 +345,7 @@ def _equal_blocks(layout: Layout, leaves: Mapping[str, Preconditioner]) -> list[
 
 
 def _tensors(leaf: Preconditioner) -> list[Tensor]:
-    return [getattr(leaf, field.name) for field in fields(leaf)]  # type: ignore[arg-type]
+    return list(vars(leaf).values())  # a dataclass's attributes stand in the order of its fields
 
 
 def _stack(leaves: Sequence[Preconditioner]) -> Preconditioner:

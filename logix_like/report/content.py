@@ -119,14 +119,14 @@ class Contents:
             )
 
     def _look_up(self, data_id: DataId) -> Content | None:
-        provider = self._provider
+        provider: Any = self._provider  # lists of other libraries are often no Sequence
         try:
             if callable(provider):
                 value = provider(data_id)
-            elif isinstance(provider, Mapping):
+            elif isinstance(provider, Mapping) or (isinstance(data_id, int) and data_id >= 0):
                 value = provider[data_id]
             else:
-                value = provider[data_id] if isinstance(data_id, int) and data_id >= 0 else None  # type: ignore[index]
+                return None
         except LookupError:
             return None
         except Exception as error:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -118,9 +118,13 @@ class RowTable:
         for segment in self.segments:
             rows = slice(segment.first, segment.stop)
             for retraction in segment.retractions:
-                taken = retraction.takes(self.step[rows], lambda rows=rows: self.data_id[rows])  # type: ignore[misc]
+                taken = retraction.takes(self.step[rows], partial(self._ids_of, rows))
                 flags[rows][taken] |= int(Flag.SUPERSEDED)
         return flags
+
+    def _ids_of(self, rows: slice) -> np.ndarray:
+        ids: np.ndarray = self.data_id[rows]
+        return ids
 
     @cached_property
     def valid(self) -> np.ndarray:

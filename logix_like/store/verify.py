@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 
 import numpy as np
@@ -162,7 +163,7 @@ def _documents(store: Place) -> Iterator[_Check]:
         # Hidden names are unfinished.
         within = str(file)[inside:]
         if file.name == DOCUMENT and "/." not in within and not within.startswith(f"/{QUARANTINE}/"):
-            yield _Check(file, lambda file=file: _unsealed_if_there(file))  # type: ignore[misc]
+            yield _Check(file, partial(_unsealed_if_there, file))
 
 
 def _unsealed_if_there(file: Place) -> object:
@@ -179,8 +180,8 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
         _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
         *_checkpoints(store),
-        *(_Check(file, lambda file=file: read_retraction(file)) for file in retraction_files(store)),  # type: ignore[misc]
-        *(_Check(file, lambda file=file: read_journal(file)) for file in journals(store)),  # type: ignore[misc]
+        *(_Check(file, partial(read_retraction, file)) for file in retraction_files(store)),
+        *(_Check(file, partial(read_journal, file)) for file in journals(store)),
     ]
     rows = 0
     named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
@@ -238,8 +239,8 @@ def _part(
             what = f"{array} of rows {rows[0]} to {rows[1] - 1}" + (" of a sample view" if view else "")
             yield _Check(
                 file,
-                lambda file=file, what=what, crc=crc: read_chunk(file, what, crc=crc),  # type: ignore[misc]
-                lambda part=part, record=record: _ids(part, record),  # type: ignore[misc]
+                partial(read_chunk, file, what, crc=crc),
+                partial(_ids, part, record),
                 None if view else rows,
             )
             yield _document(part / array)
@@ -270,9 +271,9 @@ def _statistics(folder: Place, commits: Commits, manifest: StoreManifest) -> Ite
 
 def _checkpoints(store: Place) -> Iterator[_Check]:
     for record in checkpoint_records(store):
-        yield _Check(record, lambda record=record: check_record(record))  # type: ignore[misc]
+        yield _Check(record, partial(check_record, record))
         weights = record.parent / f"{record.stem}.safetensors"
-        yield _Check(weights, lambda record=record: check_weights(record))  # type: ignore[misc]
+        yield _Check(weights, partial(check_weights, record))
 
 
 def _listed(ids: tuple[DataId, ...], shown: int = 8) -> str:
