@@ -48,7 +48,7 @@ def timed(acts: Mapping[str, Act], batches: list[Batch]) -> dict[str, list[float
     found: dict[str, list[float]] = {name: [] for name in acts}
     for batch in batches:
         for name, act in acts.items():
-            found[name].append(seconds(lambda a=act, b=batch: a(b)))  # type: ignore[misc]
+            found[name].append(seconds(lambda a=act, b=batch: a(b)))
     return {name: times[1:] for name, times in found.items()}
 
 
@@ -72,7 +72,7 @@ def passes(network: nn.Module, selection: Selection, curvature: Curvature, queri
 
     def bare(batch: Batch) -> None:
         with frozen(network):
-            embedded = network.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()  # type: ignore[operator]
+            embedded = network.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
             network(inputs_embeds=embedded, labels=batch["input_ids"], use_cache=False).loss.backward()
 
     return {
@@ -151,7 +151,7 @@ def prepared(network: nn.Module, folder: Path) -> Any:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.task import Task
 
-    class NextToken(Task):  # type: ignore[misc]
+    class NextToken(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             tokens = batch[0]
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
