@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from logix_like.curvature.sums import MEMORY, Scratch, Sums
@@ -37,18 +39,6 @@ class FactorSums(Sink):
             self.add_input(block, inputs)
         self._add(f"output/{block}", self._counted(outputs))
 
-    def moments(self, side: str, name: str) -> list[Tensor]:
-        """The mean ``[w, w]`` of each part of the factor ``input`` (over positions) or ``output`` (over samples).
-
-        Empty if the module was never called, or never with a gradient.
-        """
-        sums = self.sums.all()
-        count = sums.get(f"positions/{name}" if side == "input" else "samples")
-        found: list[Tensor] = []
-        while (total := sums.get(f"{side}/{name}/{len(found)}")) is not None and count is not None:
-            found.append(total / count.clamp_min(1).to(total.device))
-        return found
-
     def _counted(self, factor: Tensor) -> Tensor:
         """``[n, width]`` without the positions that the mask leaves out."""
         if self._mask is not None and self._mask.shape == factor.shape[:2]:
@@ -59,3 +49,15 @@ class FactorSums(Sink):
         with products(self._precision):
             for number, part in enumerate(flat.split(part_sizes(flat.shape[1], self._most), 1)):
                 self.sums.add_product(f"{name}/{number}", part.T, part)
+
+
+def moments(sums: Mapping[str, Tensor], side: str, name: str) -> list[Tensor]:
+    """The mean ``[w, w]`` of each part of the factor ``input`` (over positions) or ``output`` (over samples).
+
+    Empty if the module was never called, or never with a gradient.
+    """
+    count = sums.get(f"positions/{name}" if side == "input" else "samples")
+    found: list[Tensor] = []
+    while (total := sums.get(f"{side}/{name}/{len(found)}")) is not None and count is not None:
+        found.append(total / count.clamp_min(1).to(total.device))
+    return found

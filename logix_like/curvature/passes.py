@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from logix_like.curvature.curvature import Curvature, Fisher, Kind, Labels
 from logix_like.curvature.gradients import SquareSums
-from logix_like.curvature.moments import FactorSums
+from logix_like.curvature.moments import FactorSums, moments
 from logix_like.curvature.partial import PartialFit
 from logix_like.curvature.sums import Scratch
 from logix_like.curvature.sweep import Losses, Sweep
@@ -106,16 +106,8 @@ class Passes:
         samples = self._run("factors", sink, 0)
         if not samples:
             raise StatisticsError("there are no samples to fit a curvature to: the loader yielded no batch")
-        layout = self._sweep.layout
-        inputs = {name: self._side(sink, "input", layout, name) for name in dict.fromkeys(self._sweep.groups.values())}
-        bases: dict[str, tuple[Basis, Basis]] = {}
-        eigenvalues: dict[str, Tensor] = {}
-        for block in layout:
-            inward, input_basis = inputs[block.input_group]
-            outward, output_basis = self._side(sink, "output", layout, block.name)
-            bases[block.name] = input_basis, output_basis
-            eigenvalues[block.name] = self._scratch.keep(product_eigenvalues(outward, inward))
-        return Curvature("kfac", layout, bases, eigenvalues, Fisher(self._settings.labels, samples, weights))
+        fisher = Fisher(self._settings.labels, samples, weights)
+        return kronecker(sink.sums.all(), self._sweep.layout, fisher, self._scratch)
 
     def corrected(self, curvature: Curvature) -> Curvature:
         """The same with EK-FAC's eigenvalues."""
@@ -124,14 +116,8 @@ class Passes:
         sink = SquareSums(curvature.bases, self._settings.precision, self._scratch)
         seen, first = self._run("eigenvalues", sink, 1), curvature.fisher.samples
         self._require_samples(first, seen)
-        sums, eigenvalues = sink.sums.all(), {}
-        for name, values in curvature.eigenvalues.items():
-            total = sums.get(f"squares/{name}")
-            eigenvalues[name] = torch.zeros_like(values) if total is None else total.div_(seen)
-            require_finite(eigenvalues[name], name)
         samples = first + seen if self._settings.split else first
-        fisher = Fisher(curvature.fisher.labels, samples, curvature.fisher.weights)
-        return Curvature("ekfac", curvature.layout, curvature.bases, eigenvalues, fisher)
+        return with_squares(curvature, sink.sums.all(), replace(curvature.fisher, samples=samples))
 
     def _require_samples(self, first: int, second: int) -> None:
         if self._settings.split and not second:
@@ -152,19 +138,46 @@ class Passes:
             self._sweep.run(batch, self._losses(position), sink)
             if self._batches.ordered:
                 self._partial.offer(name, position + 1, sink.sums, self._sweep)
-        return int(sink.sums.all().get("samples", 0))
+        return sink.sums.samples
 
     def _losses(self, position: int) -> Losses:
         generator = Generator(self._sweep.device).manual_seed(self._settings.seed * 2**32 + position)
         draw = self._settings.labels == "sampled"
         return partial(self._sweep.objective.backward_losses, draw=draw, generator=generator)
 
-    def _side(self, sink: FactorSums, side: str, layout: Layout, name: str) -> tuple[Tensor, Basis]:
-        moments = sink.moments(side, name)
-        for moment in moments:
-            require_finite(moment, name)
-        if not moments:  # never called: it takes no part
-            width = layout[name].shape[1 if side == "input" else 0]
-            return torch.zeros(width, dtype=torch.float64), Basis((torch.eye(width, dtype=torch.float64),))
-        values, basis = eigenbasis(moments)
-        return values, Basis(tuple(self._scratch.keep(part) for part in basis.parts))
+
+def kronecker(sums: Mapping[str, Tensor], layout: Layout, fisher: Fisher, scratch: Scratch) -> Curvature:
+    """K-FAC from the sums of :class:`FactorSums`."""
+    inputs = {
+        name: _side(sums, "input", layout, name, scratch)
+        for name in dict.fromkeys(block.input_group for block in layout)
+    }
+    bases: dict[str, tuple[Basis, Basis]] = {}
+    eigenvalues: dict[str, Tensor] = {}
+    for block in layout:
+        inward, input_basis = inputs[block.input_group]
+        outward, output_basis = _side(sums, "output", layout, block.name, scratch)
+        bases[block.name] = input_basis, output_basis
+        eigenvalues[block.name] = scratch.keep(product_eigenvalues(outward, inward))
+    return Curvature("kfac", layout, bases, eigenvalues, fisher)
+
+
+def with_squares(curvature: Curvature, sums: Mapping[str, Tensor], fisher: Fisher) -> Curvature:
+    """EK-FAC: the basis of ``curvature`` with the eigenvalues of :class:`SquareSums`."""
+    eigenvalues = {}
+    for name, values in curvature.eigenvalues.items():
+        total = sums.get(f"squares/{name}")
+        eigenvalues[name] = torch.zeros_like(values) if total is None else total / sums["samples"].to(total.device)
+        require_finite(eigenvalues[name], name)
+    return Curvature("ekfac", curvature.layout, curvature.bases, eigenvalues, fisher)
+
+
+def _side(sums: Mapping[str, Tensor], side: str, layout: Layout, name: str, scratch: Scratch) -> tuple[Tensor, Basis]:
+    found = moments(sums, side, name)
+    for moment in found:
+        require_finite(moment, name)
+    if not found:  # never called: it takes no part
+        width = layout[name].shape[1 if side == "input" else 0]
+        return torch.zeros(width, dtype=torch.float64), Basis((torch.eye(width, dtype=torch.float64),))
+    values, basis = eigenbasis(found)
+    return values, Basis(tuple(scratch.keep(part) for part in basis.parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,6 +63,26 @@ class Sums:
         """Add ``left @ right``."""
         recent = self._recent_like(name, left)
         self._recent[name] = left @ right if recent is None else recent.addmm_(left, right)
+
+    def take(self, other: Sums, scales: Mapping[str, float]) -> None:
+        """Add all of ``other``, which is given up, times the scale of a name's first word (1 if it has none).
+
+        Nothing is added if a number is not finite.
+        """
+        terms = other._recent
+        if not all(bool(term.isfinite().all()) for term in terms.values()):
+            return
+        self.begin(other.samples)
+        for name, number in other._settled.items():
+            if name != "samples":
+                self.count(name, int(number))
+        for name, term in terms.items():
+            self.add(name, term.mul_(scales.get(name.split("/", 1)[0], 1.0)))
+
+    @property
+    def samples(self) -> int:
+        """How many were counted."""
+        return int(self._settled.get("samples", 0))
 
     def all(self) -> dict[str, Tensor]:
         """The sums as they stand, float64; what is put in is taken as summed before."""
