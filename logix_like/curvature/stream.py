@@ -61,7 +61,7 @@ class CurvatureStream:
         widest: int = WIDEST,
     ) -> None:
         for name, value in (("basis_samples", basis_samples), ("every", every)):
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         self._selection = selection or default_selection(model)
         self._projector = Projector(self._selection.blocks, INITS["identity"], rank=1, seed=0)

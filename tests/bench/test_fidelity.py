@@ -70,7 +70,6 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    torch.set_num_threads(2)
     return Problem()
 
 
