@@ -41,11 +41,16 @@ def queried(run: logix.Run, model: torch.nn.Module, **options: object) -> Tensor
     return scores
 
 
-def test_the_largest_products_need_not_be_a_rectangle() -> None:
+def test_the_largest_products_of_all_modules_are_kept() -> None:
     inward, outward = torch.diag(torch.tensor([9.0, 5.0, 1.0])), torch.tensor([4.0, 1.0])
     # products: 36 20 4 / 9 5 1
-    assert largest_coordinates(inward, outward, (2, 3), 4) == [0, 1, 3, 4]
-    assert largest_coordinates(inward, torch.tensor([8.0, 1.0]), (2, 3), 4) == [0, 1, 2, 3]
+    moments, ranks = {"a": (inward, outward)}, {"a": (2, 3)}
+    assert largest_coordinates(moments, ranks, 4) == {"a": (0, 1, 3, 4)}
+    larger, nothing = (10 * inward, outward), (0 * inward, outward)
+    both = largest_coordinates({"a": moments["a"], "b": larger}, {"a": (2, 3), "b": (2, 3)}, 6)
+    assert both == {"a": (0,), "b": (0, 1, 2, 3, 4)}
+    unused = largest_coordinates({"a": moments["a"], "b": nothing}, {"a": (2, 3), "b": (2, 3)}, 4)
+    assert unused == {"a": (0, 1, 3), "b": (0,)}
     assert INITS["eigen"].capped(2, 5) == 5
 
 
@@ -57,9 +62,9 @@ def test_rows_are_the_chosen_coordinates_of_projected_gradients(tmp_path: Path) 
         store.layout, (gradients[:, : 8 * 7].view(-1, 8, 7), gradients[:, 8 * 7 :].view(-1, 3, 9)), strict=True
     ):
         inward, outward = (matrix.double() for matrix in store.projections[block.name])
-        assert block.size == RANK * RANK
         assert block.coordinates is not None
         expected.append((outward @ matrices @ inward.T).flatten(1)[:, list(block.coordinates)])
+    assert store.layout.width == 2 * RANK * RANK
     rows = store.gradients[:].double()
     assert float((rows - torch.cat(expected, 1)).norm() / rows.norm()) < EXACT
     assert list(store.data_id[:]) == list(range(SAMPLES))
@@ -103,8 +108,7 @@ def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
             F.cross_entropy(model(x[:2]), y[:2]).backward()
     rows = resumed.store.gradients[:]
     assert torch.allclose(rows[-2:], rows[:2])
-    other = run.store.layout[0].coordinates[::-1]
-    changed = Layout([ModuleBlock(**{**vars(b), "coordinates": other}) for b in run.store.layout])
+    changed = Layout([ModuleBlock(**{**vars(b), "coordinates": b.coordinates[::-1]}) for b in run.store.layout])
     with pytest.raises(ModelMismatchError, match="other coordinates"):
         run.store.layout.require_same(changed)
 

@@ -98,17 +98,19 @@ class Tracker:
                 for block, moments in self._raw_moments(recording, call):
                     known = sums.get(block)
                     sums[block] = [a + b for a, b in zip(known, moments, strict=True)] if known else moments
-        for uncalled in self._expected:
-            if uncalled.name not in sums:
-                sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
-        self.fit_to({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        means = {name: (inward / positions, outward) for name, (inward, outward, positions) in sums.items()}
+        for block in self._expected:
+            if block.name not in means:  # never called: it takes no part
+                means[block.name] = (torch.zeros(block.shape[1]), torch.zeros(block.shape[0]))
+        self.fit_to(means)
 
     def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Make the projections from the second moments ``(input, output)`` of every block."""
+        """Make the projections from the mean second moments ``(input, output)`` of every block."""
         self.projector.fit(moments)
         self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
+        """By block: sums over positions of the input's and the output's moment, and how many these are."""
         rule, module = call.tracked.rule, call.tracked.module
         value, gradient = _finite(call.value, call.gradient, recording.mask if rule.by_position else None)
         wide = value if value.is_floating_point() else gradient
@@ -123,7 +125,7 @@ class Tracker:
             ]
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
-            yield use.block, moments[::-1] if use.transposed else moments
+            yield use.block, [*(moments[::-1] if use.transposed else moments), torch.tensor(max(len(flat), 1))]
 
 
 def gradient_matrices(selection: Selection) -> dict[str, Tensor]:

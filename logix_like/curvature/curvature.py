@@ -92,8 +92,10 @@ class Curvature:
         They are what ``projection.init: pca`` and ``eigen`` are made from.
         """
         values = self.eigenvalues[block]
+        # So scaled that products of the moments' eigenvalues are the block's, where it is a Kronecker product.
+        scale = values.sum().clamp_min(torch.finfo(values.dtype).tiny).sqrt()
         inward, outward = (
-            basis.restore(basis.restore(weights.diag()).mT)
+            basis.restore(basis.restore((weights / scale).diag()).mT)
             for basis, weights in zip(self.bases[block], (values.sum(0), values.sum(1)), strict=True)
         )
         return inward, outward
