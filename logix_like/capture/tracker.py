@@ -99,9 +99,9 @@ class Tracker:
                     known = sums.get(block)
                     sums[block] = [a + b for a, b in zip(known, moments, strict=True)] if known else moments
         means = {name: (inward / positions, outward) for name, (inward, outward, positions) in sums.items()}
-        for block in self._expected:
-            if block.name not in means:  # never called: it takes no part
-                means[block.name] = (torch.zeros(block.shape[1]), torch.zeros(block.shape[0]))
+        for uncalled in self._expected:
+            if uncalled.name not in means:  # it takes no part
+                means[uncalled.name] = (torch.zeros(uncalled.shape[1]), torch.zeros(uncalled.shape[0]))
         self.fit_to(means)
 
     def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from logix_like.capture.selection import Selection, select_modules
-from logix_like.curvature import Curvature, damped_inverse_of, fit_curvature
+from logix_like.curvature import Curvature, CurvatureStream, damped_inverse_of, fit_curvature
 from logix_like.curvature.gradients import InnerProducts, SquareSums
 from logix_like.curvature.moments import FactorSums
 from logix_like.curvature.sweep import Sweep
@@ -48,7 +49,7 @@ def timed(acts: Mapping[str, Act], batches: list[Batch]) -> dict[str, list[float
     found: dict[str, list[float]] = {name: [] for name in acts}
     for batch in batches:
         for name, act in acts.items():
-            found[name].append(seconds(lambda a=act, b=batch: a(b)))
+            found[name].append(seconds(partial(act, batch)))
     return {name: times[1:] for name, times in found.items()}
 
 
@@ -70,6 +71,12 @@ def passes(network: nn.Module, selection: Selection, curvature: Curvature, queri
         network.zero_grad()
         w1.loss(network, batch["input_ids"]).backward()
 
+    stream = CurvatureStream(network, selection=selection, basis_samples=TIMED // 2 * w1.BATCH)
+
+    def followed(batch: Batch) -> None:
+        with stream(w1.BATCH):
+            plain(batch)
+
     def bare(batch: Batch) -> None:
         with frozen(network):
             embedded = network.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
@@ -78,6 +85,7 @@ def passes(network: nn.Module, selection: Selection, curvature: Curvature, queri
     return {
         "plain": plain,
         "frozen weights, nothing read": bare,
+        "training with a stream": followed,
         "factors": lambda batch: sweep.run(batch, drawn, factors),
         "eigenvalues": lambda batch: sweep.run(batch, drawn, squares),
         f"{QUERIES} queries": lambda batch: sweep.run(batch, objective.backward_losses, inner),
