@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from logix_like.layout import DataId
+from logix_like.timing import NOTHING, Timing
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class ProjectedBatch:
     """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
+    timing: Timing = NOTHING
+    """What the training took since the batch before, and logging of it."""
 
     def select(self, samples: slice) -> ProjectedBatch:
-        """Some of the samples, without the batch's moments."""
+        """Some of the samples, without the batch's moments and timing."""
         loss = None if self.loss is None else self.loss.reshape(-1)[samples]
         metadata = {name: values[samples] for name, values in self.metadata.items()}
         rows, data_id = self.rows[samples], self.data_id[samples]
-        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None)
+        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None, timing=NOTHING)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,7 +21,6 @@ from logix_like.report.content import Contents, short_name, shown
 from logix_like.report.page import Album, Sources, query_blocks
 from logix_like.report.summary import StoreSummary
 from logix_like.store import VerifyReport
-from logix_like.store.schema import COMMITS
 
 PAGE = 25
 """Samples on a page of the list."""
@@ -187,11 +184,12 @@ def health_page(explorer: Explorer) -> dict[str, Any]:
     """How the run is doing."""
     store = explorer.store
     summary = StoreSummary.of(store)
-    seconds = _seconds_logged(explorer)
+    timing = store.timing
     tiles = {
         "rows": f"{summary.rows:,}",
         "samples": f"{summary.samples:,}",
-        "rows a second, on average": f"{summary.rows / seconds:,.0f}" if seconds else "unknown",
+        "rows a second, on average": f"{summary.rows / timing.seconds:,.0f}" if timing.seconds else "unknown",
+        "training prolonged by": "unknown" if timing.overhead is None else f"{timing.overhead:.1%}",
         "on disk": size(sum(summary.bytes.values())),
         "rows in the statistics": f"{summary.statistics_rows / summary.rows:.0%}" if summary.rows else "none",
         "left out of scores": f"{summary.nonfinite + summary.superseded:,} rows",
@@ -245,15 +243,3 @@ def _norms(explorer: Explorer) -> str:
         2.6,
         "gradient norms over the steps",
     )
-
-
-def _seconds_logged(explorer: Explorer) -> float:
-    """From the store's creation to its last commit; 0 where files have no times, as on object stores."""
-    files = [writer.folder / COMMITS for writer in explorer.store.writers]
-    # Object stores are not asked: when each of their commits came is not worth a request.
-    last = max((file.stat().st_mtime for file in files if isinstance(file, Path) and file.is_file()), default=0.0)
-    try:
-        created = datetime.fromisoformat(explorer.store.manifest.created)
-    except ValueError:
-        return 0.0
-    return max(0.0, last - created.timestamp())

@@ -15,6 +15,7 @@ from logix_like.capture.tracker import Recording
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
+from logix_like.timing import Stopwatch
 
 Reduction = Literal["mean", "sum", "token_mean"]
 
@@ -125,6 +126,7 @@ class Block:
         on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
         on_drop: Callable[[Block], None],
+        watch: Stopwatch,
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
@@ -132,6 +134,7 @@ class Block:
         self._on_begin = on_begin
         self._on_end = on_end
         self._on_drop = on_drop
+        self._watch = watch
         self._begun = self._ended = False
         # As it is when the block begins: a scaler that is updated inside it has moved on at the end.
         self._loss_scale = 1.0
@@ -159,11 +162,12 @@ class Block:
     def __enter__(self) -> Block:
         if self._begun:
             raise CaptureError("this block was entered before; call run(data_id=...) again for each batch")
-        self._on_begin(self)
-        self._begun = True
-        self._loss_scale = self.options.loss_scale()
-        if self.recording is not None:
-            self.recording.__enter__()
+        with self._watch:
+            self._on_begin(self)
+            self._begun = True
+            self._loss_scale = self.options.loss_scale()
+            if self.recording is not None:
+                self.recording.__enter__()
         return self
 
     def __exit__(
@@ -174,12 +178,13 @@ class Block:
     ) -> None:
         if self._ended:  # by run.end() or run.abort(), inside the with statement
             return
-        self.drop()
-        if exc_type is None:
-            if self.recording is not None:
-                self.recording.check()
-                self.recording.factor = self.options.factor(self._loss_scale)
-            self._on_end(self)
+        with self._watch:
+            self.drop()
+            if exc_type is None:
+                if self.recording is not None:
+                    self.recording.check()
+                    self.recording.factor = self.options.factor(self._loss_scale)
+                self._on_end(self)
 
 
 def _require_positive(scale: Any) -> None:
