@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -103,7 +103,11 @@ class Tracker:
         for uncalled in self._expected:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
-        self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self.fit_to({name: (inward, outward) for name, (inward, outward) in sums.items()})
+
+    def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Make the projections from the second moments ``(input, output)`` of every block."""
+        self.projector.fit(moments)
         self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:

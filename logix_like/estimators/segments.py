@@ -61,12 +61,12 @@ class KroneckerBackend(Backend):
 
     def gradients(self, batch: Batch) -> Blocks:
         sink = Gradients()
-        self._sweep.run(batch, self._objective.losses, sink)
+        self._sweep.run(batch, self._objective.backward_losses, sink)
         return sink.blocks
 
     def products(self, vectors: Blocks, batch: Batch) -> Tensor:
         sink = InnerProducts(vectors)
-        self._sweep.run(batch, self._objective.losses, sink)
+        self._sweep.run(batch, self._objective.backward_losses, sink)
         return torch.stack(list(sink.modules.values())).sum(0)
 
 

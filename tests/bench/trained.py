@@ -40,8 +40,8 @@ def pieces(count: int) -> Tensor:
     return torch.stack([torch.frombuffer(bytearray(text[s : s + LENGTH]), dtype=torch.uint8) for s in starts]).long()
 
 
-def make(folder: Path, rows: int, asked: int) -> tuple[logix.Run, QueryGradients]:
-    """Train, then log ``rows`` pieces with the finished model; queries are further pieces, from between them."""
+def trained(rows: int) -> tuple[nn.Module, Tensor]:
+    """The model after training on ``rows`` pieces, and these."""
     network = model()
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     known = pieces(rows)
@@ -49,6 +49,12 @@ def make(folder: Path, rows: int, asked: int) -> tuple[logix.Run, QueryGradients
         optimizer.zero_grad()
         w1.loss(network, known[torch.randint(rows, (BATCH,))]).backward()
         optimizer.step()
+    return network, known
+
+
+def make(folder: Path, rows: int, asked: int) -> tuple[logix.Run, QueryGradients]:
+    """Train, then log ``rows`` pieces with the finished model; queries are further pieces, from between them."""
+    network, known = trained(rows)
     run = logix.init("trained", network, w1.CONFIG, root=str(folder), verbose=False)
     run.extract(known.split(BATCH), w1.loss, progress=False)
     run.finalize()
