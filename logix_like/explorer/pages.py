@@ -63,14 +63,13 @@ def options_of(asked: Mapping[str, str], defaults: Options) -> Options:
     given = asked.get("damping", "").strip()
     try:
         k = int(asked.get("k") or defaults.k)
-        damping = float(given) if given not in ("", "auto", str(Damping.of(defaults.damping))) else None
     except ValueError as error:
-        raise QueryError(f"samples and damping must be numbers (damping may be auto): {error}") from error
+        raise QueryError(f"the number of samples must be a whole one: {error}") from error
     return Options(
         k=max(1, min(100, k)),
         mode=asked.get("mode") or defaults.mode,
         preconditioner=asked.get("preconditioner") or defaults.preconditioner,
-        damping="auto" if given == "auto" else defaults.damping if damping is None else damping,
+        damping=Damping.parse(given).setting if given else defaults.damping,
     )
 
 
@@ -147,7 +146,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
     text, key = asked.get("text", "")[:LINE_LIMIT], asked.get("sample", "")
     page: dict[str, Any] = {
         "options": options,
-        "damping": asked.get("damping") or str(Damping.of(options.damping)),
+        "damping": asked.get("damping") or Damping.of(options.damping).typed,
         "wish": wish,
         "modes": tuple(MODES),
         "preconditioners": tuple(PRECONDITIONERS),
@@ -188,7 +187,7 @@ def health_page(explorer: Explorer) -> dict[str, Any]:
     tiles = {
         "rows": f"{summary.rows:,}",
         "samples": f"{summary.samples:,}",
-        "rows a second, on average": f"{summary.rows / timing.seconds:,.0f}" if timing.seconds else "unknown",
+        "rows a second": f"{summary.rows / timing.seconds:,.0f}" if timing.seconds else "unknown",
         "training prolonged by": "unknown" if timing.overhead is None else f"{timing.overhead:.1%}",
         "on disk": size(sum(summary.bytes.values())),
         "rows in the statistics": f"{summary.statistics_rows / summary.rows:.0%}" if summary.rows else "none",
@@ -239,7 +238,7 @@ def _norms(explorer: Explorer) -> str:
         return ""
     return figures.figure(
         lambda ax: plots.norms_by_step(store.step, store.norm, ax),
-        6,
-        2.6,
+        4.8,
+        2.1,
         "gradient norms over the steps",
     )

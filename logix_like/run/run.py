@@ -339,6 +339,11 @@ class Run(Questions):
         return open_store(self.path, on_damage=self._on_damage)
 
     @property
+    def rows(self) -> int:
+        """Rows that this process has handed to the store so far, committed or on their way."""
+        return 0 if self._session is None else self._session.rows
+
+    @property
     def timing(self) -> Timing:
         """What this process's training took so far, from its second block on, and logging of it."""
         return self._logbook.timing
