@@ -126,7 +126,9 @@ def test_threads_draw_the_random_numbers_of_their_own_seed() -> None:
     masks = coin_subsets(6, 20, torch.Generator().manual_seed(1))
     alone = SubsetOracle(slow_sums, itself, 6, seeds=2).measurements(masks).values
     with ThreadPoolExecutor(4) as threads:
-        assert torch.equal(SubsetOracle(slow_sums, itself, 6, seeds=2, executor=threads).measurements(masks).values, alone)
+        assert torch.equal(
+            SubsetOracle(slow_sums, itself, 6, seeds=2, executor=threads).measurements(masks).values, alone
+        )
 
 
 def test_a_dask_client_is_an_executor() -> None:
