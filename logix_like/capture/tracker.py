@@ -16,7 +16,7 @@ from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
-from logix_like.capture.selection import Selection, TrackedModule, Use
+from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
 from logix_like.timing import Stopwatch
@@ -134,33 +134,24 @@ def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
     Raises:
         CaptureError: a block's gradient is missing or spread over processes.
     """
-    found = {}
-    for tracked in selection.modules:
-        use = tracked.uses[-1]
-        if use.block == tracked.name and not use.transposed:
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
+    found = _matrices(selection.modules)
     missing = [block.name for block in selection.blocks if block.name not in found]
     if missing:
         raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
     return found
 
 
-def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
-    """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
-    columns = []
-    for part, wanted in (("weight", use.weight), ("bias", use.bias)):
-        parameter = tracked.module._parameters.get(part)
-        if not wanted:
-            continue
-        if parameter is None or parameter.grad is None or type(parameter.grad) is not Tensor:
-            return None
-        gradient = parameter.grad.detach()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
-    return torch.cat(columns, 1) if columns else None
+def _matrices(modules: Iterable[TrackedModule]) -> dict[str, Tensor]:
+    matrices = {tracked.name: tracked.matrix(_plain_gradient) for tracked in modules}
+    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
+
+
+def _plain_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """None where it is missing or spread over processes."""
+    if parameter.grad is None or type(parameter.grad) is not Tensor:
+        return None
+    gradient = parameter.grad.detach()
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -233,15 +224,7 @@ class Recording:
 
     def fresh_gradients(self) -> dict[str, Tensor]:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
-        found = {}
-        for tracked in self._tracker.selection.modules:
-            use = tracked.uses[-1]
-            if use.block != tracked.name or tracked.name not in self._without_gradient or use.transposed:
-                continue
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
-        return found
+        return _matrices(t for t in self._tracker.selection.modules if t.name in self._without_gradient)
 
     def check(self) -> None:
         """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
