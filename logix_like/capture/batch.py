@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,6 +26,18 @@ class FactorMoments:
     """By input group: how many positions (samples x tokens, unmasked) were summed."""
     samples: int
     """How many samples the batch had."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> FactorMoments:
+        """The same, each tensor moved."""
+        inputs, outputs = ({name: move(t) for name, t in sums.items()} for sums in (self.inputs, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
+
+
+class Arrival(Protocol):
+    """Tensors that are being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once they are there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,13 @@ class ProjectedBatch:
     """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
+    arrival: Arrival | None = None
+    """Waited for before any tensor is read, where they are still being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once the tensors are there; their shapes are known before."""
+        if self.arrival is not None:
+            self.arrival.wait()
 
     def select(self, samples: slice) -> ProjectedBatch:
         """Some of the samples, without the batch's moments."""
