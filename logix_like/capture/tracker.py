@@ -187,8 +187,8 @@ class Recording:
         self.mask = mask
         """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
-        self.factor = 1.0
-        """What the captured gradients are to be multiplied by; set when the block ends."""
+        self.factor: float | Tensor = 1.0
+        """What the captured gradients are to be multiplied by, a number or ``[]``; set before :meth:`project`."""
         self.calls: list[_RawCall] = []
         """Un-projected calls; empty unless a warm-up is going on."""
         self._recorder = None if tracker.needs_warmup else self._new_recorder()
@@ -216,6 +216,11 @@ class Recording:
         self._stack.close()
         self._reader.close()
         self._kept.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are summed."""
+        return self._tracker.device
 
     @property
     def uncalled(self) -> tuple[TrackedModule, ...]:
@@ -249,7 +254,7 @@ class Recording:
                 factors.read_gradient(call.tracked, factors.read_input(call.tracked, call.value), call.gradient)
             self.calls = []
         rows = recorder.rows()
-        return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
+        return rows.mul_(self.factor), recorder.moments(self.factor)
 
     def _new_reader(self, detached: bool) -> CallReader:
         device_type, timed = self._tracker.device.type, self._watch.timed
