@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def timed(acts: Mapping[str, Act], batches: list[Batch]) -> dict[str, list[float
     found: dict[str, list[float]] = {name: [] for name in acts}
     for batch in batches:
         for name, act in acts.items():
-            found[name].append(seconds(lambda a=act, b=batch: a(b)))
+            found[name].append(seconds(partial(act, batch)))
     return {name: times[1:] for name, times in found.items()}
 
 

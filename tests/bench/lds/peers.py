@@ -75,10 +75,11 @@ def kronfluence_ekfac(bench: Bench) -> Tensor:
     problem = bench.problem
     tracked = modules_of(bench)
 
-    class OfProblem(Task):  # type: ignore[misc]
+    class OfProblem(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            losses = problem.objective.sampled_losses if sample else problem.objective.losses
-            return losses(model, batch).sum()
+            if sample:
+                return problem.objective.backward_losses(model, batch, draw=True).sum()
+            return problem.objective.losses(model, batch).sum()
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return problem.objective.losses(model, batch).sum()
@@ -131,7 +132,7 @@ def traker(bench: Bench) -> Tensor:
     def batch_of(parts: tuple[Tensor, ...]) -> Any:
         return {"inputs": parts[0], "targets": parts[1]} if isinstance(problem.asked(), Mapping) else parts
 
-    class Margin(AbstractModelOutput):  # type: ignore[misc]
+    class Margin(AbstractModelOutput):
         def __init__(self) -> None:  # the library's own is abstract
             super().__init__()
 
