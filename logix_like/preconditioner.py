@@ -13,7 +13,8 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           samples, else kfac, else the covariance there is
+           samples, else ekfac where its eigenvalues were
+           gathered, else kfac, else the covariance there is
 ========== ===================================================== ========================================
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
@@ -210,6 +211,8 @@ def _fit_auto(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> M
     if gathered and (known if eigenbases.samples is None else min(known, eigenbases.samples)) >= 2 * block.size:
         return _fit_covariance(eigenbases, block, damping)
     if has_kronecker(statistics, block):
+        if statistics.has(block.name, "corrected_square_sum"):
+            return _fit_ekfac(eigenbases, block, damping)
         return _fit_kfac(eigenbases, block, damping)
     if gathered:  # too few rows to be a good estimate, but damped, and the best there is
         return _fit_covariance(eigenbases, block, damping)

@@ -184,12 +184,20 @@ class TestAuto:
     def test_covariance_where_there_are_enough_rows(self, layout: Layout, rows: Tensor) -> None:
         fitted = fit_preconditioner("auto", gathered(layout, rows[:12]), layout, 0.1)
         kinds = [text.split(",")[0] for text in fitted.describe().values()]
-        assert kinds == ["covariance", "kfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
-        assert fitted.summary() == "covariance (3 modules), kfac (1 modules)"
+        assert kinds == ["covariance", "ekfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
+        assert fitted.summary() == "covariance (3 modules), ekfac (1 modules)"
 
     def test_visits_of_few_samples_count_as_few(self, layout: Layout, rows: Tensor) -> None:
         statistics = gathered(layout, rows[:12])
         fitted = fit_preconditioner("auto", statistics, layout, 0.1, eigenbases=Eigenbases(statistics, samples=6))
+        assert fitted.summary() == "ekfac (4 modules)"
+
+    def test_kfac_where_its_corrected_eigenvalues_were_not_gathered(self, layout: Layout, rows: Tensor) -> None:
+        sums = {
+            module: {field: values for field, values in fields.items() if field not in Statistics.CORRECTED}
+            for module, fields in gathered(layout, rows[:5]).sums.items()
+        }
+        fitted = fit_preconditioner("auto", Statistics(layout, sums, 5), layout, 0.1)
         assert fitted.summary() == "kfac (4 modules)"
 
     def test_few_rows_and_no_factors_leave_the_covariance(self, layout: Layout, rows: Tensor) -> None:
