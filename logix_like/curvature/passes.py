@@ -141,7 +141,9 @@ class Passes:
         return sink.sums.samples
 
     def _losses(self, position: int) -> Losses:
-        generator = Generator(self._sweep.device).manual_seed(self._settings.seed * 2**32 + position)
+        # Hashed into four bytes: the generator of the CPU ignores what is above them.
+        seed = hashlib.blake2b(f"{self._settings.seed}/{position}".encode(), digest_size=4).digest()
+        generator = Generator(self._sweep.device).manual_seed(int.from_bytes(seed, "little"))
         draw = self._settings.labels == "sampled"
         return partial(self._sweep.objective.backward_losses, draw=draw, generator=generator)
 

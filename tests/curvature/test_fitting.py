@@ -303,6 +303,12 @@ def test_what_is_refused() -> None:
         fit_curvature(model, huge, progress=False)
 
 
+def test_a_seed_draws_its_own_labels_and_the_same_ones_again() -> None:
+    model, batches = network(), data()
+    first, again, other = (fit_curvature(model, batches, seed=seed, progress=False) for seed in (0, 0, 1))
+    assert same(first, again) and not same(first, other)
+
+
 def test_a_split_fit_takes_factors_and_eigenvalues_from_batches_in_turn() -> None:
     model, batches = network(), data()
     split = fit_curvature(model, batches, labels="empirical", split=True, progress=False)
