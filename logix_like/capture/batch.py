@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,6 +27,18 @@ class FactorMoments:
     """By input group: how many positions (samples x tokens, unmasked) were summed."""
     samples: int
     """How many samples the batch had."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> FactorMoments:
+        """The same, each tensor moved."""
+        inputs, outputs = ({name: move(t) for name, t in sums.items()} for sums in (self.inputs, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
+
+
+class Arrival(Protocol):
+    """Tensors that are being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once they are there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,13 @@ class ProjectedBatch:
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
     timing: Timing = NOTHING
     """What the training took since the batch before, and logging of it."""
+    arrival: Arrival | None = None
+    """Waited for before any tensor is read, where they are still being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once the tensors are there; their shapes are known before."""
+        if self.arrival is not None:
+            self.arrival.wait()
 
     def select(self, samples: slice) -> ProjectedBatch:
         """Some of the samples, without the batch's moments and timing."""

@@ -22,14 +22,8 @@ OnCall = Callable[[TrackedModule, Tensor, Tensor], Tensor | None]
 """Told of each call of a tracked module (module, input, output); may return another output."""
 
 
-class OwnHook:
+class OwnHook(partial[Any]):
     """A hook of ours: a copy of it, which a copied or pickled model has, does nothing."""
-
-    def __init__(self, act: Callable[..., Any]) -> None:
-        self._act = act
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._act(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return do_nothing
@@ -67,11 +61,11 @@ class HookSet:
 
     def __enter__(self) -> HookSet:
         for tracked in self._modules:
-            self._attach(tracked.module, partial(_forward_hook, self._on_call, tracked))
+            self._attach(tracked.module, OwnHook(_forward_hook, self._on_call, tracked))
         for composite in self._composites:
             replayer = Replayer(composite, self._on_call, self._batch, self._watch)
             self._handles.append(composite.module.register_forward_pre_hook(OwnHook(replayer.before)))
-            self._attach(composite.module, replayer.after)
+            self._attach(composite.module, OwnHook(replayer.after))
         if "torch._dynamo" in sys.modules:  # nothing can have been compiled before it is imported
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         return self
@@ -86,8 +80,8 @@ class HookSet:
         while self._handles:
             self._handles.pop().remove()
 
-    def _attach(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_hook(OwnHook(hook), with_kwargs=True))
+    def _attach(self, module: nn.Module, hook: OwnHook) -> None:
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
 
 class Replayer:

@@ -261,10 +261,11 @@ class Run(Questions):
     def commit(self) -> None:
         """Everything logged so far is durable when this returns.
 
-        During a projection's warm-up there are no rows yet: the blocks wait in memory.
+        During a projection's warm-up there are no rows yet: the blocks wait in memory. So do those of an optimizer
+        step that is still being accumulated under a gradient scaler, which may skip it.
         """
         if self._session is not None and not self._logbook.closed:
-            self._logbook.release()
+            self._logbook.settle()
             self._session.commit()
 
     def checkpoint(self) -> None:
@@ -283,13 +284,19 @@ class Run(Questions):
         :meth:`commit` in all.
 
         Raises:
-            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up or for an optimizer step
+                that a gradient scaler may skip, or a sample has no row.
         """
         if self._session is None:
             raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
         if self._logbook.waiting:
             raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
         self.commit()
+        if self._logbook.holds:
+            raise StoreError(
+                "samples cannot be forgotten in the midst of an optimizer step that a gradient scaler may skip; forget "
+                "them behind optimizer.step()"
+            )
         return self._session.forget(as_data_ids(data_id))
 
     def finalize(self) -> None:
