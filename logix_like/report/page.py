@@ -47,14 +47,17 @@ class Shown:
 
 @dataclass
 class Album:
-    """The pictures of a page, each once."""
+    """The pictures of a page, each once, and whether it marks words."""
 
     numbers: dict[str, int] = field(default_factory=dict)
+    tokens: bool = False
+    """Whether a text on the page has scored tokens."""
 
     def shown(self, content: Content | None, name: str) -> Shown | None:
         """``content`` with its picture as a number."""
         if content is None:
             return None
+        self.tokens |= bool(content.tokens)
         number = self.numbers.setdefault(content.image, len(self.numbers) + 1) if content.image else 0
         return Shown(
             content.text,
@@ -148,6 +151,7 @@ def write_report(
         about=_about(result, opened),
         sortable=_sortable(blocks),
         pictures=album.pictures,
+        tokens=album.tokens,
         script=script,
         script_hash=script_hash(script),
     )
