@@ -69,14 +69,14 @@ class FakeEvent:
 class FromDevice(Tensor):
     """A tensor whose copies are seen."""
 
-    log: list[str]
+    seen: list[str]
 
     def record_stream(self, stream: Any) -> None:
-        self.log.append(f"kept for {stream.name}")
+        self.seen.append(f"kept for {stream.name}")
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         assert (args, kwargs) == (("cpu",), {"non_blocking": True})
-        self.log.append("copied")
+        self.seen.append("copied")
         return self.as_subclass(Tensor)
 
 
@@ -86,7 +86,7 @@ def test_copies_are_made_behind_the_computation_and_waited_for_by_their_reader()
     delivery = Delivery(streams)
     for number in range(2):
         tensor = torch.full((2,), float(number)).as_subclass(FromDevice)
-        tensor.log = backend.log
+        tensor.seen = backend.log
         assert delivery.take(tensor).tolist() == [number, number]
     delivery.sent()
     copy = ["on copies", "kept for copies", "copied", "back"]
@@ -104,6 +104,9 @@ def test_on_the_host_nothing_is_copied() -> None:
 
 class OneDevice(TorchDispatchMode):
     """Refuses operators that mix the host with the device: on a real one they fail or wait for it."""
+
+    def __init__(self) -> None:  # that of the base carries no types
+        super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]

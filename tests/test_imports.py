@@ -29,6 +29,7 @@ LAYERS = (
         "logix_like.ids",
         "logix_like.ranks",
         "logix_like.steps",
+        "logix_like.timing",
         "logix_like.wrapping",
         "logix_like.weights",
         "logix_like.objective",

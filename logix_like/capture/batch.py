@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from logix_like.layout import DataId
+from logix_like.timing import NOTHING, Timing
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class ProjectedBatch:
     """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
+    timing: Timing = NOTHING
+    """What the training took since the batch before, and logging of it."""
     arrival: Arrival | None = None
     """Waited for before any tensor is read, where they are still being copied to the host."""
 
@@ -73,8 +76,8 @@ class ProjectedBatch:
             self.arrival.wait()
 
     def select(self, samples: slice) -> ProjectedBatch:
-        """Some of the samples, without the batch's moments."""
+        """Some of the samples, without the batch's moments and timing."""
         loss = None if self.loss is None else self.loss.reshape(-1)[samples]
         metadata = {name: values[samples] for name, values in self.metadata.items()}
         rows, data_id = self.rows[samples], self.data_id[samples]
-        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None)
+        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None, timing=NOTHING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,9 +16,10 @@ from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
-from logix_like.capture.selection import Selection, TrackedModule, Use
+from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
+from logix_like.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,15 @@ class Tracker:
         moments: bool = False,
         detached: bool = False,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        each call's part as well.
+        each call's part as well; ``watch`` counts the time that hooks take.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors, watch=watch)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -101,7 +103,11 @@ class Tracker:
         for uncalled in self._expected:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
-        self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self.fit_to({name: (inward, outward) for name, (inward, outward) in sums.items()})
+
+    def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Make the projections from the second moments ``(input, output)`` of every block."""
+        self.projector.fit(moments)
         self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
@@ -128,33 +134,24 @@ def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
     Raises:
         CaptureError: a block's gradient is missing or spread over processes.
     """
-    found = {}
-    for tracked in selection.modules:
-        use = tracked.uses[-1]
-        if use.block == tracked.name and not use.transposed:
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
+    found = _matrices(selection.modules)
     missing = [block.name for block in selection.blocks if block.name not in found]
     if missing:
         raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
     return found
 
 
-def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
-    """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
-    columns = []
-    for part, wanted in (("weight", use.weight), ("bias", use.bias)):
-        parameter = tracked.module._parameters.get(part)
-        if not wanted:
-            continue
-        if parameter is None or parameter.grad is None or type(parameter.grad) is not Tensor:
-            return None
-        gradient = parameter.grad.detach()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
-    return torch.cat(columns, 1) if columns else None
+def _matrices(modules: Iterable[TrackedModule]) -> dict[str, Tensor]:
+    matrices = {tracked.name: tracked.matrix(_plain_gradient) for tracked in modules}
+    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
+
+
+def _plain_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """None where it is missing or spread over processes."""
+    if parameter.grad is None or type(parameter.grad) is not Tensor:
+        return None
+    gradient = parameter.grad.detach()
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,8 +178,10 @@ class Recording:
         moments: bool,
         detached: bool,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
         self._on_factors = on_factors
+        self._watch = watch or Stopwatch()
         self._tracker = tracker
         self._batch = batch
         self.mask = mask
@@ -205,7 +204,7 @@ class Recording:
                 for tracked in self._tracker.selection.modules
                 if all(p.grad is None for p in tracked.module.parameters(recurse=False))
             }
-        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
+        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch, self._watch))
         return self
 
     def __exit__(
@@ -230,15 +229,7 @@ class Recording:
 
     def fresh_gradients(self) -> dict[str, Tensor]:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
-        found = {}
-        for tracked in self._tracker.selection.modules:
-            use = tracked.uses[-1]
-            if use.block != tracked.name or tracked.name not in self._without_gradient or use.transposed:
-                continue
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
-        return found
+        return _matrices(t for t in self._tracker.selection.modules if t.name in self._without_gradient)
 
     def check(self) -> None:
         """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
@@ -266,14 +257,14 @@ class Recording:
         return rows.mul_(self.factor), recorder.moments(self.factor)
 
     def _new_reader(self, detached: bool) -> CallReader:
-        device_type = self._tracker.device.type
+        device_type, timed = self._tracker.device.type, self._watch.timed
         if self._recorder is None:
             return CallReader(
-                self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
+                self._batch, self._keep_value, timed(self._keep_call), detached=detached, device_type=device_type
             )
         factors = self._factors(self._recorder)
         return CallReader(
-            self._batch, factors.read_input, factors.read_gradient, detached=detached, device_type=device_type
+            self._batch, factors.read_input, timed(factors.read_gradient), detached=detached, device_type=device_type
         )
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:

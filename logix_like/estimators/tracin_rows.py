@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,18 @@ from logix_like.store import GradientStore
 from logix_like.store.journal import journals
 from logix_like.updates import Hyper, common_settings, require_descent, rule_of
 
-AtSteps = Mapping[int, QueryGradients]
+
+class Captured(Protocol):
+    """What ``run.query`` and ``run.query_fn`` give."""
+
+    @property
+    def gradients(self) -> QueryGradients:
+        """Of its queries."""
+        ...
+
+
+Asked = Captured | QueryGradients
+AtSteps = Mapping[int, Asked]
 """The same queries' gradients at several moments, by the number of steps taken before."""
 
 
@@ -61,9 +72,10 @@ class TracInRP(Estimator):
     def data_id(self) -> Ids:
         return self._ids
 
-    def scores(self, queries: QueryGradients | AtSteps) -> Tensor:
+    def scores(self, queries: Asked | AtSteps) -> Tensor:
         """``[queries, samples]``."""
-        given = {0: queries} if isinstance(queries, QueryGradients) else dict(sorted(queries.items()))
+        at_steps = queries if isinstance(queries, Mapping) else {0: queries}
+        given = {step: _gradients(asked) for step, asked in sorted(at_steps.items())}
         directions = self._directions(given)
         moments = list(given)
         place = np.array([max(bisect.bisect_right(moments, step) - 1, 0) for step in self._store.step.tolist()])
@@ -99,6 +111,10 @@ class TracInRP(Estimator):
         return torch.stack([query.gradients.float() for query in given.values()])
 
 
+def _gradients(asked: Asked) -> QueryGradients:
+    return asked if isinstance(asked, QueryGradients) else asked.gradients
+
+
 def _pairs(store: GradientStore, valid: np.ndarray) -> zip[tuple[object, bool]]:
     return zip(store.data_id.tolist(), valid.tolist(), strict=True)
 
@@ -127,7 +143,7 @@ def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
             f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that rows and "
             "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
         )
-    rate = {step.step: float(rule.rate({}, step.step, _settings(step))) for step in path.steps}
+    rate = {step.step: rule.rate(_settings(step)) for step in path.steps}
     weight = {(step.step, one): block.weight for step in path.steps for block in step.blocks for one in block.data_id}
     rows = zip(store.step.tolist(), store.data_id.tolist(), strict=True)
     return np.array([rate.get(step, 0.0) * weight.get((step, one), 0.0) for step, one in rows])

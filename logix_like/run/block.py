@@ -16,6 +16,7 @@ from logix_like.capture.tracker import Recording
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
+from logix_like.timing import Stopwatch
 
 Reduction = Literal["mean", "sum", "token_mean"]
 Scale = TypeVar("Scale", float, float | Tensor)
@@ -139,6 +140,7 @@ class Block:
         on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
         on_drop: Callable[[Block], None],
+        watch: Stopwatch,
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
@@ -146,6 +148,7 @@ class Block:
         self._on_begin = on_begin
         self._on_end = on_end
         self._on_drop = on_drop
+        self._watch = watch
         self._begun = self._ended = False
 
     def measured(self, scale: float, divisor: float) -> None:
@@ -171,11 +174,12 @@ class Block:
     def __enter__(self) -> Block:
         if self._begun:
             raise CaptureError("this block was entered before; call run(data_id=...) again for each batch")
-        self._measure()
-        self._on_begin(self)
-        self._begun = True
-        if self.recording is not None:
-            self.recording.__enter__()
+        with self._watch:
+            self._measure()
+            self._on_begin(self)
+            self._begun = True
+            if self.recording is not None:
+                self.recording.__enter__()
         return self
 
     def _measure(self) -> None:
@@ -192,11 +196,12 @@ class Block:
     ) -> None:
         if self._ended:  # by run.end() or run.abort(), inside the with statement
             return
-        self.drop()
-        if exc_type is None:
-            if self.recording is not None:
-                self.recording.check()
-            self._on_end(self)
+        with self._watch:
+            self.drop()
+            if exc_type is None:
+                if self.recording is not None:
+                    self.recording.check()
+                self._on_end(self)
 
 
 def _require_positive(scale: Any) -> None:

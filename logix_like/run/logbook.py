@@ -22,6 +22,7 @@ from logix_like.run.overflow import StepGate, overflowed
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 from logix_like.steps import Progress
+from logix_like.timing import Stopwatch, Timing
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Logbook:
         self._waiting: list[_Ended] = []
         self._last: QueryGradients | None = None
         self._compared: Recording | None = None
+        self._watch = Stopwatch()
+        self._untold = Timing()
         self.statistics: frozenset[str] = frozenset(config.statistics)
         """What is gathered beside the rows; fixed by the first batch."""
         self.saving = True
@@ -107,6 +110,11 @@ class Logbook:
             raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
         return self._last
 
+    @property
+    def timing(self) -> Timing:
+        """What the training took so far, from its second block on, and logging of it."""
+        return self._watch.total
+
     def options(self, data_id: Any, *, loss_reduction: str | None = None, **given: Any) -> BlockOptions:
         """What a block is told, with the config's defaults."""
         return BlockOptions.of(
@@ -130,8 +138,10 @@ class Logbook:
                 mask=options.mask,
                 moments=self._storing and "kronecker" in self.statistics,
                 detached=detached,
+                watch=self._watch,
             )
-        return Block(recording, options, self._begin, partial(self._ended, detached=detached), self._dropped)
+        ended = partial(self._ended, detached=detached)
+        return Block(recording, options, self._begin, ended, self._dropped, self._watch)
 
     def end(self) -> None:
         """Close the open block.
@@ -220,6 +230,8 @@ class Logbook:
     def _begin(self, block: Block) -> None:
         self.require_no_block("blocks are not nested")
         self._open = block
+        if self._storing:
+            self._untold += self._watch.lap()
 
     def _dropped(self, block: Block) -> None:
         if self._open is block:
@@ -247,6 +259,7 @@ class Logbook:
         """What is stored beside the rows, as it is now; None when nothing is stored."""
         if not self._storing:
             return None
+        timing, self._untold = self._untold, Timing()
         return ProjectedBatch(
             data_id=options.data_id,
             rows=torch.empty(0),
@@ -256,6 +269,7 @@ class Logbook:
             loss=None if options.loss is None else options.loss.float(),
             metadata=options.metadata,
             weight=1 / options.factor(options.scale),
+            timing=timing,
         )
 
     def _store(self, batch: ProjectedBatch) -> None:

@@ -39,6 +39,7 @@ from logix_like.run.session import StoreSession
 from logix_like.run.tracking import describe, new_tracker, tracker_of_store
 from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
+from logix_like.timing import Timing
 from logix_like.weights import frozen
 
 
@@ -343,6 +344,16 @@ class Run(Questions):
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
         return open_store(self.path, on_damage=self._on_damage)
+
+    @property
+    def rows(self) -> int:
+        """Rows that this process has handed to the store so far, committed or on their way."""
+        return 0 if self._session is None else self._session.rows
+
+    @property
+    def timing(self) -> Timing:
+        """What this process's training took so far, from its second block on, and logging of it."""
+        return self._logbook.timing
 
     @property
     def training_path(self) -> TrainingPath:

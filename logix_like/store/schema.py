@@ -16,7 +16,7 @@ This is the only place that spells a path or the format's version::
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
       retractions/<digest>.json              rows taken back after their commit
-      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
+      path/<attempt>[-<rank>].jsonl          a recorded training: one checksummed line for each optimizer step
       quarantine/<n>/                        what repair and compact took out, by its old path
 """
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds.bench import Row
+from tests.bench.lds.path_rows import PATH
 
 MAIN: Mapping[str, Row] = {
     "default: rows of training, mean over visits": lambda b: b.training().scores(),
@@ -70,4 +71,5 @@ SETS: Mapping[str, Mapping[str, Row]] = {
     "projection": PROJECTION,
     "curvature": CURVATURE,
     "bytes": BYTES,
+    "path": PATH,
 }
