@@ -106,7 +106,7 @@ class OneDevice(TorchDispatchMode):
     """Refuses operators that mix the host with the device: on a real one they fail or wait for it."""
 
     def __init__(self) -> None:  # that of the base carries no types
-        super().__init__()
+        TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
