@@ -8,7 +8,7 @@ sampler is watched for the samples' indices. All is removed when training ends.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
@@ -25,6 +25,7 @@ from logix_like.errors import CaptureError, MissingDependencyError
 from logix_like.run.block import Block
 
 from .logits import cross_entropy_factor, token_factor
+from .loop import RunningLoop
 from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training
@@ -86,10 +87,16 @@ class LogixCallback(TrainerCallback):
         Raises:
             CaptureError: training has not begun.
         """
+        if self._session is not None and self._session.broken_off:
+            self.close()
         return begun(self._run, "trainer.train()")
 
     def close(self) -> None:
-        """End logging, also after a training that was broken off; calling it again does nothing."""
+        """End logging; calling it again does nothing.
+
+        The callback does this itself when training ends and, where an error broke it off, when it is asked for the
+        run, when the model is next trained on, or when ``train()`` is called again.
+        """
         self._eager.close()
         if self._session is not None:
             self._session.close()
@@ -130,6 +137,7 @@ class LogixCallback(TrainerCallback):
             epoch=int(state.epoch or 0),
             smoothing=args.label_smoothing_factor,
             scaler=scaler,
+            on_broken_off=self._broken_off,
         )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -180,15 +188,23 @@ class LogixCallback(TrainerCallback):
         # Not the class's name: the Trainer would make another callback from what it finds under it.
         return f"{type(self).__name__} of {self._setup.config.project}"
 
+    def _broken_off(self) -> None:
+        self.close()
+        warnings.warn(
+            "train() was broken off, and with it the logging; what was logged before is kept",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
     def _require_fit(self, args: Any, state: Any) -> None:
-        if self._session is not None and self._session.batches:
+        if self._session is not None:  # broken off; before the first batch was logged e.g. to find a batch size
+            batches = self._session.batches
             self.close()
-            raise CaptureError(
-                "train() was called again after it had been broken off; rows of both attempts would be mixed: make a "
-                "new LogixCallback with overwrite=True, or resume from a checkpoint with a new one"
-            )
-        if self._session is not None:  # broken off before the first batch was logged, e.g. to find a batch size
-            self.close()
+            if batches and not state.global_step:
+                raise CaptureError(
+                    "train() was called again after it had been broken off; rows of both attempts would be mixed: "
+                    "resume from a checkpoint, or make a new LogixCallback with overwrite=True"
+                )
         elif self._run is not None and not state.global_step:
             refuse_second_training("train()", "from a checkpoint")
         if args.n_gpu > 1:
@@ -202,7 +218,15 @@ class _Training:
     """One training: hooks on the model, the loader's order, and the block that is open."""
 
     def __init__(
-        self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int, smoothing: float, scaler: Any
+        self,
+        run: logix.Run,
+        model: nn.Module,
+        names: SampleNames,
+        *,
+        epoch: int,
+        smoothing: float,
+        scaler: Any,
+        on_broken_off: Callable[[], None],
     ) -> None:
         self._run = run
         self._names = names
@@ -210,6 +234,8 @@ class _Training:
         self._reader = LossReader(model)
         self._smoothing = smoothing
         self._scaler = scaler
+        self._loop = RunningLoop("transformers.trainer_callback")
+        self._on_broken_off = on_broken_off
         self._open: _OpenBatch | None = None
         self.batches = 0
         """Batches that were logged."""
@@ -217,6 +243,11 @@ class _Training:
             model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
             model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
         ]
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether the Trainer's loop is left, of which an error tells no callback."""
+        return self._loop.is_over
 
     def begin_epoch(self) -> None:
         """The next epoch begins."""
@@ -249,6 +280,9 @@ class _Training:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
+            return
+        if self.broken_off:
+            self._on_broken_off()
             return
         if self._open is not None:
             self._open.block.drop()

@@ -15,6 +15,7 @@ from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import CaptureError
 from logix_like.query.gradients import QueryGradients
+from logix_like.ranks import Ranks
 from logix_like.run.block import Block, BlockOptions
 from logix_like.run.delivery import Delivery, Streams
 from logix_like.run.overflow import StepGate, overflowed
@@ -239,8 +240,9 @@ class Logbook:
     def _ended(self, block: Block, *, detached: bool) -> None:
         if block.recording is not None and self.blocks == 0 and not self.closed:
             warn_of_coupling(block.recording, self.tracker.model)
-            # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already.
-            if block.options.divisor is None and not self.tracker.needs_warmup:
+            # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already, nor where
+            # gradients are averaged over processes.
+            if block.options.divisor is None and not self.tracker.needs_warmup and Ranks.here().size == 1:
                 self._compared = block.recording
         wanted = self._storing and (block.recording is not None or self.on_block is not None)
         overflow = overflowed(self.tracker.model, block.options.scaler) if wanted else None
