@@ -28,6 +28,7 @@ from .logits import cross_entropy_factor, token_factor
 from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training
+from .telling import Telling
 
 try:
     from transformers import TrainerCallback
@@ -51,6 +52,8 @@ class LogixCallback(TrainerCallback):
         data_id: what samples are called: a column's name, the names in the dataset's order, or a function that takes
             the model's inputs (a mapping) and returns one id for each sample.
         dataset: holds the column named by ``data_id`` where the Trainer removes unused columns.
+        log_to: where numbers about the logging go whenever the Trainer logs (rows, overhead, gradient norms): the
+            Trainer itself, a SummaryWriter, a wandb run, or what else :func:`logix_like.scalars.sink_of` knows.
         overwrite: replace an earlier run in the same place.
         verbose: print once what is tracked.
         overrides: settings that win over the config.
@@ -63,6 +66,7 @@ class LogixCallback(TrainerCallback):
         *,
         data_id: NamedBy = None,
         dataset: Any = None,
+        log_to: Any = None,
         overwrite: bool = False,
         verbose: bool = True,
         **overrides: Any,
@@ -73,6 +77,7 @@ class LogixCallback(TrainerCallback):
         self._run: logix.Run | None = None
         self._session: _Training | None = None
         self._eager = ExitStack()
+        self._telling = Telling(log_to)
 
     @property
     def run(self) -> logix.Run:
@@ -117,6 +122,7 @@ class LogixCallback(TrainerCallback):
             raise
         if names.order is not None and not args.ignore_data_skip:
             names.order.skip(_batches_to_skip(state.global_step, len(loader), args.gradient_accumulation_steps))
+        self._telling.begin(self._run)
         self._session = _Training(
             self._run,
             model,
@@ -159,6 +165,11 @@ class LogixCallback(TrainerCallback):
         """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""
         if self._session is not None:
             self.run.commit()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has logged: so does this."""
+        if self._session is not None and state.is_world_process_zero:
+            self._telling.tell(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run."""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logix_like as logix
-from logix_like.errors import ModelMismatchError
+from logix_like.curvature import fit_curvature
+from logix_like.errors import ConfigError, ModelMismatchError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.projection import INITS, largest_coordinates
 from tests.training import SAMPLES, batches, data, full, network, own_gradients
@@ -116,3 +117,33 @@ def test_tokens_of_a_sample_add_up_in_the_eigenbasis() -> None:
     assert torch.equal(layout.pick("m", spread), numbers)
     assert torch.allclose(torch.einsum("qoi,noi->qn", spread, matrices), numbers @ layout.pick("m", matrices).T)
     assert Layout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize("init", ["pca", "eigen"])
+def test_projections_are_made_from_a_curvature_fitted_before(tmp_path: Path, init: str) -> None:
+    model, (x, y) = network(), data()
+    samples = [(x[index], y[index]) for index in batches()]
+    curvature = fit_curvature(model, samples, labels="empirical", kind="kfac", progress=False)
+    settings = full(tmp_path, projection={"init": init, "rank": RANK})
+    run = logix.init("run", model, settings, curvature=curvature, verbose=False)
+    with run(data_id=range(len(x))):
+        F.cross_entropy(model(x), y).backward()
+    run.finalize()
+    for block in run.store.layout:
+        pairs = zip(run.store.projections[block.name], curvature.bases[block.name], strict=True)
+        for matrix, basis in pairs:
+            turned = basis.rotate(matrix.double()).abs()  # eigenvectors, the largest first
+            expected = torch.eye(len(basis.parts[0]), dtype=torch.float64).flip(0)[: len(matrix)]
+            torch.testing.assert_close(turned, expected, rtol=0, atol=1e-6)
+
+
+def test_a_curvature_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    model, (x, y) = network(), data()
+    curvature = fit_curvature(model, [(x, y)], kind="kfac", progress=False)
+    with pytest.raises(ConfigError, match="'orthogonal' is not made from a curvature; take 'pca' or 'eigen'"):
+        logix.init("a", model, full(tmp_path, projection={"init": "orthogonal"}), curvature=curvature)
+    with pytest.raises(ConfigError, match=r"give init\(model=...\) as well"):
+        logix.init("b", config=full(tmp_path, projection=EIGEN), curvature=curvature)
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with pytest.raises(ModelMismatchError, match=r"module '0' has gradients of shape .* and the curvature has"):
+        logix.init("c", other, full(tmp_path, projection=EIGEN), curvature=curvature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +19,7 @@ from logix_like.capture.recorder import BlockRecorder, CallReader
 from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
+from logix_like.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,15 @@ class Tracker:
         moments: bool = False,
         detached: bool = False,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        each call's part as well.
+        each call's part as well; ``watch`` counts the time that hooks take.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors, watch=watch)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -101,7 +103,11 @@ class Tracker:
         for uncalled in self._expected:
             if uncalled.name not in sums:
                 sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
-        self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+        self.fit_to({name: (inward, outward) for name, (inward, outward) in sums.items()})
+
+    def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Make the projections from the second moments ``(input, output)`` of every block."""
+        self.projector.fit(moments)
         self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
@@ -172,15 +178,17 @@ class Recording:
         moments: bool,
         detached: bool,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
         self._on_factors = on_factors
+        self._watch = watch or Stopwatch()
         self._tracker = tracker
         self._batch = batch
         self.mask = mask
         """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
-        self.factor = 1.0
-        """What the captured gradients are to be multiplied by; set when the block ends."""
+        self.factor: float | Tensor = 1.0
+        """What the captured gradients are to be multiplied by, a number or ``[]``; set before :meth:`project`."""
         self.calls: list[_RawCall] = []
         """Un-projected calls; empty unless a warm-up is going on."""
         self._recorder = None if tracker.needs_warmup else self._new_recorder()
@@ -196,7 +204,7 @@ class Recording:
                 for tracked in self._tracker.selection.modules
                 if all(p.grad is None for p in tracked.module.parameters(recurse=False))
             }
-        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
+        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch, self._watch))
         return self
 
     def __exit__(
@@ -208,6 +216,11 @@ class Recording:
         self._stack.close()
         self._reader.close()
         self._kept.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are summed."""
+        return self._tracker.device
 
     @property
     def uncalled(self) -> tuple[TrackedModule, ...]:
@@ -241,17 +254,17 @@ class Recording:
                 factors.read_gradient(call.tracked, factors.read_input(call.tracked, call.value), call.gradient)
             self.calls = []
         rows = recorder.rows()
-        return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
+        return rows.mul_(self.factor), recorder.moments(self.factor)
 
     def _new_reader(self, detached: bool) -> CallReader:
-        device_type = self._tracker.device.type
+        device_type, timed = self._tracker.device.type, self._watch.timed
         if self._recorder is None:
             return CallReader(
-                self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
+                self._batch, self._keep_value, timed(self._keep_call), detached=detached, device_type=device_type
             )
         factors = self._factors(self._recorder)
         return CallReader(
-            self._batch, factors.read_input, factors.read_gradient, detached=detached, device_type=device_type
+            self._batch, factors.read_input, timed(factors.read_gradient), detached=detached, device_type=device_type
         )
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:

@@ -86,6 +86,18 @@ class Curvature:
             name: self.bases[name][0].restore(self.bases[name][1].restore(c.mT).mT) for name, c in coordinates.items()
         }
 
+    def moments(self, block: str) -> tuple[Tensor, Tensor]:
+        """Second moments ``[d_in, d_in]`` and ``[d_out, d_out]`` of the block's gradients along either side.
+
+        They are what ``projection.init: pca`` and ``eigen`` are made from.
+        """
+        values = self.eigenvalues[block]
+        inward, outward = (
+            basis.restore(basis.restore(weights.diag()).mT)
+            for basis, weights in zip(self.bases[block], (values.sum(0), values.sum(1)), strict=True)
+        )
+        return inward, outward
+
     def shift(self, block: str, damping: DampingSetting) -> float:
         """``lambda`` of a block, by a setting of :mod:`logix_like.damping`."""
         return _shift(self.eigenvalues[block], Damping.of(damping), self.fisher.samples)

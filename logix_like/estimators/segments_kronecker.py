@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from logix_like.estimators.movement import Movement
 from logix_like.estimators.segments import At, Backend, Blocks, Function, Spectrum, inverse_root
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis, eigenbasis
-from logix_like.objective import Batch, Model, Objective
+from logix_like.objective import Batch, Objective
 
 
 class KroneckerBackend(Backend):
@@ -46,12 +47,12 @@ class KroneckerBackend(Backend):
 
     def gradients(self, batch: Batch) -> Blocks:
         sink = Gradients()
-        self._sweep.run(batch, self._objective.losses, sink)
+        self._sweep.run(batch, self._objective.backward_losses, sink)
         return sink.blocks
 
     def products(self, vectors: Blocks, batch: Batch) -> Tensor:
         sink = InnerProducts(vectors)
-        self._sweep.run(batch, self._objective.losses, sink)
+        self._sweep.run(batch, self._objective.backward_losses, sink)
         return torch.stack(list(sink.modules.values())).sum(0)
 
     def _squares(
@@ -65,14 +66,13 @@ class KroneckerBackend(Backend):
         self._sweep.groups = {block.name: block.input_group for block in layout}
         sink, generator = SquareSums(bases, "highest"), torch.Generator(self._sweep.device).manual_seed(0)
 
-        def losses(model: Model, batch: Batch) -> Tensor:
-            return self._objective.sampled_losses(model, batch, generator)
-
+        losses = partial(self._objective.backward_losses, draw=True, generator=generator)
         for _ in at():
             for batch in batches():
                 self._sweep.run(batch, losses, sink)
         none = {block.name: torch.zeros(block.shape, dtype=torch.float64) for block in layout}
-        return {name: sink.sums.get(f"squares/{name}", zero) / sink.sums["samples"] for name, zero in none.items()}
+        sums = sink.sums.all()
+        return {name: sums.get(f"squares/{name}", zero) / sums["samples"] for name, zero in none.items()}
 
     def _matrices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By block ``[d_out, d_in]`` of what is told by parameter; 0 for parameters that were not trained."""

@@ -74,9 +74,11 @@ class Products:
 
     def _wide(self, tile: Tile, rows: int) -> Tensor:
         products = torch.empty(rows, len(self._queries), dtype=self._queries.dtype)
+        # Rows of few bits have a unit for each coordinate: the queries take it over, once for a chunk.
+        queries = self._queries if tile.units is None else self._queries * tile.units
         with self._candidates.buffer() as buffer:
-            for start, stop, values in tile.pieces(buffer, rows):
-                torch.mm(values, self._queries.T, out=products[start:stop])
+            for start, stop, values in tile.pieces(buffer, rows, in_units=True):
+                torch.mm(values, queries.T, out=products[start:stop])
         return products
 
     def _prefers_narrow(self, tile: Tile, raw: Tensor) -> bool:

@@ -248,8 +248,8 @@ def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> lis
                 "title": "How concentrated influence is",
                 "svg": figures.figure(
                     lambda ax: plots.concentration(result, ax),
-                    6,
-                    2.8,
+                    4.4,
+                    2.1,
                     "share of influence of the strongest samples",
                 ),
                 "caption": "One line for each query, the median in bold. On the dotted line influence would be spread "
@@ -262,8 +262,8 @@ def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> lis
                 "title": "Where in the model",
                 "svg": figures.figure(
                     lambda ax: plots.module_shares(modules, ax),
-                    6,
-                    max(1.6, 0.6 + 0.22 * len(modules)),
+                    4.4,
+                    max(1.2, 0.5 + 0.18 * len(modules)),
                     "share of each module in the scores",
                 ),
                 "caption": "What each part of the model adds to the scores of the proponents that are shown.",

@@ -94,7 +94,7 @@ def concentration(result: InfluenceResult, ax: Axes) -> Axes:
     """
     curves = np.stack([held_by(row, SHARES.tolist()) for row in all_scores(result)])
     for curve in curves[:200]:
-        ax.plot(100 * SHARES, 100 * curve, color=NEUTRAL, linewidth=0.6, alpha=0.35)
+        ax.plot(100 * SHARES, 100 * curve, color=NEUTRAL, linewidth=0.7, alpha=0.6)
     ax.plot(100 * SHARES, 100 * np.median(curves, axis=0), color=PROPONENT, linewidth=2.0)
     ax.plot([0, 100], [0, 100], color=NEUTRAL, linewidth=0.8, linestyle=":")
     ax.set_xlabel("% of the samples, strongest first")

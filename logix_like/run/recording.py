@@ -45,7 +45,7 @@ class PathRecorder:
         self._journal: PathJournal | None = None
         self._blocks: list[PathBlock] = []
 
-    def block(self, options: BlockOptions, overflow: bool | None) -> None:
+    def block(self, options: BlockOptions, overflow: bool) -> None:
         """A block has ended; with ``overflow`` the scaler will skip its step and all blocks of it."""
         if self._journal is None:
             kind = type(self._optimizer).__name__

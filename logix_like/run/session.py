@@ -117,6 +117,11 @@ class StoreSession:
         return self._writer is not None
 
     @property
+    def rows(self) -> int:
+        """Rows that were handed to the writer, committed or not."""
+        return 0 if self._writer is None else self._writer.rows
+
+    @property
     def nonfinite(self) -> int:
         """Rows so far that were stored flagged because they are not finite."""
         return 0 if self._writer is None else self._writer.nonfinite

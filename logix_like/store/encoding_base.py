@@ -11,6 +11,9 @@ from torch import Tensor
 
 from logix_like.layout import Layout
 
+PIECE_BYTES = 2**21
+"""Rows are worked on in pieces of this size, decoded, which stay in a processor's cache."""
+
 
 @dataclass(frozen=True)
 class StoredRows:
@@ -75,9 +78,32 @@ class Encoding(ABC):
         The same rows give the same bytes; nothing is kept from one call to the next.
         """
 
-    @abstractmethod
-    def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
-        """The rows ``[n, width]`` again, of ``staging`` type; always a new tensor."""
+    def decode(
+        self, stored: StoredRows, layout: Layout, out: Tensor | None = None, *, in_units: bool = False
+    ) -> Tensor:
+        """The rows ``[n, width]`` again, of ``staging`` type, written into ``out`` or else into a new tensor.
+
+        ``in_units`` leaves each coordinate in units of ``coordinate_scale``, where the rows have one.
+        """
+        if out is None:
+            out = torch.empty(len(stored), layout.width, dtype=self.staging)
+        blocks = self._blocks(stored, layout)
+        step = piece_rows(layout.width)
+        for start in range(0, len(stored), step):
+            piece = stored.select(slice(start, start + step))
+            part = out[start : start + step].copy_(self.codes(piece, layout))
+            if blocks is not None and piece.scale is not None:
+                blocks.scale(part, piece.scale)
+            if piece.coordinate_scale is not None and not in_units:
+                part.mul_(piece.coordinate_scale)
+        return out
+
+    def _blocks(self, stored: StoredRows, layout: Layout) -> Blocks | None:
+        """The modules that have scales; refuses rows without theirs."""
+        scales = (self.scaled, stored.scale), (self.coordinate_scaled, stored.coordinate_scale)
+        if any(needed and scale is None for needed, scale in scales):
+            raise ValueError(f"{self.name} rows are decoded with their scales")
+        return Blocks(layout) if self.scaled else None
 
     def codes(self, stored: StoredRows, layout: Layout) -> Tensor:
         """The numbers ``[n, width]`` that scales multiply; the stored ones themselves unless they are packed."""
@@ -115,3 +141,8 @@ class Blocks:
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Views ``[n, modules of a run, size]``."""
         return [rows[:, columns].unflatten(1, (-1, size)) for columns, _, size in self._runs]
+
+
+def piece_rows(width: int) -> int:
+    """How many rows a piece has."""
+    return max(1, PIECE_BYTES // max(1, 4 * width))

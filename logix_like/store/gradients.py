@@ -27,6 +27,8 @@ from logix_like.store.segments import Segment
 KEPT_BYTES = 32 * 2**20
 """Mappings of this size are kept open, so that small stores are mapped once."""
 
+ALL = slice(None)
+
 RowKey = int | slice | EllipsisType | Sequence[int] | Sequence[bool] | np.ndarray | Tensor
 
 
@@ -55,9 +57,12 @@ class RowChunk:
         """Number of the row behind the last one."""
         return self.start + len(self.raw)
 
-    def decode(self) -> Tensor:
-        """The rows ``[n, width]``, float32 (float64 where they are stored so)."""
-        return self.encoding.decode(self._stored, self.layout)
+    def decode(self, rows: slice = ALL, out: Tensor | None = None, *, in_units: bool = False) -> Tensor:
+        """The rows ``[n, width]`` (some of them), float32 (float64 where they are stored so); into ``out`` if given.
+
+        ``in_units`` leaves each coordinate in units of ``coordinate_scale``, where there is one.
+        """
+        return self.encoding.decode(self._stored.select(rows), self.layout, out, in_units=in_units)
 
     def codes(self) -> Tensor:
         """The numbers that the scales multiply, ``[n, width]``: int8, unpacked, for ``int8``, ``int4`` and ``sign``.

@@ -28,9 +28,6 @@ def pack(numbers: Tensor, bits: int, out: Tensor) -> None:
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """The numbers again, uint8 ``[n, width]``."""
-    step, mask = packed.shape[1], 2**bits - 1
-    numbers = torch.empty(len(packed), width, dtype=torch.uint8)
-    for plane in range(8 // bits):
-        columns = numbers[:, plane * step : (plane + 1) * step]
-        torch.bitwise_and(packed[:, : columns.shape[1]] >> (plane * bits), mask, out=columns)
-    return numbers
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    planes = (packed[:, None] >> shifts).bitwise_and_(2**bits - 1)
+    return planes.flatten(1)[:, :width].contiguous()

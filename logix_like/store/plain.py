@@ -15,9 +15,6 @@ class _Cast(Encoding):
     def encode(self, rows: Tensor, layout: Layout, values: Tensor) -> StoredRows:
         return StoredRows(values.copy_(rows))
 
-    def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
-        return stored.values.to(self.staging, copy=True)
-
 
 class BFloat16(_Cast):
     """8 bits of precision, the range of float32; its bits are stored as ``uint16``."""
@@ -67,8 +64,3 @@ class Float16(Encoding):
         scale = torch.ldexp(torch.ones_like(largest), exponent)
         values.copy_(blocks.scale(rows.clone(), 1 / scale))  # powers of two: as exact as dividing
         return StoredRows(values, scale)
-
-    def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
-        if stored.scale is None:
-            raise ValueError("float16 rows are decoded with their scales")
-        return Blocks(layout).scale(stored.values.to(self.staging), stored.scale)

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.encoding_base import Blocks, Encoding, StoredRows
+from logix_like.store.encoding_base import Blocks, Encoding, StoredRows, piece_rows
 from logix_like.store.packing import pack, packed_width, unpack
 
 TINY = torch.finfo(torch.float32).tiny
 """Below the smallest normal number a scale would lose bits; a block so small is zero for any purpose."""
-PIECE_BYTES = 2**21
-"""Rows are worked on in pieces of this size, which stay in a processor's cache."""
 
 
 class _Quantised(Encoding):
@@ -53,16 +51,6 @@ class _Quantised(Encoding):
                 whitened.nan_to_num_(0.0, 0.0, 0.0)
             self._write(whitened, values[piece])
         return StoredRows(values, scale, coordinate)
-
-    def decode(self, stored: StoredRows, layout: Layout) -> Tensor:
-        if stored.scale is None or stored.coordinate_scale is None:
-            raise ValueError(f"{self.name} rows are decoded with their scales")
-        blocks, rows = Blocks(layout), torch.empty(len(stored), layout.width)
-        for start in range(0, len(rows), step := _piece_rows(layout.width)):
-            piece = slice(start, start + step)
-            part = rows[piece].copy_(self.codes(stored.select(piece), layout))
-            blocks.scale(part, stored.scale[piece]).mul_(stored.coordinate_scale)
-        return rows
 
     @abstractmethod
     def _scale(self, whitened: Tensor, blocks: Blocks) -> Tensor:
@@ -194,11 +182,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Consecutive rows, and memory ``[n, width]`` for as many: the same again and again."""
-    step = _piece_rows(rows.shape[1])
+    step = piece_rows(rows.shape[1])
     scratch = torch.empty(min(step, len(rows)), rows.shape[1])
     for start in range(0, len(rows), step):
         yield slice(start, start + step), scratch[: len(rows) - start]
-
-
-def _piece_rows(width: int) -> int:
-    return max(1, PIECE_BYTES // max(1, 4 * width))

@@ -1,7 +1,8 @@
 """LDS of every estimator on one truth: ``python -m tests.bench.lds --problem images --rows main``.
 
-The truth (models really retrained on random halves) is computed once and kept in the cache folder; an interrupted
-run goes on where it was. Prints a line for each estimator as soon as it is known.
+The truth (models really retrained on random halves) is shipped; where it is not, or no longer holds, it is computed
+once and kept in the cache folder, and an interrupted run goes on where it was. Prints a line for each estimator as soon
+as it is known. ``--compact`` prints one small table of all problems, as the README has it.
 """
 
 from __future__ import annotations
@@ -12,38 +13,20 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from logix_like.errors import LogixError
-from logix_like.evaluation import LDS, lds, subset_truth
+from logix_like.evaluation import LDS, lds
 from logix_like.evaluation.lds import noise_ceiling
-from logix_like.retraining import Measurements, SubsetOracle
+from logix_like.retraining import Measurements
 from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.problems import PROBLEMS, Problem
 from tests.bench.lds.rows import SETS
-
-
-def truth_of(problem: Problem, options: argparse.Namespace) -> Measurements:
-    """Retrained models' measurements, from the cache as far as they are there."""
-    torch.manual_seed(0)
-    problem.model()  # what is pretrained is made once, before the workers ask for it
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        oracle = SubsetOracle(
-            problem.train,
-            problem.measure,
-            problem.samples,
-            seeds=options.seeds,
-            cache=options.cache / problem.name,
-            name=problem.name,
-            executor=pool,
-        )
-        return subset_truth(oracle, subsets=options.subsets)
+from tests.bench.lds.truth import retrained, save_truth, truth_of
 
 
 @contextmanager
@@ -76,6 +59,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=2, help="trainings that are logged and scored; the mean is shown")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lds-cache")
+    parser.add_argument("--ship", action="store_true", help="write the truth to the repository, and measure nothing")
     parser.add_argument("--json", type=Path, help="append figures to this file, a line each")
     return parser.parse_args()
 
@@ -85,7 +69,13 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in options.problem or PROBLEMS:
         problem = PROBLEMS[name]
-        truth = truth_of(problem, options)
+        make = retrained if options.ship else truth_of
+        truth = make(
+            problem, subsets=options.subsets, seeds=options.seeds, cache=options.cache, workers=options.workers
+        )
+        if options.ship:
+            print(f"wrote {save_truth(problem, truth)}")
+            continue
         say = partial(print, flush=True)
         with benches(problem, options.runs) as trained:
             say(f"\n{problem.name}: {len(truth.masks)} halves x {options.seeds} seeds; {options.runs} logged trainings")

@@ -1,0 +1,51 @@
+"""Rows of few bits a number are scored in units of their coordinates, and ranked as their decoded numbers rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from logix_like.query import scoring
+from logix_like.query.engine import QueryEngine
+from logix_like.query.gradients import QueryGradients
+from logix_like.store import GradientStore
+from tests.query.test_query_on_disk import LAYOUT, _write
+from tests.reference import dense_ranking
+
+SINGLE = 2e-7
+"""Scores are float64 products rounded to float32 once."""
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(scoring, "SIEVED_ROWS", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["int8", "int4", "sign"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> GradientStore:
+    lengths = torch.logspace(-2, 1, 300)[torch.randperm(300), None]
+    rows = torch.randn(300, LAYOUT.width) * lengths * torch.randn(LAYOUT.width).exp()
+    return _write(tmp_path / "store", rows, [f"s{i}" for i in range(300)], request.param)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0])
+def test_ids_order_and_scores_are_those_of_float64(store: GradientStore, size: float) -> None:
+    query = QueryGradients(("q0", "q1"), size * torch.randn(2, LAYOUT.width), LAYOUT)
+    expected = query.gradients.double() @ store.gradients[:].double().T
+    engine = QueryEngine(store, keep_bytes=0)
+    found = engine.influence(query, k=7, preconditioner="identity")
+    for side, sign in ((found.proponents(), 1), (found.opponents(), -1)):
+        columns = dense_ranking(sign * expected, 7)
+        assert side.ids.tolist() == [[f"s{c}" for c in line] for line in columns]
+        own = expected.gather(1, torch.tensor(columns))
+        torch.testing.assert_close(side.scores.double(), own, rtol=SINGLE, atol=0)
+    every = engine.influence(query, preconditioner="identity")
+    assert every.scores is not None
+    torch.testing.assert_close(every.scores.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
