@@ -235,6 +235,11 @@ def settings_of(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
     )
 
 
+def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
+    """What a store says of an optimizer: the ``name`` of its class and the settings of its ``groups``."""
+    return {"name": type(optimizer).__name__, "groups": list(settings_of(optimizer))}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreError
 from logix_like.estimators.base import Estimator
-from logix_like.path import PathStep, TrainingPath
+from logix_like.path import TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids
 from logix_like.store import GradientStore
 from logix_like.store.journal import journals
-from logix_like.updates import Hyper, common_settings, require_descent, rule_of
+from logix_like.updates import Hyper, UpdateRule, common_settings, require_descent, rule_of
 
 
 class Captured(Protocol):
@@ -41,6 +42,7 @@ class TracInRP(Estimator):
     between checkpoints: give it at one moment, or at several (each row then takes the latest one before its step). The
     weight ``w_t`` in the optimizer's gradient is that of the recorded path (``record: path``); without one it is taken
     as ``1 / rows of the step``, a mean over the batch. Under momentum a gradient counts with the sum of its effects.
+    A store of an earlier version does not know its optimizer, which is then taken for SGD, with a warning.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). A query is what ``run.query`` or ``run.query_fn`` captured.
@@ -48,8 +50,8 @@ class TracInRP(Estimator):
     Raises:
         StoreError: rows carry no learning rate (``init(optimizer=...)`` records it), or there are none.
         StoreDamagedError: there is a recorded path, and it cannot be read.
-        ConfigError: the recorded optimizer is adaptive (its steps are no multiple of the gradient), or its parameter
-            groups moved by different rates.
+        ConfigError: the optimizer is unknown (lists the known) or adaptive (its steps are no multiple of the
+            gradient), or its parameter groups moved by different rates.
     """
 
     name: ClassVar[str] = "TracIn-RP"
@@ -127,23 +129,43 @@ def _rates(store: GradientStore) -> np.ndarray:
     attempts = np.repeat([w.attempt for w in store.writers], [w.rows for w in store.writers])
     batches = np.stack([attempts, store.step])
     _, inverse, counts = np.unique(batches, axis=1, return_inverse=True, return_counts=True)
-    rates: np.ndarray = store.lr / counts[inverse.reshape(-1)]
+    rates: np.ndarray = store.lr / counts[inverse.reshape(-1)] * _effect(store)
     return rates
 
 
-def _settings(step: PathStep) -> Hyper:
-    return common_settings(step.settings, "projected rows", "use TracIn or TracInCP over the recorded path")
+def _effect(store: GradientStore) -> float:
+    """How far a gradient moves the weights in the long run, in learning rates: more than 1 under momentum."""
+    optimizer = store.manifest.optimizer
+    if not optimizer:
+        warnings.warn(
+            "the store does not know which optimizer trained: it is taken for SGD without momentum, and scores of an "
+            "adaptive one would be wrong",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return 1.0
+    rule = _linear_rule(optimizer["name"], optimizer["groups"])
+    return rule.rate({**_common(optimizer["groups"]), "lr": 1.0})
+
+
+def _linear_rule(optimizer: str, groups: Sequence[Hyper]) -> UpdateRule:
+    require_descent(groups)
+    rule = rule_of(optimizer)
+    if rule.adaptive:
+        raise ConfigError(
+            f"the training used {optimizer}, whose steps are no multiple of the gradient, so that rows and "
+            "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
+        )
+    return rule
+
+
+def _common(groups: Sequence[Hyper]) -> Hyper:
+    return common_settings(groups, "projected rows", "use TracIn or TracInCP over the recorded path")
 
 
 def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
-    require_descent(path.settings(path.first))
-    rule = rule_of(path.optimizer)
-    if rule.adaptive:
-        raise ConfigError(
-            f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that rows and "
-            "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
-        )
-    rate = {step.step: rule.rate(_settings(step)) for step in path.steps}
+    rule = _linear_rule(path.optimizer, path.settings(path.first))
+    rate = {step.step: rule.rate(_common(step.settings)) for step in path.steps}
     weight = {(step.step, one): block.weight for step in path.steps for block in step.blocks for one in block.data_id}
     rows = zip(store.step.tolist(), store.data_id.tolist(), strict=True)
     return np.array([rate.get(step, 0.0) * weight.get((step, one), 0.0) for step, one in rows])

@@ -276,7 +276,8 @@ class Logbook:
         assert self._session is not None
         tracker = self.tracker
         if not self._session.begun:
-            self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
+            projections = stored_projections(tracker)
+            self._session.begin(tracker.settle(), projections, self.statistics, self._progress.optimizer)
         self._session.put(batch)
         if self.on_rows is not None:
             batch.wait()

@@ -1,4 +1,7 @@
-"""Estimators of the training path on a problem's truth: rows of the table of LDS."""
+"""Estimators of the training path on a problem's truth: rows of the table of LDS.
+
+``--rows path`` for all problems; ``--rows unrolled --problem small`` for what carries derivatives through every step.
+"""
 
 from __future__ import annotations
 
@@ -150,13 +153,12 @@ def _of_laplace(found: Recorded, flat: FlatModel, batches: list[Any]) -> Posteri
 STRENGTH = 3.0
 """Of the penalty in the posteriors."""
 
-CHEAP: Mapping[str, Row] = {
+PATH: Mapping[str, Row] = {
     "TracIn-RP: stored rows, queries at 21 moments": _projected,
     "in-run Shapley while training, order 2": _tracked,
     "TracIn, every step": _over(TracIn),
     "TracInCP, 20 checkpoints": _over(TracInCP),
     "TracInCPFast, last layer": _over(TracInLastLayer),
-    "HyDRA fast": _over(Hydra, fast=True),
     "SOURCE, 1 segment": _over(Source, segments=1),
     "SOURCE, 3 segments": _over(Source, segments=3),
     "representer points": _representers,
@@ -164,10 +166,12 @@ CHEAP: Mapping[str, Row] = {
     "MPE, Laplace, Kronecker": _by_posterior(_of_laplace),
 }
 
-COSTLY: Mapping[str, Row] = {
+UNROLLED: Mapping[str, Row] = {
+    "SOURCE, 3 segments, dense curvature": _over(Source, segments=3, curvature="dense"),
+    "HyDRA fast": _over(Hydra, fast=True),
+    "HyDRA": _over(Hydra),
     "in-run Shapley, every step, order 2": _over(InRunShapley),
     "exact unrolling": _over(ExactUnrolling),
 }
 
-PATH: Mapping[str, Row] = {**CHEAP, **COSTLY}
-"""The training path, 20 checkpoints."""
+"""For some thousand parameters."""

@@ -168,6 +168,31 @@ class Images(Problem):
 
 
 @dataclass(frozen=True)
+class Small(Images):
+    """A small perceptron on the same images, 7 x 7 pixels: for what carries derivatives through every step."""
+
+    samples: int = 300
+    queries: int = 50
+    epochs: int = 15
+    batch: int = 30
+    lr: float = 0.2
+
+    def model(self) -> nn.Module:
+        shrunk = (nn.Unflatten(1, (1, 28, 28)), nn.AvgPool2d(4), nn.Flatten())
+        return nn.Sequential(*shrunk, nn.Linear(49, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+@dataclass(frozen=True)
+class SmallAdam(Small):
+    """The same with Adam."""
+
+    lr: float = 0.01
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=self.lr)
+
+
+@dataclass(frozen=True)
 class Convolutions(Images):
     """A small convolutional network on the same images."""
 
@@ -307,6 +332,8 @@ def _pretrained(problem: Verses) -> Mapping[str, Tensor]:
 
 PROBLEMS: Mapping[str, Problem] = {
     "images": Images(),
+    "small": Small(),
+    "small-adam": SmallAdam(),
     "convolutions": Convolutions(),
     "verses": Verses(),
     "finetuning": Verses(samples=400, lr=1e-3, pretraining=800),

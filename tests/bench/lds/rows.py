@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds.bench import Row
-from tests.bench.lds.path_rows import PATH
+from tests.bench.lds.path_rows import PATH, UNROLLED
 
 MAIN: Mapping[str, Row] = {
     "default: rows of training, mean over visits": lambda b: b.training().scores(),
@@ -72,4 +72,5 @@ SETS: Mapping[str, Mapping[str, Row]] = {
     "curvature": CURVATURE,
     "bytes": BYTES,
     "path": PATH,
+    "unrolled": UNROLLED,
 }
