@@ -11,7 +11,6 @@ from torch import Tensor
 
 from logix_like.layout import Layout
 
-
 PIECE_BYTES = 2**21
 """Rows are worked on in pieces of this size, decoded, which stay in a processor's cache."""
 
