@@ -1,27 +1,32 @@
 """The exact scan on several processes or machines: ranges of rows as futures of any executor.
 
 Each future reads its range from the files, wherever it runs, and gives back the k highest and lowest of each query; the
-parts are joined in row order. Scores are those of the exact engine, number by number, since both multiply what they
-rank in float64. ``client`` may be a ``dask.distributed.Client`` (a range whose worker died is run again by another), or
-any ``concurrent.futures.Executor`` (ranges of a broken pool are scanned here). Every worker must see the store under
-the same path, a shared file system or an object store.
+parts are joined in row order, on Dask a few at a time by the workers. Dask's workers are sent the queries once, not
+with each range, and a range goes first to the worker that has compared its checksums before. Scores are those of the
+exact engine, number by number, since both multiply what they rank in float64. ``client`` may be a
+``dask.distributed.Client`` (a range whose worker died is run again by another), or any ``concurrent.futures.Executor``
+(ranges of a broken pool are scanned here). Every worker must see the store under the same path, a shared file system
+or an object store.
 
-A plan for 10^9 rows of 16,384 numbers: 4 bits a number make 8.2 TB. At 2 GB/s a machine (NVMe, or 16 parallel readers
-of an object store) 32 machines read it in about 130 s a question, however many queries the question holds up to the
-hundred or so whose products take as long as the reading; at 1 bit a number in a quarter of that. A range of
-:data:`RANGE_BYTES` is the unit that is lost with a worker. Below 10^7 rows one machine is faster than the start of
-a cluster.
+A plan for 10^9 rows of 16,384 numbers, on paper: 4 bits a number make 8.2 TB. At 2 GB/s a machine (NVMe, or 16 parallel
+readers of an object store) 32 machines read it in about 130 s a question, however many queries the question holds up to
+the hundred or so whose products take as long as the reading; at 1 bit a number in a quarter of that. A range of
+:data:`RANGE_BYTES` is the unit that is lost with a worker. That is 1.2 machine hours, 1 to 3 dollars a question where
+a machine costs 1 to 2 dollars an hour, and about 190 dollars a month for the rows where an object store takes 23 a TB.
+Below 10^7 rows one machine is faster than the start of a cluster.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from itertools import islice
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,21 +43,46 @@ from logix_like.store.view import Rows
 
 RANGE_BYTES = 512 * 2**20
 """A future scans about so many bytes of rows, decoded to two bytes a number."""
+JOINED_RANGES = 4
+"""Dask's workers join the results of so many ranges before they give them back."""
+IN_FLIGHT = 64
+"""So many ranges are handed out before their results are needed, at most: more than most clusters have threads."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of every range; plain data: pools send tensors through memory that dies with a process."""
+
+    mode: str
+    queries: np.ndarray
+    """``[queries, width]``, preconditioned."""
+    query_lengths: np.ndarray
+    """``[queries]``."""
+    k: int
 
 
 @dataclass(frozen=True, eq=False)
 class RangeTask:
-    """What one future does; plain data."""
+    """A range of rows, and what is known of them; plain data."""
 
     source: RowRange
     wanted: np.ndarray
     """``[n]`` bool: which rows of the range take part."""
     norm: np.ndarray
     """``[n]``."""
-    mode: str
-    scorer: Scorer
-    """The queries; its ``mode`` is left out, and what it has of rows is of this range."""
-    k: int
+    row_lengths: np.ndarray
+    """As in :class:`Scorer`, of this range."""
+    factor: np.ndarray | None
+    """As in :class:`Scorer`, of this range."""
+    number: int
+    """Which of all ranges it is."""
+
+    @property
+    def count(self) -> int:
+        """How many rows take part."""
+        return int(self.wanted.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,24 +104,31 @@ class _RangeRows:
         return self.gradients.selected(np.arange(len(self)))
 
 
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Scores and positions of the highest, then of the lowest: :data:`Sides` as plain data."""
+
+
+class _Result(Protocol):
+    """A future of :mod:`concurrent.futures` or of Dask."""
+
+    def result(self) -> Found: ...
+
+    def cancel(self) -> object: ...
+
+
 def distributed_extremes(task: Task, mode: str, k: int, client: object) -> Sides:
     """The ``k`` highest and the ``k`` lowest; as :func:`exact_extremes`, on the workers of ``client``."""
-    executor = as_executor(client)
-    parts = _range_tasks(task, mode, k)
-    futures = [executor.submit(scan_range, part) for part in parts]
+    workers = as_workers(client)
+    scorer, parts = task.scorer, _range_tasks(task)
+    asked = Asked(mode, scorer.queries.numpy(), scorer.query_lengths.numpy(), k)
+    started = _on_executor(workers, parts, asked) if isinstance(workers, Executor) else _on_dask(workers, parts, asked)
     hidden = not task.progress
-    try:
-        with tqdm(total=task.candidates.count, desc="influence", unit="row", unit_scale=True, disable=hidden) as bar:
-            return joined(_results(parts, futures, bar), k)
-    finally:
-        for future in futures:
-            future.cancel()
+    with tqdm(total=task.candidates.count, desc="influence", unit="row", unit_scale=True, disable=hidden) as bar:
+        return joined(_results(started, asked, bar), k)
 
 
-def as_executor(client: object) -> Executor:
-    """An executor as it is, or that of a Dask client; :class:`QueryError` for anything else."""
-    if isinstance(client, Executor):
-        return client
+def as_workers(client: object) -> Any:
+    """An executor or a Dask client; :class:`QueryError` for anything else."""
     if client is None:
         try:
             from distributed import default_client
@@ -101,31 +138,96 @@ def as_executor(client: object) -> Executor:
                 "give client= an executor of concurrent.futures"
             ) from error
         try:
-            client = default_client()
+            return default_client()
         except ValueError as error:
             raise QueryError(
                 "engine='dask' found no Dask client: make one (dask.distributed.Client()) or give client="
             ) from error
-    if not hasattr(client, "get_executor"):
+    if not isinstance(client, Executor) and not hasattr(client, "scatter"):
         raise QueryError(
             f"client is a {type(client).__name__}; it must be a dask.distributed.Client or an executor of "
             "concurrent.futures"
         )
-    return cast(Executor, client.get_executor(pure=False))
+    return client
 
 
-def scan_range(part: RangeTask) -> Sides:
+Started = tuple[list[RangeTask], _Result]
+"""Ranges, and the future of their joint extremes."""
+
+
+def _on_executor(executor: Executor, parts: Iterator[RangeTask], asked: Asked) -> Iterator[Started]:
+    """One future for each range, once it is asked for."""
+    for part in parts:
+        yield [part], executor.submit(scan_range, part, asked)
+
+
+def _on_dask(client: Any, parts: Iterator[RangeTask], asked: Asked) -> Iterator[Started]:
+    """A future for each few ranges, which joins theirs on a worker."""
+    there = client.scatter(asked, broadcast=True)
+    while few := list(islice(parts, JOINED_RANGES)):
+        futures = [client.submit(scan_range, part, there, pure=False, **_place(client, part)) for part in few]
+        yield few, client.submit(join_ranges, futures, asked.k, pure=False)
+
+
+def _place(client: Any, part: RangeTask) -> dict[str, Any]:
+    """The worker that a range goes to as long as it is there and not busier than others."""
+    workers = sorted(client.nthreads())
+    if not workers:  # a cluster that is still growing
+        return {}
+    return {"workers": workers[part.number % len(workers)], "allow_other_workers": True}
+
+
+def _results(started: Iterator[Started], asked: Asked, bar: Any) -> Iterator[Sides]:
+    flying: deque[Started] = deque()
+    try:
+        for parts, future in _ahead(started, flying):
+            try:
+                yield _sides(future.result())
+            except (BrokenExecutor, CancelledError):  # a pool that broke, or all workers that held the queries
+                yield from (_sides(scan_range(part, asked)) for part in parts)
+            bar.update(sum(part.count for part in parts))
+    finally:
+        for _, future in flying:
+            future.cancel()
+
+
+def _ahead(items: Iterable[Item], flying: deque[Item]) -> Iterator[Item]:
+    """The same items, of which those in ``flying`` were taken before they are needed."""
+    for item in items:
+        flying.append(item)
+        if len(flying) > IN_FLIGHT:
+            yield flying.popleft()
+    while flying:
+        yield flying.popleft()
+
+
+def scan_range(part: RangeTask, asked: Asked) -> Found:
     """Run in a worker: the extremes of one range, with positions among all rows."""
     rows = _RangeRows(_open(part.source), part.source, part.norm)
-    wanted = torch.from_numpy(part.wanted)
-    count = int(wanted.sum())
-    queries = part.scorer.queries
+    wanted, count = torch.tensor(part.wanted), part.count
+    # Copies: what came from another process may not be written to.
+    queries, query_lengths, row_lengths = map(torch.tensor, (asked.queries, asked.query_lengths, part.row_lengths))
+    factor = None if part.factor is None else torch.tensor(part.factor)
     candidates = Candidates(cast(Rows, rows), wanted, count, count == len(rows), queries.dtype, Memory(0))
-    task = Task(candidates, replace(part.scorer, mode=MODES[part.mode]), False)
+    scorer = Scorer(MODES[asked.mode], queries, query_lengths, row_lengths, factor)
     with _worker_threads():
-        sides = exact_extremes(task, min(part.k, count))
-    top, bottom = (Extremes(one.scores, one.positions + part.source.start) for one in sides)
-    return top, bottom
+        top, bottom = exact_extremes(Task(candidates, scorer, False), min(asked.k, count))
+    moved = (Extremes(one.scores, one.positions + part.source.start) for one in (top, bottom))
+    return _plain(*moved)
+
+
+def join_ranges(parts: list[Found], k: int) -> Found:
+    """Run in a worker: the extremes of some ranges, in row order."""
+    return _plain(*joined(map(_sides, parts), k))
+
+
+def _plain(top: Extremes, bottom: Extremes) -> Found:
+    return top.scores.numpy(), top.positions.numpy(), bottom.scores.numpy(), bottom.positions.numpy()
+
+
+def _sides(found: Found) -> Sides:
+    top, top_positions, bottom, bottom_positions = map(torch.tensor, found)
+    return Extremes(top, top_positions), Extremes(bottom, bottom_positions)
 
 
 @lru_cache(maxsize=64)
@@ -153,37 +255,20 @@ def _worker_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _range_tasks(task: Task, mode: str, k: int) -> list[RangeTask]:
+def _range_tasks(task: Task) -> Iterator[RangeTask]:
     candidates, scorer = task.candidates, task.scorer
     rows, norm = candidates.rows, np.asarray(candidates.rows.norm)
     step = max(1, RANGE_BYTES // (2 * rows.layout.width))
-    found = []
     for start in range(0, len(rows), step):
         stop = min(start + step, len(rows))
         wanted = candidates.wanted[start:stop]
         if not bool(wanted.any()):
             continue
-        own = replace(
-            scorer,
-            mode=cast(Any, None),
-            row_lengths=_cut(scorer.row_lengths, start, stop),
-            factor=None if scorer.factor is None else _cut(scorer.factor, start, stop),
-        )
-        source = row_range(rows, start, stop)
-        found.append(RangeTask(source, wanted.clone().numpy(), norm[start:stop].copy(), mode, own, k))
-    return found
+        factor = None if scorer.factor is None else _cut(scorer.factor, start, stop)
+        source, lengths = row_range(rows, start, stop), _cut(scorer.row_lengths, start, stop)
+        yield RangeTask(source, wanted.clone().numpy(), norm[start:stop].copy(), lengths, factor, start // step)
 
 
-def _cut(column: Tensor, start: int, stop: int) -> Tensor:
+def _cut(column: Tensor, start: int, stop: int) -> np.ndarray:
     """A copy of a part: pickling a view would send the whole."""
-    return column[start:stop].clone()
-
-
-def _results(parts: list[RangeTask], futures: list[Future[Sides]], bar: Any) -> Iterator[Sides]:
-    for part, future in zip(parts, futures, strict=True):
-        try:
-            found = future.result()
-        except BrokenExecutor:
-            found = scan_range(part)
-        yield found
-        bar.update(int(part.wanted.sum()))
+    return column[start:stop].clone().numpy()

@@ -63,7 +63,7 @@ def floor(store: GradientStore, asked: Tensor) -> Callable[[], None]:
 
 def floor_of_pieces(store: GradientStore, asked: Tensor) -> Callable[[], None]:
     """The same with rows widened to float32, in pieces that stay in the caches."""
-    piece = torch.empty(128, WIDTH)
+    piece = torch.empty(128, asked.shape[1])
 
     def multiply() -> None:
         for chunk in store.chunks():

@@ -15,14 +15,14 @@ import torch
 
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query import distributed, scoring
-from logix_like.query.distributed import RangeTask, scan_range
+from logix_like.query.distributed import Asked, Found, RangeTask, scan_range
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
-from logix_like.query.scoring import Sides
 from logix_like.store import GradientStore
+from logix_like.store.files import as_place
 from tests.query.memory_store import MemoryStore
 from tests.query.test_query_on_disk import LAYOUT, _write
 
@@ -86,9 +86,9 @@ def test_processes_give_the_exact_answer(store: GradientStore, query: QueryGradi
         _assert_same(store, query, pool, k=5)
 
 
-def _die(part: RangeTask) -> Sides:
+def _die(part: RangeTask, asked: Asked) -> Found:
     os.kill(os.getpid(), signal.SIGKILL)
-    return scan_range(part)
+    return scan_range(part, asked)
 
 
 class _Deadly(Executor):
@@ -125,6 +125,46 @@ def test_dask_survives_a_killed_worker(store: GradientStore, query: QueryGradien
         _assert_same(store, query, None, k=6)  # the client in use is found
 
 
+def _die_once(part: RangeTask, asked: Asked, mark: Path) -> Found:
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return scan_range(part, asked)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process goes on")
+
+
+class _KillsAWorker:
+    """A Dask client whose third range ends the worker that takes it, once."""
+
+    def __init__(self, client: Any, mark: Path) -> None:
+        self._client = client
+        self._mark = mark
+        self._ranges = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def submit(self, function: Any, *args: Any, **options: Any) -> Any:
+        self._ranges += function is scan_range
+        if function is scan_range and self._ranges == 3:
+            return self._client.submit(_die_once, *args, self._mark, **options)
+        return self._client.submit(function, *args, **options)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_in_the_middle_changes_nothing(
+    store: GradientStore, query: QueryGradients, tmp_path: Path
+) -> None:
+    dask = pytest.importorskip("distributed")
+    with (
+        dask.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        dask.Client(cluster) as client,
+    ):
+        _assert_same(store, query, _KillsAWorker(client, tmp_path / "killed"), k=5)
+        assert (tmp_path / "killed").exists()
+
+
 def test_what_is_no_client(store: GradientStore, query: QueryGradients, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = QueryEngine(store)
     with pytest.raises(QueryError, match=r"client is a str; it must be a dask.distributed.Client or an executor"):
@@ -140,3 +180,20 @@ def test_rows_of_this_process_alone_are_refused(query: QueryGradients) -> None:
     engine = QueryEngine(MemoryStore(LAYOUT, torch.randn(50, LAYOUT.width)))
     with ThreadPoolExecutor(1) as pool, pytest.raises(QueryError, match="MemoryRows lies in this process alone"):
         engine.influence(query, k=3, engine="dask", client=pool)
+
+
+@pytest.mark.slow
+def test_rows_in_an_object_store(query: QueryGradients, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("moto")
+    dask = pytest.importorskip("distributed")
+    from tests.store.s3_server import BUCKET, s3_server
+
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        remote = _write(as_place(f"s3://{BUCKET}/store"), torch.randn(300, LAYOUT.width), list(range(300)), "bfloat16")
+        with (
+            dask.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            dask.Client(cluster) as client,
+        ):
+            _assert_same(remote, query, client, k=5)
