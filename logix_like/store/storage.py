@@ -77,6 +77,16 @@ class Records(Protocol):
         """Let go of it; idempotent."""
 
 
+class Pending(Protocol):
+    """Files whose content is told and whose names are not there yet."""
+
+    def publish(self) -> None:
+        """Have every reader see them, each whole; where they were to be forced to the disk they are on return."""
+
+    def discard(self) -> None:
+        """Give up what was not published; idempotent."""
+
+
 class Lock(Protocol):
     """Held by the one writer of a rank."""
 
@@ -109,8 +119,11 @@ class Files(ABC):
         """Create a folder that nobody else has created; False if someone did."""
 
     @abstractmethod
-    def write(self, contents: Mapping[Any, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> None:
-        """Write some files, each atomic; ``once`` says that none may be there yet (storage that can, checks)."""
+    def prepare(self, contents: Mapping[Any, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> Pending:
+        """Take in the content of some files; on return its buffers may change.
+
+        ``once`` says that none of the files may be there yet (storage that can, checks).
+        """
 
     @abstractmethod
     def adopt(self, source: Path, path: Any) -> None:
