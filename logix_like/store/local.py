@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,6 +148,9 @@ class LocalFiles(Files):
 
     def read_records(self, path: Path) -> bytes:
         return bytes(self.read(path))
+
+    def replace_records(self, path: Path, lines: Sequence[bytes]) -> None:
+        self.prepare({path: [line + b"\n" for line in lines]}, sync=True).publish()
 
     def zarr_group(self, folder: Path) -> zarr.Group:
         import zarr

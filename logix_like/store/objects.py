@@ -1,4 +1,4 @@
-"""Stores in an object store (S3 and what speaks like it, Google, Azure, this process's memory), by obstore.
+"""Stores in an object store (S3 and what speaks like it, this process's memory), by obstore.
 
 A file is one object, a folder the prefix of some keys. A put is atomic, so that nothing is ever torn. Chunks are
 created on the condition that there is none of their key; so is each record of what was committed, an object
@@ -8,7 +8,7 @@ created on the condition that there is none of their key; so is each record of w
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +134,18 @@ class ObjectFiles(Files):
             raise FileNotFoundError(f"{path} is not there")
         with ThreadPoolExecutor(PARALLEL) as pool:
             return b"".join(bytes(line) for line in pool.map(lambda name: self.read(path / name), names))
+
+    def replace_records(self, path: ObjectPath, lines: Sequence[bytes]) -> None:
+        """Put those that are to change, one after another: each is a line that is sound by itself."""
+        wanted = {f"{number:0{DIGITS}d}": line + b"\n" for number, line in enumerate(lines)}
+        known = {name: bytes(self.read(path / name)) for name in self.names(path)}
+        for name, line in wanted.items():
+            if known.get(name) != line:
+                self._put(path / name, line)
+        surplus = [(path / name).key for name in known if name not in wanted]
+        if surplus:
+            with _os_errors(path):
+                obstore.delete(self.store, surplus)
 
     def zarr_group(self, folder: ObjectPath) -> zarr.Group:
         import zarr

@@ -59,7 +59,8 @@ class RowWriter:
         """The part, to write to."""
         self._layout = layout
         self._encoding = encoding
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
+        """Rows of a full chunk."""
         self._column_names = column_names
         self._codec = codec
         self._sync = sync
@@ -77,14 +78,14 @@ class RowWriter:
         Raises :class:`StoreWriteError` when the part is no longer the one that this was made for.
         """
         self.require_present()
-        if len(rows) == self._chunk_rows:
+        if len(rows) == self.chunk_rows:
             part, name, chunk = self._main, "", self._chunks
             self._chunks += 1
         else:
             part, name, chunk = self._new_tail(len(rows)), f"{TAILS}/{self._tails}", 0
             self._tails += 1
         crc, files = part.prepare(chunk, rows)
-        start, codec = chunk * self._chunk_rows, self._codec.name
+        start, codec = chunk * self.chunk_rows, self._codec.name
         record = RowsRecord(0, name, chunk, start, len(rows), crc, epoch, step, codec)
         return PendingRows(record, files, self)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -180,6 +180,10 @@ class Files(ABC):
     @abstractmethod
     def read_records(self, path: Any) -> bytes:
         """All lines of the record at ``path``."""
+
+    @abstractmethod
+    def replace_records(self, path: Any, lines: Sequence[bytes]) -> None:
+        """Put other lines in the place of all those of the record at ``path``; durable on return."""
 
     @abstractmethod
     def zarr_group(self, folder: Any) -> zarr.Group:

@@ -19,9 +19,7 @@ from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, s
 
 SCRIPT = """
 import sys, torch
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from tests.store.store_runs import WIDTH, batches, writer
 store, mode = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
