@@ -95,9 +95,9 @@ def chunk_file(folder: Place, chunk: int, dimensions: int) -> Place:
 def write_array(folder: Place, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:
     """Write an array of one chunk; returns its checksum."""
     file = chunk_file(folder, 0, 1 if spec.width is None else 2)
-    crc = write_checked({file: buffers}, sync=sync)
+    crc = write_checked(file, buffers, sync=sync)
     write_document(folder, spec, rows, rows, sync=sync)
-    return crc[file]
+    return crc
 
 
 def read_chunk(file: Place, what: str, *, size: int | None = None, crc: int | None = None) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from logix_like.errors import StoreDamagedError
 from logix_like.store.commits import CommitReader, Commits
 from logix_like.store.damage import IntactRows
 from logix_like.store.files import Place, names_in
-from logix_like.store.pipeline import parse_writer_name
+from logix_like.store.pipeline import MERGED_RANK, parse_writer_name
 from logix_like.store.schema import WRITERS
 from logix_like.timing import Timing
 
@@ -91,26 +90,38 @@ def read_writers(path: Place, records: CommitReader) -> tuple[WriterInfo, ...]:
     Raises :class:`StoreDamagedError` when a record is damaged, or there is no folder of parts.
     """
     folder = path / WRITERS
-    names = _part_names(folder)
+    standing = standing_parts(folder, records)
     while True:
-        parts = _read_parts(folder, names, records)
-        known, names = names, _part_names(folder)
-        if names == known:  # else a merge may just have put one part in the place of others
+        try:
+            parts = tuple(_read_part(folder / name, records) for name in standing)
+        except StoreDamagedError:
+            if standing == (standing := standing_parts(folder, records)):
+                raise
+            continue  # a merge put one part in the place of others, and takes them away
+        if standing == (standing := standing_parts(folder, records)):
             return parts
 
 
-def _part_names(folder: Place) -> dict[str, tuple[int, int]]:
+def standing_parts(folder: Place, records: CommitReader) -> list[str]:
+    """Names of the parts that are read, in row order: those that were merged into another one are not.
+
+    A merged part stands from the closing of its record on. One that was not closed is what a killed merge left, as
+    long as all that it was to replace is there; else its last line was damaged since.
+    """
     found = names_in(folder)
     if not found:  # there is at least the group's document
         raise StoreDamagedError(f"{folder} is missing; restore the store from a copy")
-    names = {name: parse_writer_name(name) for name in found}
-    return {name: order for name, order in names.items() if order is not None}
+    started = sorted((order, name) for name in found if (order := parse_writer_name(name)) is not None)
+    names = [name for _, name in started]
+    left_out: set[str] = set()
+    for (_, rank), name in started:
+        if rank == MERGED_RANK:
+            commits = records.read(folder / name)
+            finished = commits.closed or not set(commits.replaces) <= set(names)
+            left_out |= set(commits.replaces) if finished else {name}
+    return [name for name in names if name not in left_out]
 
 
-def _read_parts(folder: Place, names: Mapping[str, tuple[int, int]], records: CommitReader) -> tuple[WriterInfo, ...]:
-    started = sorted((order, name) for name, order in names.items())
-    parts = [
-        WriterInfo(name, rank, attempt, folder / name, records.read(folder / name)) for (attempt, rank), name in started
-    ]
-    replaced = {name for part in parts for name in part.commits.replaces}
-    return tuple(part for part in parts if part.name not in replaced)
+def _read_part(folder: Place, records: CommitReader) -> WriterInfo:
+    attempt, rank = parse_writer_name(folder.name) or (0, 0)
+    return WriterInfo(folder.name, rank, attempt, folder, records.read(folder))

@@ -31,7 +31,7 @@ from logix_like.store.files import (
     temporary_name,
     write_file,
 )
-from logix_like.store.schema import CHECKPOINTS
+from logix_like.store.schema import CHECKPOINTS, QUARANTINE
 
 _RECORD = re.compile(r"[0-9]{1,12}\.json", re.ASCII)
 
@@ -69,13 +69,20 @@ def save_checkpoint(
     tensors = {name: _plain(name, value) for name, value in state.items()}
     try:
         write_group(folder)
-        number = 1 + max((record.number for record in list_checkpoints(path)), default=0)
+        number = 1 + _highest_number(as_place(path))
         size, crc = _write_weights(folder / f"{number}.safetensors", tensors)
         record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)
         write_file(folder / f"{number}.json", [_seal(record.__dict__)], sync=True)
     except OSError as error:
         raise StoreError(f"a checkpoint could not be written to {folder}: {error}; see to the disk") from error
     return record
+
+
+def _highest_number(store: Place) -> int:
+    """The highest number that a checkpoint has had, also of those that a repair took out: none is given again."""
+    repairs = [store / QUARANTINE / name for name in names_in(store / QUARANTINE)]
+    names = [name for place in (store, *repairs) for name in names_in(place / CHECKPOINTS) if _RECORD.fullmatch(name)]
+    return max((int(name.partition(".")[0]) for name in names), default=0)
 
 
 def list_checkpoints(path: str | PathLike[str] | Place) -> tuple[CheckpointRecord, ...]:

@@ -112,7 +112,7 @@ class Commits:
     closed: bool = False
     """Whether the writer was closed."""
     replaces: tuple[str, ...] = ()
-    """Names of the parts in whose place this one stands."""
+    """Names of the parts in whose place this one stands, once it is closed."""
     torn: bool = False
     """Whether a torn last line was dropped."""
     spoilt: bool = False
@@ -238,7 +238,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
         closed=closed,
-        replaces=tuple(name for one in records if closed and isinstance(one, ReplacesRecord) for name in one.replaces),
+        replaces=tuple(name for one in records if isinstance(one, ReplacesRecord) for name in one.replaces),
         torn=torn,
         spoilt=spoilt,
         length=len(records),

@@ -149,7 +149,7 @@ def add_fingerprints(path: str | PathLike[str] | Place, fingerprints: Mapping[st
 def read_projections(store: Place, manifest: StoreManifest) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """The projections of each module, float32, None for the identity."""
     shared: dict[str, dict[str, Tensor | None]] = {
-        side: {name: _read_matrix(store, name, side, shape) for name, shape in shapes.items()}
+        side: {name: read_matrix(store, name, side, shape) for name, shape in shapes.items()}
         for side, shapes in manifest.projection_shapes.items()
     }
     try:
@@ -200,7 +200,8 @@ def _write_matrix(folder: Place, matrix: Tensor, *, sync: bool) -> None:
     write_array(folder, spec, matrix.shape[0], [as_bytes(matrix)], sync=sync)
 
 
-def _read_matrix(store: Place, module: str, side: str, shape: tuple[int, int] | None) -> Tensor | None:
+def read_matrix(store: Place, module: str, side: str, shape: tuple[int, int] | None) -> Tensor | None:
+    """A stored projection, None for the identity; :class:`StoreDamagedError` where it is not as it was written."""
     if shape is None:
         return None
     folder = store / PROJECTIONS / segment(module) / side
@@ -222,7 +223,7 @@ def _require_same(
         )
     for side, shapes in manifest.projection_shapes.items():
         for name, shape in shapes.items():
-            stored, given = _read_matrix(store, name, side, shape), shared[side].get(name)
+            stored, given = read_matrix(store, name, side, shape), shared[side].get(name)
             same = stored is given is None or (stored is not None and given is not None and torch.equal(stored, given))
             if not same:
                 raise ModelMismatchError(

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from logix_like.errors import LogixError, StoreError, StoreWriteError
 from logix_like.store.local import LOCAL, sync_folder, temporary_name
-from logix_like.store.storage import Bytes, Content, Files, ObjectPath, Place
+from logix_like.store.storage import Bytes, Content, Files, ObjectPath, Pending, Place
 
-__all__ = ["Bytes", "Content", "Place", "sync_folder", "temporary_name"]
+__all__ = ["Bytes", "Content", "Pending", "Place", "sync_folder", "temporary_name"]
 
 CHECKSUM_BYTES = 4
 
@@ -102,11 +102,20 @@ def write_file(path: Place, buffers: Iterable[Bytes], *, sync: bool = False) -> 
 def write_files(contents: Mapping[Place, Iterable[Bytes]], *, sync: bool = False) -> None:
     """Write some files, each atomic; what was there before is replaced."""
     if contents:  # all in one storage
-        files_of(next(iter(contents))).write(contents, sync=sync)
+        files_of(next(iter(contents))).prepare(contents, sync=sync).publish()
 
 
-def write_checked(contents: Mapping[Place, Iterable[Bytes]], *, sync: bool = False) -> dict[Place, int]:
-    """Write new files with the CRC-32C of their content behind it, as Zarr's ``crc32c`` codec does; returns these."""
+def write_checked(file: Place, buffers: Iterable[Bytes], *, sync: bool = False) -> int:
+    """Write a new file with the CRC-32C of its content behind it, as Zarr's ``crc32c`` codec does; returns that."""
+    crc, pending = prepare_checked({file: buffers}, sync=sync)
+    pending.publish()
+    return crc[file]
+
+
+def prepare_checked(
+    contents: Mapping[Place, Iterable[Bytes]], *, sync: bool = False
+) -> tuple[Mapping[Place, int], Pending]:
+    """The same for some files, which get their names when they are published."""
     totals = dict.fromkeys(contents, 0)
 
     def content(path: Place) -> Iterable[Bytes]:
@@ -115,10 +124,8 @@ def write_checked(contents: Mapping[Place, Iterable[Bytes]], *, sync: bool = Fal
             yield buffer
         yield totals[path].to_bytes(CHECKSUM_BYTES, "little")
 
-    if contents:
-        files = files_of(next(iter(contents)))
-        files.write({path: content(path) for path in contents}, sync=sync, once=True)
-    return totals
+    files = files_of(next(iter(contents)))
+    return totals, files.prepare({path: content(path) for path in contents}, sync=sync, once=True)
 
 
 def read_bytes(path: Place) -> bytearray:

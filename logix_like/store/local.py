@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from logix_like.store.lock import WriterLock
-from logix_like.store.storage import Anchor, Bytes, Content, Files, Records
+from logix_like.store.storage import Anchor, Bytes, Content, Files, Pending, Records
 
 if TYPE_CHECKING:
     import zarr
@@ -49,27 +49,18 @@ class LocalFiles(Files):
             sync_folder(folder.parent)
         return True
 
-    def write(self, contents: Mapping[Path, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> None:
-        """Write files, none seen before all are complete.
-
-        With ``sync`` they are forced to the disk together: a journaling file system then commits twice
-        for all of them (contents, names) where one after another would take two commits for each.
-        """
-        folders = dict.fromkeys(path.parent for path in contents)
-        for folder in folders:
+    def prepare(self, contents: Mapping[Path, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> Pending:
+        """Write files under temporary names."""
+        for folder in dict.fromkeys(path.parent for path in contents):
             self.make_folder(folder, sync=sync)
-        temporary = {path: temporary_name(path) for path in contents}
+        pending = _PendingFiles(sync=sync)
         try:
-            _write_all({temporary[path]: buffers for path, buffers in contents.items()}, sync=sync)
-            for path, name in temporary.items():
-                os.replace(name, path)
+            for path, buffers in contents.items():
+                pending.add(path, buffers)
         except BaseException:
-            for name in temporary.values():
-                with suppress(OSError):
-                    os.unlink(name)
+            pending.discard()
             raise
-        for folder in folders if sync else ():
-            sync_folder(folder)
+        return pending
 
     def adopt(self, source: Path, path: Path) -> None:
         handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
@@ -158,6 +149,9 @@ class LocalFiles(Files):
     def read_records(self, path: Path) -> bytes:
         return bytes(self.read(path))
 
+    def replace_records(self, path: Path, lines: Sequence[bytes]) -> None:
+        self.prepare({path: [line + b"\n" for line in lines]}, sync=True).publish()
+
     def zarr_group(self, folder: Path) -> zarr.Group:
         import zarr
 
@@ -200,18 +194,46 @@ class LineFile:
             os.close(handle)
 
 
-def _write_all(contents: Mapping[Path, Iterable[Bytes]], *, sync: bool) -> None:
-    handles: list[int] = []
-    try:
-        for path, buffers in contents.items():
-            handles.append(os.open(path, _NEW, 0o666))
-            for buffer in buffers:
-                _write(handles[-1], buffer)
-        for handle in handles if sync else ():
-            os.fsync(handle)
-    finally:
-        for handle in handles:
-            os.close(handle)
+class _PendingFiles:
+    """Files under temporary names, open until they are published.
+
+    With ``sync`` they are forced to the disk together: a journaling file system then commits twice
+    for all of them (contents, names) where one after another would take two commits for each.
+    """
+
+    def __init__(self, *, sync: bool) -> None:
+        self._sync = sync
+        self._temporary: dict[Path, Path] = {}
+        self._handles: list[int] = []
+
+    def add(self, path: Path, buffers: Iterable[Bytes]) -> None:
+        """Write one more file."""
+        name = temporary_name(path)
+        self._handles.append(os.open(name, _NEW, 0o666))
+        self._temporary[path] = name
+        for buffer in buffers:
+            _write(self._handles[-1], buffer)
+
+    def publish(self) -> None:
+        folders = dict.fromkeys(path.parent for path in self._temporary)
+        try:
+            for handle in self._handles if self._sync else ():
+                os.fsync(handle)
+            for path in list(self._temporary):
+                os.replace(self._temporary[path], path)
+                del self._temporary[path]
+        finally:
+            self.discard()
+        for folder in folders if self._sync else ():
+            sync_folder(folder)
+
+    def discard(self) -> None:
+        while self._handles:
+            os.close(self._handles.pop())
+        for name in self._temporary.values():
+            with suppress(OSError):
+                os.unlink(name)
+        self._temporary.clear()
 
 
 def _write(handle: int, buffer: Bytes) -> None:

@@ -1,9 +1,10 @@
 """Putting all parts of a store into one: whole chunks in place of many short ones, without rows taken back.
 
-The new part is written under a hidden name, read back and compared with the old rows bit by bit, and then gets its
-name in one step, by which its record also takes the place of the old parts: there is no instant at which a reader
-sees rows twice or not at all. Only then the old parts are removed. What a kill leaves behind, a hidden part or
-replaced ones, no reader sees; the next merge removes it.
+The new part is written, read back and compared with the old rows bit by bit, while no reader takes notice of it. Then
+its record is closed: that one line (in an object store one object, which is created on the condition that there is
+none) puts it in the place of the old parts, so that there is no instant at which a reader sees rows twice or not at
+all. Only then the old parts are removed. What a kill leaves behind, an unfinished part or replaced ones, no reader
+sees; the next merge removes it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from logix_like.store.codecs import UNCOMPRESSED, codec_named
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
 from logix_like.store.encoding_base import StoredRows
-from logix_like.store.files import Place, as_place, files_of, folder_size, names_in, remove_tree, temporary_name
+from logix_like.store.files import Place, as_place, files_of, folder_size, names_in, remove_tree
 from logix_like.store.gradients import RowChunk
 from logix_like.store.parts import EncodedRows
 from logix_like.store.pipeline import MERGED, MERGED_RANK, chunk_rows, parse_writer_name
@@ -43,6 +43,7 @@ from logix_like.store.schema import (
 )
 from logix_like.store.sums import save_statistics
 from logix_like.store.table import PartSource, RowTable, make_table
+from logix_like.timing import NOTHING
 
 Progress = Callable[[int, int], None]
 """Told of each step: rows done, and rows to be done (each is written and read back)."""
@@ -52,7 +53,7 @@ Progress = Callable[[int, int], None]
 class MergeReport:
     """What :func:`merge_parts` did."""
 
-    path: Path
+    path: Place
     """The store."""
     rows: int
     """Rows now."""
@@ -80,18 +81,19 @@ def merge_parts(path: str | PathLike[str] | Place, progress: Progress | None = N
     ``refresh()``. Rows of one chunk whose coordinates have a scale of their own (int8, int4, sign) stay a chunk.
 
     Raises:
-        StoreError: A process writes to the store, or it is not in a folder of this machine.
+        StoreError: A process writes to the store.
         StoreDamagedError: A row cannot be read; nothing was changed.
     """
     store = as_place(path)
-    if not isinstance(store, Path):
-        raise StoreError(f"{store} lies in an object store, where folders cannot be renamed; nothing was changed")
     with ExitStack() as locks:
-        names = [name for name in map(parse_writer_name, names_in(store / WRITERS)) if name is not None]
-        for rank in sorted({rank for _, rank in names if rank != MERGED_RANK} | {0}):
-            locks.callback(files_of(store).lock(store, store / WRITERS, rank).close)
+        present = names_in(store / WRITERS)
+        names = [name for name in map(parse_writer_name, present) if name is not None]
+        held = {rank for _, rank in names if rank != MERGED_RANK} | {0}
+        _lock(store, held, locks)
         opened = GradientStore(store)
-        _remove_leftovers(store, opened)
+        # A rank that began meanwhile holds its own lock, and this says so; one that begins from here on is let be.
+        _lock(store, {writer.rank for writer in opened.writers} - held - {MERGED_RANK}, locks)
+        _remove_leftovers(store, present, opened)
         before = folder_size(store / WRITERS)
         source, kept = opened.table, np.flatnonzero((opened.flags & int(Flag.SUPERSEDED)) == 0)
         if not _is_merged(opened, len(kept)):
@@ -111,6 +113,11 @@ def merge_parts(path: str | PathLike[str] | Place, progress: Progress | None = N
     )
 
 
+def _lock(store: Place, ranks: set[int], locks: ExitStack) -> None:
+    for rank in sorted(ranks):
+        locks.callback(files_of(store).lock(store, store / WRITERS, rank).close)
+
+
 def _is_merged(store: GradientStore, rows: int) -> bool:
     """Whether there is nothing to gain: one closed part, at most one short chunk, no row taken back."""
     short = sum(bool(record.part) for writer in store.writers for record in writer.commits.rows)
@@ -120,54 +127,55 @@ def _is_merged(store: GradientStore, rows: int) -> bool:
 
 def _replace(store: GradientStore, kept: np.ndarray, name: str, progress: Progress | None) -> None:
     writers = store.path / WRITERS
-    assert isinstance(writers, Path)
-    hidden = temporary_name(writers / name)
+    folder = writers / name
     told = progress or (lambda done, of: None)
     old = [writer.name for writer in store.writers]
+    write_group(folder, {"replaces": old}, sync=True)
+    out = _row_writer(store, folder)
     try:
-        _write(store, kept, hidden, old, lambda rows: told(rows, 2 * len(kept)))
-        _require_equal(store.table, kept, hidden, lambda rows: told(len(kept) + rows, 2 * len(kept)))
-        files_of(hidden).move(hidden, writers / name)
+        _write(store, kept, out, old, lambda rows: told(rows, 2 * len(kept)))
+        _require_equal(store.table, kept, folder, lambda rows: told(len(kept) + rows, 2 * len(kept)))
+        out.seal()
+    except Exception:
+        remove_tree(folder)
+        raise
     finally:
-        remove_tree(hidden)
+        out.abandon()
     for one in old:
         remove_tree(writers / one)
 
 
-def _remove_leftovers(store: Path, opened: GradientStore) -> None:
-    """Remove what an earlier merge that was killed left: nothing writes here now."""
+def _remove_leftovers(store: Place, present: list[str], opened: GradientStore) -> None:
+    """Remove what an earlier merge that was killed left of what was ``present`` before the store was opened."""
     standing = {writer.name for writer in opened.writers}
-    for name in names_in(store / WRITERS):
+    for name in present:
         if name.endswith(".partial") or (parse_writer_name(name) is not None and name not in standing):
             remove_tree(store / WRITERS / name)
 
 
-def _write(store: GradientStore, kept: np.ndarray, folder: Path, old: list[str], told: Callable[[int], None]) -> None:
+def _row_writer(store: GradientStore, folder: Place) -> RowWriter:
     table = store.table
-    write_group(folder, {"replaces": old}, sync=True)
-    rows = chunk_rows(table.layout, table.encoding, _chunk_mib(store))
     codec = codec_named(table.segments[-1].codec) if table.segments else UNCOMPRESSED
-    out = RowWriter(
-        folder, table.layout, table.encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=True
-    )
-    try:
-        out.record_replaced(old)
-        cursor = max((writer.cursor for writer in store.writers), key=lambda one: one[1], default=(-1, -1))
-        for start, stored in _chunks(table, kept, rows):
-            numbers = kept[start : start + len(stored)]
-            last = start + len(stored) == len(kept)
-            timing = store.timing if last else None
-            epoch, step = cursor if last else (int(table.epoch[numbers[-1]]), int(table.step[numbers[-1]]))
-            out.write(_encoded(table, numbers, stored), epoch=epoch, step=step, timing=timing)
-            told(start + len(stored))
-        statistics = _statistics(store, kept)
-        if statistics.rows:
-            save_statistics(folder / STATISTICS_FOLDER / "1", statistics, sync=True)
-            write_group(folder / STATISTICS_FOLDER, sync=True)
-            out.record_statistics(1, statistics.rows)
-        out.seal()
-    finally:
-        out.abandon()
+    rows, names = chunk_rows(table.layout, table.encoding, _chunk_mib(store)), WRITER_COLUMNS
+    return RowWriter(folder, table.layout, table.encoding, chunk_rows=rows, column_names=names, codec=codec, sync=True)
+
+
+def _write(store: GradientStore, kept: np.ndarray, out: RowWriter, old: list[str], told: Callable[[int], None]) -> None:
+    table = store.table
+    out.record_replaced(old)
+    cursor = max((writer.cursor for writer in store.writers), key=lambda one: one[1], default=(-1, -1))
+    for start, stored in _chunks(table, kept, out.chunk_rows):
+        numbers = kept[start : start + len(stored)]
+        last = start + len(stored) == len(kept)
+        timing = store.timing if last else NOTHING
+        epoch, step = cursor if last else (int(table.epoch[numbers[-1]]), int(table.step[numbers[-1]]))
+        out.write(_encoded(table, numbers, stored), epoch=epoch, step=step, timing=timing)
+        told(start + len(stored))
+    statistics = _statistics(store, kept)
+    if statistics.rows:
+        save_statistics(out.folder / STATISTICS_FOLDER / "1", statistics, sync=True)
+        write_group(out.folder / STATISTICS_FOLDER, sync=True)
+        out.record_statistics(1, statistics.rows)
 
 
 def _statistics(store: GradientStore, kept: np.ndarray) -> Statistics:
@@ -236,7 +244,7 @@ def _encoded(table: RowTable, rows: np.ndarray, stored: StoredRows) -> EncodedRo
     return EncodedRows(stored, table.numbers[rows], texts)
 
 
-def _require_equal(source: RowTable, kept: np.ndarray, folder: Path, told: Callable[[int], None]) -> None:
+def _require_equal(source: RowTable, kept: np.ndarray, folder: Place, told: Callable[[int], None]) -> None:
     """Read the new part and compare every bit of it with the rows that it is to stand for."""
     part = PartSource(folder, folder.name, read_commits(folder))
     found = make_table([part], source.layout, source.encoding, WRITER_COLUMNS, "none")

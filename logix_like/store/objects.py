@@ -1,4 +1,4 @@
-"""Stores in an object store (S3 and what speaks like it, Google, Azure, this process's memory), by obstore.
+"""Stores in an object store (S3 and what speaks like it, this process's memory), by obstore.
 
 A file is one object, a folder the prefix of some keys. A put is atomic, so that nothing is ever torn. Chunks are
 created on the condition that there is none of their key; so is each record of what was committed, an object
@@ -8,7 +8,7 @@ created on the condition that there is none of their key; so is each record of w
 from __future__ import annotations
 
 import uuid
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from logix_like.errors import StoreWriteError
 from logix_like.store.lease import ObjectLease
-from logix_like.store.storage import Anchor, Bytes, Files, ObjectPath, Records
+from logix_like.store.storage import Anchor, Bytes, Files, ObjectPath, Pending, Records
 
 if TYPE_CHECKING:
     import zarr
@@ -47,16 +47,21 @@ class ObjectFiles(Files):
         # The token makes this claim another one than an earlier claim of the same name.
         return self._create(folder / CLAIM, uuid.uuid4().hex.encode())
 
-    def write(self, contents: Mapping[ObjectPath, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> None:
-        for path, buffers in contents.items():
-            content = b"".join(bytes(buffer) for buffer in buffers)
-            if not once:
-                self._put(path, content)
-            elif not self._create(path, content) and bytes(self.read(path)) != content:
-                raise StoreWriteError(
-                    f"{path} is there already with other content, though this process alone should write there; "
-                    "nothing was changed: give each run a project of its own"
-                )
+    def prepare(
+        self, contents: Mapping[ObjectPath, Iterable[Bytes]], *, sync: bool = False, once: bool = False
+    ) -> Pending:
+        put = self.create if once else self._put
+        return _PendingObjects(
+            {path: b"".join(bytes(buffer) for buffer in buffers) for path, buffers in contents.items()}, put
+        )
+
+    def create(self, path: ObjectPath, content: bytes) -> None:
+        """Create an object; what another process put there is not touched, and raises :class:`StoreWriteError`."""
+        if not self._create(path, content) and bytes(self.read(path)) != content:
+            raise StoreWriteError(
+                f"{path} is there already with other content, though this process alone should write there; "
+                "nothing was changed: give each run a project of its own"
+            )
 
     def adopt(self, source: Path, path: ObjectPath) -> None:
         with _os_errors(path):
@@ -130,6 +135,18 @@ class ObjectFiles(Files):
         with ThreadPoolExecutor(PARALLEL) as pool:
             return b"".join(bytes(line) for line in pool.map(lambda name: self.read(path / name), names))
 
+    def replace_records(self, path: ObjectPath, lines: Sequence[bytes]) -> None:
+        """Put those that are to change, one after another: each is a line that is sound by itself."""
+        wanted = {f"{number:0{DIGITS}d}": line + b"\n" for number, line in enumerate(lines)}
+        known = {name: bytes(self.read(path / name)) for name in self.names(path)}
+        for name, line in wanted.items():
+            if known.get(name) != line:
+                self._put(path / name, line)
+        surplus = [(path / name).key for name in known if name not in wanted]
+        if surplus:
+            with _os_errors(path):
+                obstore.delete(self.store, surplus)
+
     def zarr_group(self, folder: ObjectPath) -> zarr.Group:
         import zarr
         from zarr.storage import ObjectStore
@@ -163,6 +180,21 @@ class ObjectFiles(Files):
                 yield from ((entry["path"], entry["size"]) for entry in batch)
 
 
+class _PendingObjects:
+    """Objects that are still to be put."""
+
+    def __init__(self, contents: dict[ObjectPath, bytes], put: Callable[[ObjectPath, bytes], None]) -> None:
+        self._contents = contents
+        self._put = put
+
+    def publish(self) -> None:
+        for path in list(self._contents):
+            self._put(path, self._contents.pop(path))
+
+    def discard(self) -> None:
+        self._contents.clear()
+
+
 class ObjectRecords:
     """Lines of a record, each an object of its own that is created and never changed."""
 
@@ -173,7 +205,7 @@ class ObjectRecords:
 
     def append(self, line: bytes) -> None:
         """Create the next object; what another writer put there is not touched."""
-        self._files.write({self._path / f"{self._count:0{DIGITS}d}": [line + b"\n"]}, once=True)
+        self._files.create(self._path / f"{self._count:0{DIGITS}d}", line + b"\n")
         self._count += 1
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from logix_like.store.arrays import ArraySpec, chunk_file, write_group
 from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.columns import encode_texts
 from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.files import Bytes, Place, as_bytes, write_checked, write_files
+from logix_like.store.files import Bytes, Pending, Place, as_bytes, prepare_checked, write_files
 from logix_like.store.schema import (
     COLUMNS,
     COORDINATE_SCALE,
@@ -80,14 +80,14 @@ class PartWriter:
         self._capacity = 0
         self._rows = 0
 
-    def write(self, chunk: int, rows: EncodedRows) -> dict[str, int]:
-        """Write chunk number ``chunk`` of every array; returns the files' checksums by array."""
+    def prepare(self, chunk: int, rows: EncodedRows) -> tuple[Mapping[str, int], Pending]:
+        """Chunk number ``chunk`` of every array: checksums by array, and the files, which are to be published."""
         self._make_room(chunk + 1, rows.texts)
         buffers = self._buffers(rows)
         files = {name: self._chunk_file(name, chunk) for name in buffers}
-        crc = write_checked({files[name]: [data] for name, data in buffers.items()}, sync=self._sync)
+        crc, pending = prepare_checked({files[name]: [data] for name, data in buffers.items()}, sync=self._sync)
         self._rows = chunk * self._chunk_rows + len(rows)
-        return {name: crc[file] for name, file in files.items()}
+        return {name: crc[file] for name, file in files.items()}, pending
 
     def finish(self) -> None:
         """Cut the arrays' shapes to the rows that were written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -12,12 +13,11 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from logix_like.store.arrays import write_group
-from logix_like.store.behind import Behind
+from logix_like.store.behind import Behind, Inline
 from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of, names_in, remove_tree
-from logix_like.store.parts import EncodedRows
-from logix_like.store.rowwriter import RowWriter
+from logix_like.store.rowwriter import PendingRows, RowWriter
 from logix_like.store.schema import (
     INVALID,
     STATISTICS_FOLDER,
@@ -69,8 +69,8 @@ def claim_writer(store: Place, rank: int, *, sync: bool = False) -> Place:
 class RowPipeline:
     """Stages rows, gathers statistics, writes chunks and commits them; used by one thread at a time.
 
-    While one chunk is written the next is staged and encoded. ``guard`` is asked before each commit, and raises where
-    nothing more may be written.
+    Where that takes time (a disk that is waited for, an object store), one chunk is committed while the next is staged
+    and encoded. ``guard`` is asked before each commit, and raises where nothing more may be written.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class RowPipeline:
         self._rows = RowWriter(
             folder, layout, encoding, chunk_rows=rows, column_names=WRITER_COLUMNS, codec=codec, sync=sync
         )
-        self._behind = Behind("logix_like-files")
+        slow = sync or not isinstance(folder, Path)
+        self._behind = Behind("logix_like-files") if slow else Inline()
         self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0
         self._cursor = (-1, -1)
@@ -135,18 +136,27 @@ class RowPipeline:
             given = self._staged.rows
             self._accumulator.update(given if valid.all() else given[valid], covered=len(rows))
         nonfinite = int((flags & int(Flag.NONFINITE) != 0).sum())
+        epoch, step = self._cursor
         timing, self._timing = self._timing, Timing()
-        self._behind.run(partial(self._write, rows, *self._cursor, nonfinite, timing))
+        pending = self._rows.prepare(rows, epoch=epoch, step=step, timing=timing)
         self._staged.clear()
+        try:
+            self._behind.run(partial(self._commit, pending, nonfinite))
+        except BaseException:
+            pending.discard()
+            raise
 
     def wait(self) -> None:
         """Return once everything that was flushed is committed."""
         self._behind.wait()
 
-    def _write(self, rows: EncodedRows, epoch: int, step: int, nonfinite: int, timing: Timing) -> None:
-        self._guard()
-        self._rows.write(rows, epoch=epoch, step=step, timing=timing)
-        self.committed += len(rows)
+    def _commit(self, pending: PendingRows, nonfinite: int) -> None:
+        try:
+            self._guard()
+            pending.commit()
+        finally:
+            pending.discard()
+        self.committed += pending.record.rows
         self.nonfinite += nonfinite
 
     def save_statistics(self, statistics: Statistics | None = None) -> None:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from os import PathLike
-from pathlib import Path
 
 from logix_like.errors import StoreError
 from logix_like.layout import Layout
@@ -33,7 +32,7 @@ from logix_like.store.commits import (
 from logix_like.store.creation import write_projection_documents
 from logix_like.store.damage import array_file, damaged_files, unrecorded_files
 from logix_like.store.encoding import ENCODINGS
-from logix_like.store.files import Place, as_place, exists, files_of, names_in, write_file
+from logix_like.store.files import Place, as_place, exists, files_of, names_in, read_bytes, walk, write_file
 from logix_like.store.parts import PartWriter
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.schema import (
@@ -61,7 +60,7 @@ REPORT = "repair.json"
 class RepairReport:
     """What :func:`repair` did."""
 
-    path: Path
+    path: Place
     """The store."""
     found: tuple[Damage, ...]
     """What was damaged."""
@@ -69,7 +68,7 @@ class RepairReport:
     """What was done about it, a line for each act."""
     rows: int
     """Rows of the commits that were taken out; a line of a record that cannot be read does not tell how many."""
-    quarantine: Path | None
+    quarantine: Place | None
     """Where everything that was taken out lies; None where nothing had to be."""
     after: VerifyReport
     """The store as it is now."""
@@ -95,12 +94,10 @@ def repair(path: str | PathLike[str] | Place, progress: Progress | None = None) 
     are named and left.
 
     Raises:
-        StoreError: A process writes to the store, or it is not in a folder of this machine.
+        StoreError: A process writes to the store.
         StoreDamagedError: The manifest is damaged, so that it cannot be told what the store is.
     """
     store = as_place(path)
-    if not isinstance(store, Path):
-        raise StoreError(f"{store} lies in an object store; copy it to a folder and repair it there")
     manifest = read_manifest(store)
     before = verify(store, progress)
     if before.ok:
@@ -117,7 +114,7 @@ def repair(path: str | PathLike[str] | Place, progress: Progress | None = None) 
 class _Repair:
     """One repair: where things are moved to, and what was done."""
 
-    def __init__(self, store: Path, manifest: StoreManifest) -> None:
+    def __init__(self, store: Place, manifest: StoreManifest) -> None:
         self._store = store
         self._manifest = manifest
         self.quarantine = _new_folder(store / QUARANTINE)
@@ -127,14 +124,14 @@ class _Repair:
     def run(self, damages: tuple[Damage, ...]) -> None:
         """Work through what is damaged; the report is written first and again at the end."""
         self._record(damages)
-        places = [Path(str(damage.file)).relative_to(self._store).parts for damage in damages]
-        documents = [self._store.joinpath(*place) for place in places if place[-1] == DOCUMENT]
+        places = [self._within(damage.file) for damage in damages]
+        documents = [damage.file for damage in damages if damage.file.name == DOCUMENT]
         for place in places:
             if place[0] == JOURNAL:
-                self._aside(self._store.joinpath(*place), "a recorded path, which can be replayed no more")
+                self._aside(self._at(place), "a recorded path, which can be replayed no more")
         for name in sorted({place[1] for place in places if place[0] == WRITERS and len(place) > 2}):
             folder = self._store / WRITERS / name
-            self._writer(folder, [file for file in documents if folder in file.parents])
+            self._writer(folder, [file for file in documents if str(file).startswith(f"{folder}/")])
         views = tuple(MEAN_VIEWS.split("/"))
         for name in sorted({place[2] for place in places if place[:2] == views and len(place) > 3}):
             self._aside(self._store / MEAN_VIEWS / name, "a sample view, which is made anew when it is asked for")
@@ -144,7 +141,7 @@ class _Repair:
             self._group(place)
         self._record(damages)
 
-    def _writer(self, folder: Path, documents: list[Path]) -> None:
+    def _writer(self, folder: Place, documents: list[Place]) -> None:
         """Keep the commits of a part whose files are all as they were committed, and no other."""
         if not exists(folder / COMMITS):
             self._aside(folder, "rows without a record of what was committed")
@@ -157,25 +154,26 @@ class _Repair:
         whole = [record for record in rows if record not in left_out]
         kept = _with_statistics(records, left_out, self._statistics(folder, records))
         self.done += [f"{folder / COMMITS}: {finding}: left out" for finding in unreadable]
-        if unreadable or kept != records:
+        files, lines = files_of(folder), [format_record(record) for record in kept]
+        if files.read_records(folder / COMMITS) != b"".join(line + b"\n" for line in lines):
             self._copy(folder / COMMITS)
-            write_file(folder / COMMITS, [format_record(record) + b"\n" for record in kept], sync=True)
+            files.replace_records(folder / COMMITS, lines)
         for record in left_out:  # only now: until the record is written anew, the store is as it was
             for array in record.crc:
-                self._move(Path(str(array_file(folder, record, array))))
+                self._move(array_file(folder, record, array))
         for file in unrecorded_files(folder, read_commits(folder)):
-            self._aside(Path(str(file)), "a chunk that the record does not name")
+            self._aside(file, "a chunk that the record does not name")
         for file in documents:
             self._copy(file)
         self._documents(folder, whole)
 
-    def _is_damaged(self, folder: Path, record: RowsRecord) -> bool:
+    def _is_damaged(self, folder: Place, record: RowsRecord) -> bool:
         found = list(damaged_files(folder, record, record.start))
         for error in found:
             self.done.append(f"{_finding(error)}: the commit of its {record.rows:,} rows is left out")
         return bool(found)
 
-    def _statistics(self, folder: Path, records: list[Record]) -> StatisticsRecord | None:
+    def _statistics(self, folder: Place, records: list[Record]) -> StatisticsRecord | None:
         """The record of the latest statistics that can be read, also of some whose own record is gone."""
         generations = [record.generation for record in records if isinstance(record, StatisticsRecord)][-1:]
         present = [int(name) for name in names_in(folder / STATISTICS_FOLDER) if name.isdecimal()]
@@ -193,7 +191,7 @@ class _Repair:
                 return StatisticsRecord(0, generation, rows)
         return None
 
-    def _documents(self, folder: Path, records: list[RowsRecord]) -> None:
+    def _documents(self, folder: Place, records: list[RowsRecord]) -> None:
         """Write a part's Zarr documents anew: the record says what is in them."""
         manifest = self._manifest
         encoding = ENCODINGS.get(manifest.encoding or "")
@@ -213,7 +211,7 @@ class _Repair:
             arrays.restore_documents(max(one.start + one.rows for one in own), own[0].crc)
         self._claim(folder)
 
-    def _claim(self, folder: Path) -> None:
+    def _claim(self, folder: Place) -> None:
         attempt, rank = parse_writer_name(folder.name) or (0, 0)
         write_group(folder, {"rank": rank, "attempt": attempt})
 
@@ -224,7 +222,7 @@ class _Repair:
 
     def _group(self, place: tuple[str, ...]) -> None:
         """Write the document of a group or of a projection anew, whose content does not depend on it."""
-        file = self._store.joinpath(*place)
+        file = self._at(place)
         if place[-1] != DOCUMENT or len(place) == 1 or not exists(file.parent):
             return
         self._copy(file)
@@ -234,19 +232,31 @@ class _Repair:
             write_group(file.parent)
         self.done.append(f"{file}: written anew")
 
-    def _aside(self, what: Path, meaning: str) -> None:
+    def _aside(self, what: Place, meaning: str) -> None:
         if exists(what):
             self._move(what)
             self.done.append(f"{what}: moved to quarantine: {meaning}")
 
-    def _move(self, what: Path) -> None:
+    def _move(self, what: Place) -> None:
         if exists(what):
-            files_of(what).move(what, self.quarantine / what.relative_to(self._store))
+            files_of(what).move(what, self._kept(what))
 
-    def _copy(self, file: Path) -> None:
-        target = self.quarantine / file.relative_to(self._store)
-        if exists(file) and not exists(target):
-            write_file(target, [file.read_bytes()], sync=True)
+    def _copy(self, what: Place) -> None:
+        """Keep a file, or the objects of a record, as it is now; what is kept already stays."""
+        for file in [file for file, _ in walk(what)] or [what]:
+            target = self._kept(file)
+            if exists(file) and not exists(target):
+                write_file(target, [read_bytes(file)], sync=True)
+
+    def _kept(self, what: Place) -> Place:
+        return self.quarantine / "/".join(self._within(what))
+
+    def _within(self, what: Place) -> tuple[str, ...]:
+        """The parts of a place's path below the store."""
+        return tuple(str(what).removeprefix(f"{self._store}/").split("/"))
+
+    def _at(self, place: tuple[str, ...]) -> Place:
+        return self._store / "/".join(place)
 
     def _record(self, damages: tuple[Damage, ...]) -> None:
         told = {
@@ -295,7 +305,7 @@ def _writers(store: Place) -> Iterator[tuple[int, int]]:
     yield from (name for name in map(parse_writer_name, names_in(store / WRITERS)) if name is not None)
 
 
-def _new_folder(parent: Path) -> Path:
+def _new_folder(parent: Place) -> Place:
     numbers = [int(name) for name in names_in(parent) if name.isdecimal()]
     folder = parent / str(1 + max(numbers, default=0))
     files_of(folder).make_folder(folder, sync=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
@@ -10,10 +11,31 @@ from logix_like.store.arrays import write_group
 from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import Place, files_of
+from logix_like.store.files import Pending, Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
 from logix_like.store.schema import TAILS
-from logix_like.timing import Timing
+from logix_like.timing import NOTHING, Timing
+
+
+@dataclass(frozen=True)
+class PendingRows:
+    """Rows that are written and not committed."""
+
+    record: RowsRecord
+    """What is to be said of them, but for its number."""
+    files: Pending
+    """Their files."""
+    writer: RowWriter
+    """Whose they are."""
+
+    def commit(self) -> None:
+        """Publish the files and name them in the record: from here on the rows exist."""
+        self.files.publish()
+        self.writer.record_rows(self.record)
+
+    def discard(self) -> None:
+        """Give them up; idempotent."""
+        self.files.discard()
 
 
 class RowWriter:
@@ -38,7 +60,8 @@ class RowWriter:
         """The part, to write to."""
         self._layout = layout
         self._encoding = encoding
-        self._chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows
+        """Rows of a full chunk."""
         self._column_names = column_names
         self._codec = codec
         self._sync = sync
@@ -46,23 +69,31 @@ class RowWriter:
         self._log = CommitLog(self.folder, sync=sync)
         self._chunks = self._tails = 0
 
-    def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing | None = None) -> None:
-        """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk.
+    def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing = NOTHING) -> None:
+        """Write at most a chunk of rows and commit them."""
+        self.prepare(rows, epoch=epoch, step=step, timing=timing).commit()
+
+    def prepare(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing = NOTHING) -> PendingRows:
+        """Write at most a chunk of rows, to be committed in this order; a Zarr array cannot end with a short chunk.
 
         Raises :class:`StoreWriteError` when the part is no longer the one that this was made for.
         """
         self.require_present()
-        if len(rows) == self._chunk_rows:
+        if len(rows) == self.chunk_rows:
             part, name, chunk = self._main, "", self._chunks
             self._chunks += 1
         else:
             part, name, chunk = self._new_tail(len(rows)), f"{TAILS}/{self._tails}", 0
             self._tails += 1
-        crc = part.write(chunk, rows)
-        start = chunk * self._chunk_rows
-        codec, timing = self._codec.name, timing or Timing()
-        record = RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec, timing)
-        self._log.append(record)
+        crc, files = part.prepare(chunk, rows)
+        start, codec = chunk * self.chunk_rows, self._codec.name
+        record = RowsRecord(0, name, chunk, start, len(rows), crc, epoch, step, codec, timing)
+        return PendingRows(record, files, self)
+
+    def record_rows(self, record: RowsRecord) -> None:
+        """Commit rows whose files are there; the record's number is the next one."""
+        self.require_present()
+        self._log.append(replace(record, sequence=self._log.sequence))
 
     def record_replaced(self, parts: Sequence[str]) -> None:
         """Say that this part, once it is sealed, stands in the place of others."""

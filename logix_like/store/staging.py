@@ -30,8 +30,7 @@ class StagedChunk:
         self._whole = keep_rows or encoding.scaled
         self._rows = torch.empty(capacity if self._whole else 0, layout.width, dtype=encoding.staging)
         self._norms: list[Tensor] = []
-        # In turn: one is still being written when the next is filled.
-        self._values = [encoding.buffer(capacity, layout.width) for _ in range(2)]
+        self._values = encoding.buffer(capacity, layout.width)
         self._columns = StagedColumns()
         self.capacity = capacity
         self.count = 0
@@ -56,19 +55,19 @@ class StagedChunk:
         if self._whole:
             self._rows[target] = batch.rows
         else:
-            self._encode(batch.rows.to(self._encoding.staging), target)
+            as_stored = batch.rows.dtype == self._encoding.dtype
+            self._encode(batch.rows if as_stored else batch.rows.to(self._encoding.staging), target)
         self._columns.add(batch)
         self.count += taken
         return taken
 
     def encoded(self) -> EncodedRows:
-        """The waiting rows as they will stand on disk, valid until they were asked for twice more.
+        """The waiting rows as they will stand on disk, valid until :meth:`fill`.
 
         Rows that are not finite (or would not be, as stored) get their flag.
         """
         everything = slice(0, self.count)
-        stored = self._encode(self.rows, everything) if self._whole else StoredRows(self._values[0][everything])
-        self._values.reverse()
+        stored = self._encode(self.rows, everything) if self._whole else StoredRows(self._values[everything])
         norm = torch.cat(self._norms).double()
         rows = EncodedRows(stored, self._columns.numbers(norm.numpy()), self._columns.texts())
         flag_nonfinite(rows, self._encoding, self._layout)
@@ -81,8 +80,8 @@ class StagedChunk:
         self._columns = StagedColumns()
 
     def _encode(self, rows: Tensor, target: slice) -> StoredRows:
-        self._norms.append(torch.linalg.vector_norm(rows, dim=1))
-        return self._encoding.encode(rows, self._layout, self._values[0][target])
+        self._norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=self._encoding.staging))
+        return self._encoding.encode(rows, self._layout, self._values[target])
 
 
 class _Piece(NamedTuple):
@@ -124,10 +123,11 @@ class StagedColumns:
         return texts | {f"{METADATA}/{segment(name)}": self._values(name) for name in names}
 
     def _flags(self) -> np.ndarray:
-        integer = float(Flag.INTEGER_ID)
-        return np.array(
-            [(0.0 if isinstance(i, str) else integer) + piece.flags for piece in self._pieces for i in piece.ids]
-        )
+        lengths = [len(piece.ids) for piece in self._pieces]
+        flags = np.repeat([float(piece.flags) for piece in self._pieces], lengths)
+        integer = [not isinstance(data_id, str) for piece in self._pieces for data_id in piece.ids]
+        flags[np.array(integer)] += int(Flag.INTEGER_ID)
+        return flags
 
     def _losses(self) -> np.ndarray:
         unknown = torch.tensor([torch.nan])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,6 +77,16 @@ class Records(Protocol):
         """Let go of it; idempotent."""
 
 
+class Pending(Protocol):
+    """Files whose content is told and whose names are not there yet."""
+
+    def publish(self) -> None:
+        """Have every reader see them, each whole; where they were to be forced to the disk they are on return."""
+
+    def discard(self) -> None:
+        """Give up what was not published; idempotent."""
+
+
 class Lock(Protocol):
     """Held by the one writer of a rank."""
 
@@ -109,8 +119,11 @@ class Files(ABC):
         """Create a folder that nobody else has created; False if someone did."""
 
     @abstractmethod
-    def write(self, contents: Mapping[Any, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> None:
-        """Write some files, each atomic; ``once`` says that none may be there yet (storage that can, checks)."""
+    def prepare(self, contents: Mapping[Any, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> Pending:
+        """Take in the content of some files; on return its buffers may change.
+
+        ``once`` says that none of the files may be there yet (storage that can, checks).
+        """
 
     @abstractmethod
     def adopt(self, source: Path, path: Any) -> None:
@@ -167,6 +180,10 @@ class Files(ABC):
     @abstractmethod
     def read_records(self, path: Any) -> bytes:
         """All lines of the record at ``path``."""
+
+    @abstractmethod
+    def replace_records(self, path: Any, lines: Sequence[bytes]) -> None:
+        """Put other lines in the place of all those of the record at ``path``; durable on return."""
 
     @abstractmethod
     def zarr_group(self, folder: Any) -> zarr.Group:

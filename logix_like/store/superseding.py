@@ -35,8 +35,9 @@ def supersede_steps(path: str | PathLike[str] | Place, step: int) -> int:
 def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[DataId]) -> int:
     """Take back all rows so far of some samples; returns how many.
 
-    They stay on disk until the store is compacted; sample views, which hold means of them, are removed. Committed,
-    and on the disk itself, on return.
+    They stay on disk until the store is compacted; sample views and this user's indexes, which are made of them, are
+    removed. What a repair took out (``quarantine/``) stays: remove that folder too where samples must be gone from
+    the disk. Committed, and on the disk itself, on return.
 
     Raises :class:`StoreError` when a sample has no row, and then nothing is taken back.
     """
@@ -54,7 +55,7 @@ def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[Dat
     if not data_id:
         return 0
     retract_ids(store.path, data_id)
-    _remove_views(store)
+    _remove_derived(store)
     return sum(counts[one] for one in set(data_id))
 
 
@@ -63,8 +64,8 @@ def _standing(store: GradientStore) -> np.ndarray:
     return mask
 
 
-def _remove_views(store: GradientStore) -> None:
-    for parent in (store.path / MEAN_VIEWS, cache_folder(store.path, store.manifest.created)):
+def _remove_derived(store: GradientStore) -> None:
+    for parent in (store.path / MEAN_VIEWS, cache_folder(store.path, store.manifest.created), store.cache):
         for name in names_in(parent):
             if not name.startswith("."):
                 remove_unheld(parent / name)

@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlsplit
 from logix_like.errors import ConfigError, MissingDependencyError
 from logix_like.store.storage import ObjectPath, Place
 
-SCHEMES = ("file", "memory", "s3", "gs", "az")
-"""Kinds of URLs that are understood."""
+SCHEMES = ("file", "memory", "s3")
+"""Kinds of URLs that are understood: those that are tested."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.ASCII)
 

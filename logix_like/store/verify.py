@@ -17,10 +17,11 @@ import numpy as np
 from logix_like.errors import StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import DataId
 from logix_like.store.arrays import chunk_file, read_chunk
+from logix_like.store.attempts import standing_parts
 from logix_like.store.checkpoints import check_record, check_weights, checkpoint_records
 from logix_like.store.columns import decode_ids, decode_texts
-from logix_like.store.commits import Commits, RowsRecord, read_commits
-from logix_like.store.creation import read_projections
+from logix_like.store.commits import CommitReader, Commits, RowsRecord, read_commits
+from logix_like.store.creation import read_matrix
 from logix_like.store.damage import array_file, unrecorded_files
 from logix_like.store.documents import unsealed
 from logix_like.store.files import Place, as_place, names_in, read_bytes, walk
@@ -43,6 +44,7 @@ from logix_like.store.schema import (
     Flag,
     StoreManifest,
     read_manifest,
+    segment,
 )
 from logix_like.store.sums import load_latest_statistics
 
@@ -178,19 +180,15 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
     checks = [
         _document(store / WRITERS),
         *([] if manifest.layout is None else [_document(store / PROJECTIONS)]),
-        _Check(store / PROJECTIONS, lambda: read_projections(store, manifest)),
+        *_projections(store, manifest),
         *_checkpoints(store),
         *(_Check(file, partial(read_retraction, file)) for file in retraction_files(store)),
         *(_Check(file, partial(read_journal, file)) for file in journals(store)),
     ]
     rows = 0
-    named = ((parse_writer_name(folder.name), folder) for folder in _inside(store / WRITERS))
-    started = sorted((order, folder) for order, folder in named if order is not None)
-    parts = [(folder, _record(folder, damages)) for _, folder in started]
-    replaced = {name for _, commits in parts for name in commits.replaces}
-    for folder, commits in parts:
-        if folder.name in replaced:
-            continue
+    for name in _standing(store):
+        folder = store / WRITERS / name
+        commits = _record(folder, damages)
         if commits.rows:  # a writer may have been killed as it began
             checks.append(_document(folder))
         checks += [*_part(folder, commits, rows, manifest), *_statistics(folder, commits, manifest)]
@@ -198,6 +196,21 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
     for folder in _inside(store / MEAN_VIEWS):
         checks += [_document(folder), *_part(folder, _record(folder, damages), 0, manifest, view=True)]
     return rows, checks
+
+
+def _projections(store: Place, manifest: StoreManifest) -> Iterator[_Check]:
+    for side, shapes in manifest.projection_shapes.items():
+        for module, shape in shapes.items():
+            if shape is not None:
+                folder = store / PROJECTIONS / segment(module) / side
+                yield _Check(chunk_file(folder, 0, 2), partial(read_matrix, store, module, side, shape))
+
+
+def _standing(store: Place) -> list[str]:
+    """Names of the parts that are read; all of them where a merged one's record is damaged."""
+    folder = store / WRITERS
+    found = _attempt(_Check(folder, lambda: standing_parts(folder, CommitReader())), [])
+    return found if isinstance(found, list) else [name for name in names_in(folder) if parse_writer_name(name)]
 
 
 def _document(folder: Place) -> _Check:

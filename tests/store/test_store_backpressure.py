@@ -17,7 +17,7 @@ from logix_like.store import create_store, describe, open_store
 from logix_like.store.behind import Behind
 from logix_like.store.objects import ObjectFiles
 from logix_like.store.pipeline import STAGED_SHARE
-from logix_like.store.storage import Bytes, ObjectPath
+from logix_like.store.storage import Bytes, ObjectPath, Pending
 from logix_like.store.writer import StoreWriter
 from tests.store.store_runs import WIDTH, batches, chunk_mib, projections, small_layout
 
@@ -34,14 +34,16 @@ class SlowFiles(ObjectFiles):
         self.last = last
         self.chunks = 0
 
-    def write(self, contents: Mapping[ObjectPath, Iterable[Bytes]], *, sync: bool = False, once: bool = False) -> None:
+    def prepare(
+        self, contents: Mapping[ObjectPath, Iterable[Bytes]], *, sync: bool = False, once: bool = False
+    ) -> Pending:
         """Sleep over each chunk of rows."""
         if any(path.parent.name == "gradients" and path.name.startswith("c.") for path in contents):
             time.sleep(self.seconds)
             self.chunks += 1
             if self.last is not None and self.chunks > self.last:
                 raise OSError(110, "the bucket does not answer")
-        super().write(contents, sync=sync, once=once)
+        return super().prepare(contents, sync=sync, once=once)
 
 
 def slow_writer(files: SlowFiles, encoding: str, **options: Any) -> StoreWriter:

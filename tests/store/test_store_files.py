@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ from logix_like.store.files import (
     checksum,
     files_of,
     folder_size,
+    prepare_checked,
     read_bytes,
-    write_checked,
 )
-from logix_like.store.storage import Files, ObjectPath
+from logix_like.store.storage import Bytes, Files, ObjectPath
 from tests.store.s3_server import BUCKET
+
+
+def write(files: Files, contents: Mapping[Place, Iterable[Bytes]], *, once: bool = False) -> None:
+    files.prepare(contents, once=once).publish()
 
 
 class FilesContract:
@@ -33,19 +38,34 @@ class FilesContract:
         return files_of(root)
 
     def test_what_was_written_is_read(self, root: Place, files: Files) -> None:
-        files.write({root / "a/b": [b"one", bytearray(b"two")], root / "a/c": []})
+        write(files, {root / "a/b": [b"one", bytearray(b"two")], root / "a/c": []})
         assert bytes(files.read(root / "a/b")) == bytes(files.map(root / "a/b")) == b"onetwo"
         assert files.size(root / "a/b") == 6 and bytes(files.map(root / "a/c")) == b""
-        files.write({root / "a/b": [b"three"]})
+        write(files, {root / "a/b": [b"three"]})
         assert bytes(files.read(root / "a/b")) == b"three"
 
+    def test_what_is_prepared_is_there_when_it_is_published_and_buffers_are_free_before(
+        self, root: Place, files: Files
+    ) -> None:
+        buffer = bytearray(b"one")
+        pending = files.prepare({root / "a/b": [buffer]}, sync=True)
+        given_up = files.prepare({root / "a/c": [b"two"]}, sync=True)
+        buffer[:] = b"xxx"
+        assert not files.exists(root / "a/b")
+        given_up.discard()
+        pending.publish()
+        pending.discard()
+        assert [str(file).removeprefix(str(root)) for file, _ in files.walk(root / "a")] == ["/a/b"]
+        assert bytes(files.read(root / "a/b")) == b"one"
+
     def test_a_mapping_may_be_written_to_and_never_reaches_the_file(self, root: Place, files: Files) -> None:
-        files.write({root / "a": [b"abc"]})
+        write(files, {root / "a": [b"abc"]})
         files.map(root / "a")[0] = ord("x")
         assert bytes(files.read(root / "a")) == b"abc"
 
     def test_checksums_stand_behind_the_content(self, root: Place) -> None:
-        crc = write_checked({root / "c/0": [b"12", b"345"], root / "c/1": [b""]})
+        crc, pending = prepare_checked({root / "c/0": [b"12", b"345"], root / "c/1": [b""]})
+        pending.publish()
         assert crc == {root / "c/0": checksum(b"12345"), root / "c/1": 0}
         assert bytes(read_bytes(root / "c/0")) == b"12345" + crc[root / "c/0"].to_bytes(4, "little")
         assert folder_size(root / "c") == 9 + 4
@@ -59,7 +79,7 @@ class FilesContract:
         files.remove(root / "none")
 
     def test_folders_tell_what_is_in_them(self, root: Place, files: Files) -> None:
-        files.write({root / name: [b"x"] for name in ("f/b", "f/a", "f/g/c", "fa/x")})
+        write(files, {root / name: [b"x"] for name in ("f/b", "f/a", "f/g/c", "fa/x")})
         assert files.names(root / "f") == ["a", "b", "g"]
         assert [(str(file), size) for file, size in files.walk(root / "f")] == [
             (str(root / name), 1) for name in ("f/a", "f/b", "f/g/c")
@@ -68,12 +88,12 @@ class FilesContract:
         assert files.vacant(root / "none") and not files.vacant(root / "f") and not files.vacant(root / "f/a")
 
     def test_removing_takes_all_of_a_folder_and_nothing_else(self, root: Place, files: Files) -> None:
-        files.write({root / name: [b"x"] for name in ("f/a", "f/g/c", "fa/x")})
+        write(files, {root / name: [b"x"] for name in ("f/a", "f/g/c", "fa/x")})
         files.remove(root / "f")
         assert not files.exists(root / "f") and files.exists(root / "fa/x")
 
     def test_folders_and_files_can_be_moved(self, root: Place, files: Files) -> None:
-        files.write({root / name: [name.encode()] for name in ("f/a", "f/g/c", "one", "fa/x")})
+        write(files, {root / name: [name.encode()] for name in ("f/a", "f/g/c", "one", "fa/x")})
         files.move(root / "f", root / "new/f")
         files.move(root / "one", root / "new/one")
         assert not files.exists(root / "f") and not files.exists(root / "one") and files.exists(root / "fa/x")
@@ -129,9 +149,9 @@ class FilesContract:
         files.lock(root, root, 0).close()
 
     def test_an_anchor_leads_to_the_folder(self, root: Place, files: Files) -> None:
-        files.write({root / "f/a": [b"x"]})
+        write(files, {root / "f/a": [b"x"]})
         anchor = files.anchor(root / "f")
-        files.write({anchor.place / "b": [b"y"]})
+        write(files, {anchor.place / "b": [b"y"]})
         assert bytes(files.read(root / "f/b")) == b"y"
         anchor.close()
         anchor.close()
@@ -145,11 +165,11 @@ class TestLocalFiles(FilesContract):
         return tmp_path / "root"
 
     def test_an_anchor_never_leads_to_another_folder(self, root: Path, files: Files) -> None:
-        files.write({root / "f/a": [b"old"]})
+        write(files, {root / "f/a": [b"old"]})
         anchor = files.anchor(root / "f")
         files.move(root / "f", root / "aside")
-        files.write({root / "f/a": [b"new"]})
-        files.write({anchor.place / "a": [b"late"]})
+        write(files, {root / "f/a": [b"new"]})
+        write(files, {anchor.place / "a": [b"late"]})
         assert (root / "f/a").read_bytes() == b"new" and (root / "aside/a").read_bytes() == b"late"
         anchor.close()
 
@@ -158,10 +178,10 @@ class ObjectContract(FilesContract):
     """What object stores do besides."""
 
     def test_an_object_that_is_written_once_is_never_replaced(self, root: Place, files: Files) -> None:
-        files.write({root / "c": [b"one"]}, once=True)
-        files.write({root / "c": [b"one"]}, once=True)  # a repeated request whose answer was lost
+        write(files, {root / "c": [b"one"]}, once=True)
+        write(files, {root / "c": [b"one"]}, once=True)  # a repeated request whose answer was lost
         with pytest.raises(StoreWriteError, match="is there already with other content"):
-            files.write({root / "c": [b"two"]}, once=True)
+            write(files, {root / "c": [b"two"]}, once=True)
         assert bytes(files.read(root / "c")) == b"one"
 
     def test_two_writers_of_one_record_do_not_mix(self, root: Place, files: Files) -> None:
@@ -180,7 +200,7 @@ class TestMemoryFiles(ObjectContract):
         return as_place(f"memory://test/{tmp_path.name}")
 
     def test_a_name_is_the_same_storage_again(self, root: Place, files: Files) -> None:
-        files.write({root / "a": [b"x"]})
+        write(files, {root / "a": [b"x"]})
         assert bytes(read_bytes(as_place(str(root / "a")))) == b"x"
         with pytest.raises(FileNotFoundError):
             read_bytes(as_place(str(root / "a").replace("test", "other", 1)))
@@ -197,7 +217,7 @@ class TestS3Files(ObjectContract):
 
     def test_what_the_server_refuses_is_an_os_error(self, root: Place, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OSError, match=r"s3://no-such-bucket/a"):
-            files_of(as_place("s3://no-such-bucket/a")).write({as_place("s3://no-such-bucket/a"): [b"x"]})
+            write(files_of(as_place("s3://no-such-bucket/a")), {as_place("s3://no-such-bucket/a"): [b"x"]})
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logix_like.errors import LogixError
+from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import open_store, save_checkpoint, verify
+from logix_like.store import StoreWriter, open_store, save_checkpoint, verify
 from logix_like.store.documents import sealed
 from logix_like.store.files import checksum
 from logix_like.store.schema import _digest
-from tests.store.store_runs import WIDTH, batches, new_store, small_layout, writer
+from tests.store.store_runs import batches, new_store
 
 VALUES = st.recursive(
     st.none()
@@ -46,9 +47,11 @@ DOCUMENTS = {
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = new_store(tmp_path_factory.mktemp("fuzz") / "s")
-    with writer(store, statistics=StatisticsAccumulator(small_layout(), ["covariance"])) as out:
-        for batch in batches(torch.randn(20, WIDTH)):
+    """One chunk of one module, so that reading all of it ten thousand times takes minutes."""
+    layout = Layout([ModuleBlock("q", "linear", (6, 8), (2, 2), 0, "q")])
+    store = new_store(tmp_path_factory.mktemp("fuzz") / "s", layout=layout)
+    with StoreWriter(store, layout, "float32", statistics=StatisticsAccumulator(layout, ["covariance"])) as out:
+        for batch in batches(torch.randn(3, layout.width)):
             out.put(batch)
     save_checkpoint(store, {"w": torch.ones(2)}, step=1)
     return store

@@ -16,7 +16,10 @@ from logix_like.query.completion import ensure_statistics
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     ENCODINGS,
+    GradientStore,
     Place,
+    StoreWriter,
+    as_place,
     damage,
     local,
     merge_parts,
@@ -27,12 +30,25 @@ from logix_like.store import (
     verify,
 )
 from logix_like.store.commits import RowsRecord
+from logix_like.store.files import names_in
+from logix_like.store.rowwriter import RowWriter
 from tests.store.broken_disk import BrokenDisk, Killed
-from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, chunk_mib, log, new_store, small_layout, writer
+from tests.store.s3_server import BUCKET
+from tests.store.store_runs import (
+    CHUNK_ROWS,
+    WIDTH,
+    SomePlace,
+    batches,
+    chunk_mib,
+    log,
+    new_store,
+    small_layout,
+    writer,
+)
 from tests.store.test_store_verify import everything, flip
 
 
-def scattered(path: Path, encoding: str = "float32") -> Path:
+def scattered(path: SomePlace, encoding: str = "float32") -> SomePlace:
     """Three writers, of which two left tails, one was never closed, and ids of both kinds and metadata."""
     store = new_store(path, encoding)
     for rank, rows in enumerate((37, 5, 50)):
@@ -48,7 +64,7 @@ def scattered(path: Path, encoding: str = "float32") -> Path:
     return store
 
 
-def rows_of(store: Path) -> list[object]:
+def rows_of(store: Place) -> list[object]:
     """Every row that stands, with all that it carries."""
     opened = open_store(store)
     standing = opened.flags & 2 == 0
@@ -106,8 +122,58 @@ def test_a_store_that_is_written_to_is_not_merged(tmp_path: Path) -> None:
     store = scattered(tmp_path / "s")
     with writer(store, rank=2), pytest.raises(StoreError, match="already writes"):
         merge_parts(store)
-    with pytest.raises(StoreError, match="object store"):
-        merge_parts("memory://merge/s")
+
+
+def test_a_rank_that_begins_as_a_merge_does_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part would be taken for one that nobody writes to any more."""
+    store, begun = scattered(tmp_path / "s"), list[StoreWriter]()
+
+    def open_beside(path: Place) -> GradientStore:
+        if not begun:
+            begun.append(writer(path, rank=7))
+            begun[0].put(next(batches(torch.randn(5, WIDTH), size=5)))
+            begun[0].commit()
+        return GradientStore(path)
+
+    monkeypatch.setattr("logix_like.store.merging.GradientStore", open_beside)
+    with pytest.raises(StoreError, match=r"already writes to .* as rank 7"):
+        merge_parts(store)
+    begun[0].close()
+    assert len(open_store(store)) == 97 and merge_parts(store).rows == 97
+
+
+def test_a_merged_part_whose_last_line_is_damaged_is_not_taken_for_an_unfinished_one(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "s")
+    merge_parts(store)
+    record = store / "writers/merged-2/commits"
+    flip(record, 8 * (record.stat().st_size - 5))
+    assert len(open_store(store)) == 92 and not verify(store).ok
+
+
+@pytest.mark.parametrize("where", ["memory", "s3"])
+def test_a_store_elsewhere_is_merged_by_one_conditional_put(
+    where: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://merge/{tmp_path.name}"
+    if where == "s3":
+        for name, value in request.getfixturevalue("s3_environment").items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{BUCKET}/{tmp_path.name}"
+    store = scattered(as_place(url))
+    before = rows_of(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowWriter, "seal", _killed)
+        with pytest.raises(Killed):
+            merge_parts(url)
+    assert rows_of(store) == before and verify(url).ok, "a merge that is not finished is seen"
+    report = merge_parts(url)
+    assert report.rows == 92 and rows_of(store) == before and verify(url).ok
+    assert [one.name for one in open_store(url).writers] == ["merged-3"]
+    assert sorted(name for name in names_in(store / "writers") if "-" in name) == ["merged-3"]
+
+
+def _killed(*_: object) -> None:
+    raise Killed
 
 
 def test_a_reader_follows_a_merge(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.store import open_store, repair, supersede_samples, verify
+from logix_like.store import as_place, open_store, repair, save_checkpoint, supersede_samples, verify
+from logix_like.store.files import files_of, read_bytes, write_file
+from tests.store.s3_server import BUCKET
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.store.test_store_verify import everything, flip, full_store
 
@@ -94,8 +96,10 @@ def test_rows_without_a_record_go_to_quarantine(tmp_path: Path) -> None:
 def test_what_nothing_can_replace_is_named_and_left(tmp_path: Path) -> None:
     store = full_store(tmp_path / "s")
     flip(store / "projections/encoder.q/input/c.0.0", 9)
+    flip(store / "projections/encoder.k/output/c.0.0", 9)
     report = repair(store)
     assert not report.ok and "input projection of module 'encoder.q'" in str(report.after)
+    assert "output projection of module 'encoder.k'" in str(report.after), "each is named"
     assert len(open_store(store)) == 45
 
 
@@ -115,9 +119,40 @@ def test_a_store_that_is_written_to_is_not_repaired(tmp_path: Path) -> None:
     assert not (store / "quarantine").exists()
 
 
-def test_a_store_elsewhere_is_not_repaired() -> None:
-    with pytest.raises(StoreError, match="copy it to a folder"):
-        repair("memory://repair/s")
+@pytest.mark.parametrize("where", ["memory", "s3"])
+@pytest.mark.parametrize("what", ["chunk", "line", "missing line"])
+def test_a_store_elsewhere_is_repaired(
+    where: str, what: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://repair/{tmp_path.name}"
+    if where == "s3":
+        for name, value in request.getfixturevalue("s3_environment").items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{BUCKET}/{tmp_path.name}"
+    store, rows = new_store(as_place(url)), torch.randn(40, WIDTH)
+    log(store, rows)
+    file = store / "writers/0-1" / ("gradients/c.1.0" if what == "chunk" else "commits/000000001")
+    bad = read_bytes(file)
+    bad[40] ^= 4
+    if what == "missing line":
+        files_of(file).move(file, store / "aside")
+    else:
+        write_file(file, [bad])
+    report = repair(url)
+    assert report.ok and verify(url).ok, str(report)
+    assert open_store(url).gradients[:].equal(torch.cat([rows[:16], rows[32:]]))
+    if what != "missing line":
+        assert bytes(read_bytes(store / "quarantine/1/writers/0-1" / "/".join(str(file).split("/")[-2:]))) == bytes(bad)
+    log(store, rows[16:32])
+    assert len(open_store(url)) == 40
+
+
+def test_the_number_of_a_checkpoint_that_was_taken_out_is_not_given_again(tmp_path: Path) -> None:
+    store = full_store(tmp_path / "s")
+    number = open_store(store).checkpoints[-1].number
+    flip(store / f"checkpoints/{number}.safetensors", 99)
+    assert repair(store).ok and number not in [one.number for one in open_store(store).checkpoints]
+    assert save_checkpoint(store, {"w": torch.ones(2)}, step=9).number == number + 1
 
 
 @pytest.mark.parametrize("share", [9, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])

@@ -274,7 +274,7 @@ def test_a_half_built_view_is_not_seen(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartWriter, "write", full)
+        patch.setattr(PartWriter, "prepare", full)
         with pytest.raises(StoreError, match=r"No space left.*LOGIX_LIKE_CACHE"):
             store.view("mean")
     assert not list(cache_folder.rglob("*.partial")) and not list(cache_folder.rglob("commits"))

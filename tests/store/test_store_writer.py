@@ -1,12 +1,8 @@
-"""The background writer: back-pressure, failures, threads, and what a kill leaves."""
+"""The background writer: commits, parts, columns of a run, and the files that it leaves."""
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -18,28 +14,8 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreDamagedError, StoreError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import create_store, open_store
-from logix_like.store.parts import PartWriter
-from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
-
-
-class Gate:
-    """Stands in for a slow or full disk: holds up chunk writes, or lets them fail from the n-th on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None) -> None:
-        self.open = threading.Event()
-        self.writes = 0
-        original = PartWriter.write
-
-        def write(part: PartWriter, *arguments: object) -> dict[str, int]:
-            if fail_at is None:
-                assert self.open.wait(20)
-            self.writes += 1
-            if fail_at is not None and self.writes >= fail_at:
-                raise OSError(28, "No space left on device")
-            return original(part, *arguments)
-
-        monkeypatch.setattr(PartWriter, "write", write)
+from logix_like.store import open_store
+from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 
 
 def test_commit_makes_rows_visible_and_a_tail_is_a_part_of_its_own(tmp_path: Path) -> None:
@@ -89,28 +65,6 @@ def test_waiting_rows_are_committed_after_a_while(tmp_path: Path) -> None:
         assert len(open_store(store)) == 5
 
 
-def test_put_waits_while_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, gate = new_store(tmp_path / "s"), Gate(monkeypatch)
-    rows = torch.randn(300, WIDTH)
-    room = 3 * 10 * WIDTH * 4 / 2**20
-    with writer(store, queue_mib=room) as out:
-
-        def produce() -> None:
-            for batch in batches(rows, size=10):
-                out.put(batch)
-
-        producer = threading.Thread(target=produce)
-        producer.start()
-        producer.join(0.3)
-        assert producer.is_alive()
-        # Four batches are with the worker (a chunk of 16 rows is written, another one waits), three fit the queue.
-        assert out.rows <= 80
-        gate.open.set()
-        producer.join(20)
-        assert not producer.is_alive()
-    assert open_store(store).gradients[:].equal(rows)
-
-
 def test_a_batch_larger_than_the_queue_is_taken(tmp_path: Path) -> None:
     store = new_store(tmp_path / "s")
     rows = torch.randn(200, WIDTH)
@@ -118,77 +72,6 @@ def test_a_batch_larger_than_the_queue_is_taken(tmp_path: Path) -> None:
         for batch in batches(rows, size=50):
             out.put(batch)
     assert open_store(store).gradients[:].equal(rows)
-
-
-def test_a_failure_reaches_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(tmp_path / "s")
-    rows = torch.randn(400, WIDTH)
-    with monkeypatch.context() as patch:
-        Gate(patch, fail_at=3)
-        out = writer(store)
-        with pytest.raises(StoreWriteError, match=r"32 of .* rows are committed and safe.*resume=True") as caught:
-            for batch in batches(rows):
-                out.put(batch)
-            out.commit()
-        assert isinstance(caught.value.__cause__, OSError)
-        with pytest.raises(StoreWriteError):
-            out.put(next(batches(rows)))
-        out.close()  # told already: no second error hides what the caller is doing about it
-        out.close()
-    assert open_store(store).gradients[:].equal(rows[:32])
-    log(store, rows[32:])
-    assert open_store(store).gradients[:].equal(rows)
-
-
-def test_a_failure_that_nobody_saw_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(tmp_path / "s")
-    Gate(monkeypatch, fail_at=1)
-    out = writer(store)
-    out.put(next(batches(torch.randn(5, WIDTH))))
-    with pytest.raises(StoreWriteError, match="No space left"):
-        out.close()
-    out.close()
-    assert len(open_store(store)) == 0
-
-
-def test_a_putter_that_waits_hears_of_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(tmp_path / "s")
-    Gate(monkeypatch, fail_at=1)
-    with pytest.raises(StoreWriteError), writer(store, queue_mib=0.0001) as out:
-        while True:
-            out.put(next(batches(torch.randn(5, WIDTH))))
-
-
-def test_training_may_go_on_without_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = new_store(tmp_path / "s")
-    Gate(monkeypatch, fail_at=2)
-    with caplog.at_level(logging.ERROR), writer(store, on_error="stop_logging") as out:
-        out.put(next(batches(torch.randn(40, WIDTH), size=40)))
-        assert out.commit() == CHUNK_ROWS
-        for batch in batches(torch.randn(20, WIDTH)):
-            out.put(batch)
-        assert (out.rows, out.dropped) == (40, 20)
-    assert [r.message.count("logging has stopped, training goes on") for r in caplog.records] == [1]
-
-
-def test_no_file_is_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = new_store(tmp_path / "s")
-    with writer(store) as out:
-        out.put(next(batches(torch.randn(20, WIDTH), size=20)))
-        out.commit()
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", _no_space)
-            out.put(next(batches(torch.randn(20, WIDTH), size=20)))
-            with pytest.raises(StoreWriteError):
-                out.commit()
-    assert not list(store.rglob("*.partial"))
-    assert len(open_store(store)) == 20
-
-
-def _no_space(*_: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -302,157 +185,9 @@ def test_every_file_is_forced_to_disk_if_asked(tmp_path: Path, monkeypatch: pyte
     assert len(open_store(store)) == 40
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from tests.store.store_runs import WIDTH, batches, writer
-store, mode = Path(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-rows = torch.arange(2000.0).unsqueeze(1).expand(2000, WIDTH).contiguous()
-out = writer(store, queue_mib=0.01)
-for number, batch in enumerate(batches(rows, size=7)):
-    out.put(batch)
-    if mode == "kill" and number % 3 == 0:
-        print(out.commit(), flush=True)
-    if mode == "exit" and number == 20:
-        sys.exit(3)
-"""
-
-
-def start(store: Path, mode: str) -> subprocess.Popen[str]:
-    """Run the script above in a process of its own."""
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SCRIPT, str(store), mode],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_acknowledged_rows_survive_a_kill(tmp_path: Path) -> None:
-    store, expected = new_store(tmp_path / "s"), 0
-    for attempt, lines in enumerate((1, 4, 9), start=1):
-        with start(store, "kill") as process:
-            assert process.stdout is not None
-            acknowledged = [int(process.stdout.readline()) for _ in range(lines)]
-            time.sleep(0.004 * attempt)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        opened = open_store(store)
-        info = opened.writers[-1]
-        assert info.name == f"0-{attempt}" and info.state == "open"
-        assert info.rows >= acknowledged[-1] > 0
-        rows = opened.gradients[expected:]
-        assert rows.equal(torch.arange(float(info.rows)).unsqueeze(1).expand_as(rows)), "torn, lost or doubled"
-        assert opened.data_id[expected:].tolist() == list(range(info.rows))
-        expected += info.rows
-    assert len(open_store(store)) == expected
-
-
-def test_rows_are_flushed_when_the_interpreter_exits(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s")
-    with start(store, "exit") as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3 and errors == ""
-    opened = open_store(store)
-    assert len(opened) == 21 * 7 and opened.writers[0].state == "closed"
-
-
-def test_rows_are_flushed_when_the_writer_is_forgotten(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s")
-    out = writer(store)
-    out.put(next(batches(torch.randn(5, WIDTH))))
-    del out
-    assert len(open_store(store)) == 5
-
-
-def test_a_forked_child_leaves_the_writer_alone(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s")
-    out = writer(store)
-    out.put(next(batches(torch.randn(5, WIDTH))))
-    out.commit()
-    out._process += 1  # as a child sees it: the process number is another one
-    out.close()
-    out._process -= 1
-    assert open_store(store).writers[0].state == "open"
-    out.close()
-    assert open_store(store).writers[0].state == "closed"
-
-
 def test_a_missing_record_file_beside_rows_is_damage(tmp_path: Path) -> None:
     store = new_store(tmp_path / "s")
     log(store, torch.randn(20, WIDTH))
     (store / "writers/0-1/commits").unlink()
     with pytest.raises(StoreDamagedError, match="commits is missing, but the part has rows"):
         open_store(store)
-
-
-@pytest.mark.parametrize("described", [True, False])
-def test_a_writer_whose_store_was_replaced_writes_nothing_more(tmp_path: Path, described: bool) -> None:
-    old = writer(new_store(tmp_path / "s"))
-    old.put(next(batches(torch.zeros(5, WIDTH))))
-    old.commit()
-    create_store(tmp_path / "s", {}, overwrite=True)
-    if described:
-        (tmp_path / "s/zarr.json").unlink()
-        (tmp_path / "s/writers/zarr.json").unlink()
-        (tmp_path / "s/writers").rmdir()
-        log(new_store(tmp_path / "s"), torch.ones(5, WIDTH))
-    before = sorted((tmp_path / "s").rglob("*"))
-    for batch in batches(torch.zeros(CHUNK_ROWS + 5, WIDTH)):
-        old.put(batch)
-    with pytest.raises(StoreWriteError, match=r"was removed or replaced \(overwrite=True\)"):
-        old.commit()
-    with pytest.raises(StoreWriteError, match="removed or replaced"):
-        old.require_present()
-    old.close()
-    assert sorted((tmp_path / "s").rglob("*")) == before
-    rows = open_store(tmp_path / "s")
-    assert len(rows) == 5 * described and bool((rows.gradients[:] == 1).all())
-
-
-def test_a_writer_whose_store_was_removed_does_not_make_it_again(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s")
-    old = writer(store)
-    store.rename(tmp_path / "aside")
-    with pytest.raises(StoreWriteError, match="removed or replaced"):
-        old.close()
-    assert not store.exists()
-
-
-def test_a_second_writer_of_a_rank_in_one_process_is_refused(tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s")
-    with writer(store), writer(store, rank=1), pytest.raises(StoreError, match="this process already writes"):
-        writer(store)
-    log(store, torch.ones(1, WIDTH))
-    assert [w.name for w in open_store(store).writers] == ["0-1", "1-1", "0-2"]
-
-
-def test_another_working_folder_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    statistics = StatisticsAccumulator(small_layout(), ["mean"])
-    out = writer(Path(new_store(Path("s")).name), statistics=statistics)
-    reader = open_store("s")
-    for batch in batches(torch.randn(40, WIDTH)):
-        out.put(batch)
-        out.commit()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-    out.close()
-    assert len(reader.refresh()) == 40 and reader.statistics.rows == 40
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
-def test_a_forked_child_is_told_that_it_cannot_write(tmp_path: Path) -> None:
-    out = writer(new_store(tmp_path / "s"))
-    batch = next(batches(torch.randn(5, WIDTH)))
-    out._process += 1  # as a child sees it: the process number is another one
-    for call in (lambda: out.put(batch), out.commit):
-        with pytest.raises(StoreWriteError, match="forked from it without the thread that writes"):
-            call()
-    out._process -= 1
-    out.close()
-    assert len(open_store(out.folder.parent.parent)) == 0

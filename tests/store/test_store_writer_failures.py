@@ -1,0 +1,131 @@
+"""The background writer on a slow or full disk: back-pressure, and who hears of a failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from logix_like.errors import StoreWriteError
+from logix_like.store import open_store
+from logix_like.store.parts import PartWriter
+from logix_like.store.storage import Pending
+from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
+
+
+class Gate:
+    """Stands in for a slow or full disk: holds up chunk writes, or lets them fail from the n-th on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None) -> None:
+        self.open = threading.Event()
+        self.writes = 0
+        original = PartWriter.prepare
+
+        def prepare(part: PartWriter, *arguments: Any) -> tuple[Mapping[str, int], Pending]:
+            if fail_at is None:
+                assert self.open.wait(20)
+            self.writes += 1
+            if fail_at is not None and self.writes >= fail_at:
+                raise OSError(28, "No space left on device")
+            return original(part, *arguments)
+
+        monkeypatch.setattr(PartWriter, "prepare", prepare)
+
+
+def test_put_waits_while_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate = new_store(tmp_path / "s"), Gate(monkeypatch)
+    rows = torch.randn(300, WIDTH)
+    room = 3 * 10 * WIDTH * 4 / 2**20
+    with writer(store, queue_mib=room) as out:
+
+        def produce() -> None:
+            for batch in batches(rows, size=10):
+                out.put(batch)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        producer.join(0.3)
+        assert producer.is_alive()
+        # Four batches are with the worker (a chunk of 16 rows is written, another one waits), three fit the queue.
+        assert out.rows <= 80
+        gate.open.set()
+        producer.join(20)
+        assert not producer.is_alive()
+    assert open_store(store).gradients[:].equal(rows)
+
+
+def test_a_failure_reaches_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path / "s")
+    rows = torch.randn(400, WIDTH)
+    with monkeypatch.context() as patch:
+        Gate(patch, fail_at=3)
+        out = writer(store)
+        with pytest.raises(StoreWriteError, match=r"32 of .* rows are committed and safe.*resume=True") as caught:
+            for batch in batches(rows):
+                out.put(batch)
+            out.commit()
+        assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(StoreWriteError):
+            out.put(next(batches(rows)))
+        out.close()  # told already: no second error hides what the caller is doing about it
+        out.close()
+    assert open_store(store).gradients[:].equal(rows[:32])
+    log(store, rows[32:])
+    assert open_store(store).gradients[:].equal(rows)
+
+
+def test_a_failure_that_nobody_saw_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path / "s")
+    Gate(monkeypatch, fail_at=1)
+    out = writer(store)
+    out.put(next(batches(torch.randn(5, WIDTH))))
+    with pytest.raises(StoreWriteError, match="No space left"):
+        out.close()
+    out.close()
+    assert len(open_store(store)) == 0
+
+
+def test_a_putter_that_waits_hears_of_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path / "s")
+    Gate(monkeypatch, fail_at=1)
+    with pytest.raises(StoreWriteError), writer(store, queue_mib=0.0001) as out:
+        while True:
+            out.put(next(batches(torch.randn(5, WIDTH))))
+
+
+def test_training_may_go_on_without_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = new_store(tmp_path / "s")
+    Gate(monkeypatch, fail_at=2)
+    with caplog.at_level(logging.ERROR), writer(store, on_error="stop_logging") as out:
+        out.put(next(batches(torch.randn(40, WIDTH), size=40)))
+        assert out.commit() == CHUNK_ROWS
+        for batch in batches(torch.randn(20, WIDTH)):
+            out.put(batch)
+        assert (out.rows, out.dropped) == (40, 20)
+    assert [r.message.count("logging has stopped, training goes on") for r in caplog.records] == [1]
+
+
+def test_no_file_is_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path / "s")
+    with writer(store) as out:
+        out.put(next(batches(torch.randn(20, WIDTH), size=20)))
+        out.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", _no_space)
+            out.put(next(batches(torch.randn(20, WIDTH), size=20)))
+            with pytest.raises(StoreWriteError):
+                out.commit()
+    assert not list(store.rglob("*.partial"))
+    assert len(open_store(store)) == 20
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
