@@ -102,7 +102,6 @@ def train(model: nn.Module, passages: Mapping[str, Tensor], settings: Settings, 
         optimizer=optimizer,
         root=root,
         checkpoints="every_epoch",
-        projection={"rank": 16},
     )
     for epoch in range(settings.epochs):
         run.epoch(epoch)
@@ -154,7 +153,7 @@ def measure_overhead(model: nn.Module, passages: Mapping[str, Tensor], settings:
     """Time plain and logged steps of two copies of the model, in turn."""
     plain, logged = copy.deepcopy(model), copy.deepcopy(model)
     batches = islice(endless(passages, settings.batch), settings.measured_steps)
-    with logix.init("measured", logged, "language_model", root=root, projection={"rank": 16}, verbose=False) as run:
+    with logix.init("measured", logged, "language_model", root=root, verbose=False) as run:
         overhead = compare_steps(step_of(plain, None), step_of(logged, run), batches)
     print(f"Overhead: {overhead}.")
 

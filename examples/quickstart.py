@@ -37,6 +37,21 @@ class Settings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found."""
+
+    store: str | None
+    """Where the rows are; None if they were removed."""
+    rows: int
+    seconds: float
+    """Of training and logging."""
+    accuracy: float
+    """On the test images."""
+    wrong_labels_auroc: float
+    """How well self-influence finds the labels that were made wrong."""
+
+
 def network(pixels: int, width: int) -> nn.Module:
     """Three layers, nothing special."""
     return nn.Sequential(
@@ -83,8 +98,8 @@ def explain(run: logix.Run, model: nn.Module, data: Digits) -> None:
         print(side_by_side(shown, ["the test image", "first proponent", "first opponent"]))
 
 
-def find_wrong_labels(run: logix.Run, model: nn.Module, data: Digits) -> None:
-    """Rank training images by self-influence: what only an image itself could teach comes first."""
+def find_wrong_labels(run: logix.Run, model: nn.Module, data: Digits) -> float:
+    """Rank training images by self-influence: what only an image itself could teach comes first; returns the AUROC."""
     result = run.compute_self_influence()
     flipped = data.flipped[torch.tensor(result.data_id.tolist())]
     order = result.scores.argsort(descending=True)
@@ -92,11 +107,13 @@ def find_wrong_labels(run: logix.Run, model: nn.Module, data: Digits) -> None:
     for share in (0.05, 0.1):
         found = flipped[order[: int(share * len(flipped))]].float().mean()
         print(f"  {found:.0%} of the first {share:.0%} of the images are labelled wrongly")
-    print(f"  AUROC {auroc(result.scores, flipped):.3f} (chance is 0.500)")
+    found_by: float = auroc(result.scores, flipped)
+    print(f"  AUROC {found_by:.3f} (chance is 0.500)")
     with torch.no_grad():
         losses = F.cross_entropy(model(data.images), data.labels, reduction="none")
     print(f"  For comparison, the final loss alone has {auroc(losses, data.flipped):.3f}: labels wrong at random are")
     print("  easy for it, but it cannot say which images are behind an answer.")
+    return found_by
 
 
 def step_of(model: nn.Module, data: Digits, run: logix.Run | None) -> Callable[[Tensor], None]:
@@ -122,7 +139,7 @@ def measure_overhead(model: nn.Module, data: Digits, settings: Settings, root: P
     print("  The wider the layers, the smaller the share of a step that logging takes.")
 
 
-def main(root: Path | None = None, *, overwrite: bool = False, settings: Settings | None = None) -> None:
+def main(root: Path | None = None, *, overwrite: bool = False, settings: Settings | None = None) -> Outcome:
     """Train, ask, measure; the store stays in ``root``, or is removed at the end without one."""
     settings = settings or Settings()
     torch.set_num_threads(1)  # steps this small gain little by a second thread, and lose much on a busy machine
@@ -136,11 +153,12 @@ def main(root: Path | None = None, *, overwrite: bool = False, settings: Setting
         right = (model(data.test_images).argmax(1) == data.test_labels).float().mean()
         print(f"Trained and logged in {seconds:.1f} s; {right:.1%} of the test images are read rightly.")
         explain(run, model, data)
-        find_wrong_labels(run, model, data)
+        found_by = find_wrong_labels(run, model, data)
         store = run.store
         print(f"\nLogged: {len(store):,} rows, one for each image and epoch, of {store.modules.width} numbers from")
         print(f"  {len(store.modules)} modules; {sum(store.bytes.values()) / 1e6:.1f} MB in {store.path}.")
         measure_overhead(model, data, settings, Path(scratch))
+        return Outcome(None if root is None else str(store.path), len(store), seconds, float(right), found_by)
 
 
 if __name__ == "__main__":

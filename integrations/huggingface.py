@@ -8,7 +8,7 @@ sampler is watched for the samples' indices. All is removed when training ends.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
@@ -25,9 +25,11 @@ from logix_like.errors import CaptureError, MissingDependencyError
 from logix_like.run.block import Block
 
 from .logits import cross_entropy_factor, token_factor
+from .loop import RunningLoop
 from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training
+from .telling import Telling
 
 try:
     from transformers import TrainerCallback
@@ -51,6 +53,8 @@ class LogixCallback(TrainerCallback):
         data_id: what samples are called: a column's name, the names in the dataset's order, or a function that takes
             the model's inputs (a mapping) and returns one id for each sample.
         dataset: holds the column named by ``data_id`` where the Trainer removes unused columns.
+        log_to: where numbers about the logging go whenever the Trainer logs (rows, overhead, gradient norms): the
+            Trainer itself, a SummaryWriter, a wandb run, or what else :func:`logix_like.scalars.sink_of` knows.
         overwrite: replace an earlier run in the same place.
         verbose: print once what is tracked.
         overrides: settings that win over the config.
@@ -63,6 +67,7 @@ class LogixCallback(TrainerCallback):
         *,
         data_id: NamedBy = None,
         dataset: Any = None,
+        log_to: Any = None,
         overwrite: bool = False,
         verbose: bool = True,
         **overrides: Any,
@@ -73,6 +78,7 @@ class LogixCallback(TrainerCallback):
         self._run: logix.Run | None = None
         self._session: _Training | None = None
         self._eager = ExitStack()
+        self._telling = Telling(log_to)
 
     @property
     def run(self) -> logix.Run:
@@ -81,10 +87,16 @@ class LogixCallback(TrainerCallback):
         Raises:
             CaptureError: training has not begun.
         """
+        if self._session is not None and self._session.broken_off:
+            self.close()
         return begun(self._run, "trainer.train()")
 
     def close(self) -> None:
-        """End logging, also after a training that was broken off; calling it again does nothing."""
+        """End logging; calling it again does nothing.
+
+        The callback does this itself when training ends and, where an error broke it off, when it is asked for the
+        run, when the model is next trained on, or when ``train()`` is called again.
+        """
         self._eager.close()
         if self._session is not None:
             self._session.close()
@@ -117,6 +129,7 @@ class LogixCallback(TrainerCallback):
             raise
         if names.order is not None and not args.ignore_data_skip:
             names.order.skip(_batches_to_skip(state.global_step, len(loader), args.gradient_accumulation_steps))
+        self._telling.begin(self._run)
         self._session = _Training(
             self._run,
             model,
@@ -124,6 +137,7 @@ class LogixCallback(TrainerCallback):
             epoch=int(state.epoch or 0),
             smoothing=args.label_smoothing_factor,
             scaler=scaler,
+            on_broken_off=self._broken_off,
         )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -160,6 +174,11 @@ class LogixCallback(TrainerCallback):
         if self._session is not None:
             self.run.commit()
 
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has logged: so does this."""
+        if self._session is not None and state.is_world_process_zero:
+            self._telling.tell(state.global_step)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run."""
         self.close()
@@ -169,15 +188,23 @@ class LogixCallback(TrainerCallback):
         # Not the class's name: the Trainer would make another callback from what it finds under it.
         return f"{type(self).__name__} of {self._setup.config.project}"
 
+    def _broken_off(self) -> None:
+        self.close()
+        warnings.warn(
+            "train() was broken off, and with it the logging; what was logged before is kept",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
     def _require_fit(self, args: Any, state: Any) -> None:
-        if self._session is not None and self._session.batches:
+        if self._session is not None:  # broken off; before the first batch was logged e.g. to find a batch size
+            batches = self._session.batches
             self.close()
-            raise CaptureError(
-                "train() was called again after it had been broken off; rows of both attempts would be mixed: make a "
-                "new LogixCallback with overwrite=True, or resume from a checkpoint with a new one"
-            )
-        if self._session is not None:  # broken off before the first batch was logged, e.g. to find a batch size
-            self.close()
+            if batches and not state.global_step:
+                raise CaptureError(
+                    "train() was called again after it had been broken off; rows of both attempts would be mixed: "
+                    "resume from a checkpoint, or make a new LogixCallback with overwrite=True"
+                )
         elif self._run is not None and not state.global_step:
             refuse_second_training("train()", "from a checkpoint")
         if args.n_gpu > 1:
@@ -191,7 +218,15 @@ class _Training:
     """One training: hooks on the model, the loader's order, and the block that is open."""
 
     def __init__(
-        self, run: logix.Run, model: nn.Module, names: SampleNames, *, epoch: int, smoothing: float, scaler: Any
+        self,
+        run: logix.Run,
+        model: nn.Module,
+        names: SampleNames,
+        *,
+        epoch: int,
+        smoothing: float,
+        scaler: Any,
+        on_broken_off: Callable[[], None],
     ) -> None:
         self._run = run
         self._names = names
@@ -199,6 +234,8 @@ class _Training:
         self._reader = LossReader(model)
         self._smoothing = smoothing
         self._scaler = scaler
+        self._loop = RunningLoop("transformers.trainer_callback")
+        self._on_broken_off = on_broken_off
         self._open: _OpenBatch | None = None
         self.batches = 0
         """Batches that were logged."""
@@ -206,6 +243,11 @@ class _Training:
             model.register_forward_pre_hook(OwnHook(self._before), with_kwargs=True),
             model.register_forward_hook(OwnHook(self._after), with_kwargs=True),
         ]
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether the Trainer's loop is left, of which an error tells no callback."""
+        return self._loop.is_over
 
     def begin_epoch(self) -> None:
         """The next epoch begins."""
@@ -238,6 +280,9 @@ class _Training:
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
+            return
+        if self.broken_off:
+            self._on_broken_off()
             return
         if self._open is not None:
             self._open.block.drop()

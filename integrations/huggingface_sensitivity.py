@@ -6,6 +6,7 @@ from typing import Any
 
 from logix_like.errors import MissingDependencyError
 from logix_like.objective import Objective
+from logix_like.scalars import sink_of
 from logix_like.sensitivity import SensitivityMonitor
 
 from .looking import Watch
@@ -23,15 +24,20 @@ class SensitivityCallback(TrainerCallback):
 
     ``trainer.add_callback(SensitivityCallback(posterior="diagonal", strength=5.0, parameters=["classifier.*"]))``.
     Samples are called by their index in the dataset. The losses go to ``state.log_history`` as ``loo_loss`` and
-    ``sensitivity_train_loss`` (and the evaluation set's as ``sensitivity_eval_loss``).
+    ``sensitivity_train_loss`` (and the evaluation set's as ``sensitivity_eval_loss``), or to ``log_to``.
 
     Args:
         objective: what the model is trained for; a classifier unless told otherwise.
         every: epochs between two looks.
+        log_to: the Trainer itself, so that its reporters see the losses as well, a SummaryWriter, a wandb run, or what
+            else :func:`logix_like.scalars.sink_of` knows.
         options: of :class:`~logix_like.sensitivity.SensitivityMonitor`.
     """
 
-    def __init__(self, objective: Objective | None = None, *, every: int = 1, **options: Any) -> None:
+    def __init__(
+        self, objective: Objective | None = None, *, every: int = 1, log_to: Any = None, **options: Any
+    ) -> None:
+        self._sink = None if log_to is None else sink_of(log_to)
         self._watch = Watch(objective, every, options, "trainer.train()")
 
     @property
@@ -53,8 +59,12 @@ class SensitivityCallback(TrainerCallback):
         epoch = round(state.epoch)
         if self._watch.is_due(epoch):
             look = self._watch.look(epoch, kwargs.get("eval_dataloader"))
-            entry = {"epoch": state.epoch, "step": state.global_step, "loo_loss": look.loo_loss}
-            entry["sensitivity_train_loss"] = look.train_loss
+            losses = {"loo_loss": look.loo_loss, "sensitivity_train_loss": look.train_loss}
             if look.validation_loss is not None:
-                entry["sensitivity_eval_loss"] = look.validation_loss
-            state.log_history.append(entry)
+                losses["sensitivity_eval_loss"] = look.validation_loss
+            if self._sink is None:
+                state.log_history.append({"epoch": state.epoch, "step": state.global_step, **losses})
+            else:
+                due = control.should_log
+                self._sink(losses, state.global_step)
+                control.should_log = due  # the Trainer takes its own log for done when it is written to

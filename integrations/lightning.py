@@ -20,6 +20,7 @@ from logix_like.run.block import Block
 
 from .naming import NamedBy, SampleNames
 from .starting import Setup, begun, refuse_second_training
+from .telling import Telling
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -45,6 +46,8 @@ class LogixCallback(Callback):
         dataset: holds the column named by ``data_id``, where the loader's dataset does not.
         mask: takes the batch, returns ``[batch, positions]``, true where a position counts.
         scale: what the training step multiplies its loss by itself (manual optimization with accumulation).
+        log_to: where numbers about the logging go every ``log_every_n_steps`` (rows, overhead, gradient norms): the
+            LightningModule itself, a logger, a wandb run, or what else :func:`logix_like.scalars.sink_of` knows.
         overwrite: replace an earlier run in the same place.
         verbose: print once what is tracked.
         overrides: settings that win over the config.
@@ -59,6 +62,7 @@ class LogixCallback(Callback):
         dataset: Any = None,
         mask: Callable[[Any], Tensor] | None = None,
         scale: float = 1.0,
+        log_to: Any = None,
         overwrite: bool = False,
         verbose: bool = True,
         **overrides: Any,
@@ -74,6 +78,7 @@ class LogixCallback(Callback):
         self._block: Block | None = None
         self._batch: dict[str, Any] = {}
         self._saved_steps: int | None = None
+        self._telling = Telling(log_to)
 
     @property
     def run(self) -> logix.Run:
@@ -110,6 +115,7 @@ class LogixCallback(Callback):
         steps, self._saved_steps = self._saved_steps, None
         steps = trainer.global_step if steps is None else steps
         self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=steps)
+        self._telling.begin(self._run)
         self._run.epoch(trainer.current_epoch)  # the start of an epoch that is resumed in its midst is not told
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -139,6 +145,8 @@ class LogixCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """What was opened for a further backward pass is not needed."""
         self._drop()
+        if trainer.is_global_zero and trainer.log_every_n_steps and (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self._telling.tell(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""

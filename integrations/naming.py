@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
@@ -35,6 +36,7 @@ class SampleNames:
 
     def __init__(self, named_by: NamedBy, loader: Any, dataset: Any = None) -> None:
         self._function: Callable[[Any], Any] | None = named_by if callable(named_by) else None
+        self._loader = loader
         self.order: LoaderOrder | None = None
         """The loader's order, where ids come from dataset indices."""
         self._names: Sequence[DataId] | None = None
@@ -42,8 +44,8 @@ class SampleNames:
         if named_by is not None and not callable(named_by):
             if not by_index:
                 raise ConfigError(
-                    "the training data has no indices (an iterable dataset), so that neither a column nor a sequence "
-                    "can name its samples; give data_id= a function of the batch"
+                    f"the training data has no indices ({_why(loader)}), so that neither a column nor a sequence can "
+                    "name its samples; give data_id= a function of the batch"
                 )
             named = _column(named_by, dataset, loader) if isinstance(named_by, str) else named_by
             self._names = _checked(named, loader)
@@ -55,7 +57,7 @@ class SampleNames:
         if self._function is not None:
             return as_data_ids(self._function(batch), mask)
         if self.order is None:
-            return _content(batch, mask)
+            return _content(batch, mask, self._loader)
         indices = self.order.take()
         if self._names is None:
             return indices
@@ -108,12 +110,20 @@ def _values(column: Any) -> Sequence[Any]:
     return values
 
 
-def _content(batch: Any, mask: Tensor | None) -> tuple[DataId, ...]:
+def _why(loader: Any) -> str:
+    """Why a loader's samples have no indices."""
+    loader = getattr(loader, "base_dataloader", loader)
+    if not isinstance(loader, DataLoader):
+        return f"it comes from a {type(loader).__name__}, not from one DataLoader"
+    return "an iterable dataset" if isinstance(loader.dataset, IterableDataset) else "its loader forms no batches"
+
+
+def _content(batch: Any, mask: Tensor | None, loader: Any) -> tuple[DataId, ...]:
     """Hashes of the token ids of each sample."""
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise CaptureError(
-            "the training data has no indices (an iterable dataset) and the batch no 'input_ids' [batch, positions] "
-            "to name its samples by; give LogixCallback(data_id=...), a function of the batch"
+            f"the training data has no indices ({_why(loader)}) and the batch no 'input_ids' [batch, positions] to "
+            "name its samples by; give LogixCallback(data_id=...), a function of the batch"
         )
     return as_data_ids(tokens, mask if mask is not None and mask.shape == tokens.shape else None)

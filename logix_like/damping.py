@@ -79,6 +79,27 @@ class Damping:
             )
         return cls(kind, float(value))
 
+    @classmethod
+    def parse(cls, text: str) -> Damping:
+        """The setting that a person types: ``0.1``, ``auto`` or ``absolute:1e-3``; :class:`QueryError` for others."""
+        kind, colon, number = text.strip().rpartition(":")
+        try:
+            if text.strip() == "auto":
+                return cls("auto")
+            if kind == "absolute" or not colon:
+                return cls.of({"absolute": float(number)} if colon else float(number))
+        except (ValueError, QueryError):
+            pass
+        raise QueryError(
+            f"damping is {text[:40]!r}; it must be a number of at least 0 (a multiple of the mean eigenvalue), "
+            "auto, or absolute:NUMBER"
+        )
+
+    @property
+    def typed(self) -> str:
+        """What :meth:`parse` reads it from."""
+        return {"relative": f"{self.value!r}", "absolute": f"absolute:{self.value!r}", "auto": "auto"}[self.kind]
+
     @property
     def setting(self) -> DampingSetting:
         """What it was made of, as plain data."""

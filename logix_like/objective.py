@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from logix_like.errors import ConfigError
 
@@ -48,6 +49,18 @@ class Likelihood(ABC):
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         """The losses' Hessian in the outputs times ``vector``; all three are shaped as the outputs."""
 
+    def with_residual(
+        self, outputs: Tensor, targets: Tensor, *, draw: bool = False, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and residual, of ``targets`` or of ones drawn from the model; nothing is traced by autograd.
+
+        To be overridden where both are cheaper together.
+        """
+        outputs = outputs.detach()
+        if draw:
+            targets = self.sample(outputs, targets, generator)
+        return self.losses(outputs, targets), self.residual(outputs, targets)
+
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
@@ -60,17 +73,7 @@ class Categorical(Likelihood):
 
     def sample(self, outputs: Tensor, targets: Tensor, generator: Generator | None = None) -> Tensor:
         """Classes drawn by their probabilities."""
-        # By the inverse of the distribution function: torch.multinomial costs half a training step at 8,192 classes.
-        logits = outputs.detach().flatten(0, -2).float()
-        cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)
-        total = cumulative[:, -1:]
-        uniform = torch.empty_like(total).uniform_(generator=generator)
-        # Strictly below the total, so that no class without probability is drawn.
-        level = torch.minimum(uniform * total, total * (1 - torch.finfo(total.dtype).eps))
-        # Logits that are not finite would draw a class that does not exist; so they go on into the losses.
-        last = outputs.shape[-1] - 1
-        drawn = torch.searchsorted(cumulative, level, right=True).clamp_max_(last).view(targets.shape)
-        return torch.where(targets == IGNORED, targets, drawn)
+        return _drawn(outputs.detach().softmax(-1, dtype=_wide(outputs)), targets, generator)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Probabilities minus one-hot labels; 0 where a position does not count."""
@@ -83,6 +86,26 @@ class Categorical(Likelihood):
         p = outputs.softmax(-1)
         weighted = p * vector
         return (weighted - p * weighted.sum(-1, keepdim=True)) * (targets != IGNORED).unsqueeze(-1)
+
+    def with_residual(
+        self, outputs: Tensor, targets: Tensor, *, draw: bool = False, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One softmax for the draw, the losses and the residual: with many classes each costs much of a step."""
+        logarithms = outputs.detach().log_softmax(-1, dtype=_wide(outputs))
+        if draw:
+            p = logarithms.exp_()
+            targets = _drawn(p, targets, generator)
+        counted = targets != IGNORED
+        labels = targets.where(counted, 0).unsqueeze(-1)
+        if draw:
+            likely = p.gather(-1, labels).log()
+        else:
+            likely = logarithms.gather(-1, labels)
+            p = logarithms.exp_()
+        p.view(-1, p.shape[-1]).index_fill_(0, (~counted).flatten().nonzero().squeeze(1), 0)
+        residual = p.scatter_add_(-1, labels, -counted.to(p).unsqueeze(-1))
+        losses = -likely.squeeze(-1).where(counted, 0).view(len(targets), -1).sum(1)
+        return losses.to(outputs.dtype), residual.to(outputs.dtype)
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,7 @@ class Objective:
         Position ``t`` predicts label ``t + 1``; labels of -100 do not count. Without ``labels`` the input's tokens
         are, save those that ``attention_mask`` leaves out.
         """
-        return cls(Categorical(), outputs=_next_token_logits, targets=_next_tokens)
+        return cls(Categorical(), outputs=_outputs, targets=_next_tokens)
 
     def forward(self, model: Model, batch: Batch) -> Tensor:
         """Outputs of ``batch``, ``[batch, ...]``."""
@@ -184,10 +207,19 @@ class Objective:
         """``[batch]``: each sample's loss, summed over its positions."""
         return self.likelihood.losses(self.forward(model, batch), self.labels(batch))
 
-    def sampled_losses(self, model: Model, batch: Batch, generator: Generator | None = None) -> Tensor:
-        """``[batch]``: losses on targets drawn from the model; their gradients' second moment is the true Fisher."""
-        outputs, targets = self.forward(model, batch), self.labels(batch)
-        return self.likelihood.losses(outputs, self.likelihood.sample(outputs, targets, generator))
+    def backward_losses(
+        self, model: Model, batch: Batch, *, draw: bool = False, generator: Generator | None = None
+    ) -> Tensor:
+        """``[batch]``: the losses for a single backward pass, of which the first step is known and not traced.
+
+        Cheaper than :meth:`losses`, and like those but for rounding. With ``draw`` the targets are drawn from the
+        model: the gradients' second moment is then the true Fisher.
+        """
+        outputs = self.forward(model, batch)
+        found: Tensor = _KnownResidual.apply(
+            outputs, *self.likelihood.with_residual(outputs, self.labels(batch), draw=draw, generator=generator)
+        )
+        return found
 
     def margins(self, model: Model, batch: Batch) -> Tensor:
         """``[batch]``: ``log(p / (1 - p))`` of each sample's target, ``p`` its likelihood (TRAK, Park 2023, section 3).
@@ -198,6 +230,58 @@ class Objective:
         # p rounds to 1 for a sample that is certain; log(1 - p) stays finite a step below it.
         below = torch.clamp(log_p, max=-torch.finfo(log_p.dtype).eps)
         return log_p - torch.log(-torch.expm1(below))
+
+
+class _KnownResidual(torch.autograd.Function):
+    """Losses whose derivative by the outputs has been worked out already."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, losses: Tensor, residual: Tensor) -> Tensor:
+        ctx.save_for_backward(residual)
+        return losses.view_as(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (residual,) = ctx.saved_tensors
+        if bool((gradient == 1).all()):  # that of a sum
+            return residual, None, None
+        return residual * gradient.view(-1, *(1,) * (residual.ndim - 1)), None, None
+
+
+def _wide(outputs: Tensor) -> torch.dtype:
+    return outputs.dtype if outputs.dtype == torch.float64 else torch.float32
+
+
+def _drawn(p: Tensor, targets: Tensor, generator: Generator | None) -> Tensor:
+    """Classes drawn by the probabilities ``p [..., classes]``; -100 where ``targets`` are.
+
+    By the inverse of the distribution function, first of runs of classes, then within one: a sum over all classes one
+    after another costs a twentieth of a training step at 8,192 classes, ``torch.multinomial`` half of one.
+    """
+    p = p.flatten(0, -2)
+    classes = p.shape[1]
+    run = math.isqrt(classes)
+    whole = classes - classes % run
+    runs = p[:, :whole].unflatten(1, (-1, run)).sum(-1)
+    if whole < classes:
+        runs = torch.cat([runs, p[:, whole:].sum(-1, keepdim=True)], 1)
+    ends = runs.cumsum(-1)
+    level = torch.empty_like(ends[:, -1:]).uniform_(generator=generator) * ends[:, -1:]
+    chosen = _first_above(ends, level)
+    columns = chosen * run + torch.arange(run, device=p.device)
+    inside = p.gather(1, columns.clamp_max(classes - 1)).masked_fill_(columns >= classes, 0).cumsum(-1)
+    level -= ends.gather(1, chosen) - runs.gather(1, chosen)
+    # Probabilities that are not finite would draw a class that does not exist; so they go on into the losses.
+    drawn = (chosen * run + _first_above(inside, level)).clamp_max_(classes - 1).view(targets.shape)
+    return torch.where(targets == IGNORED, targets, drawn)
+
+
+def _first_above(cumulative: Tensor, level: Tensor) -> Tensor:
+    """By row, the first place whose sum exceeds ``level``: always one that adds something."""
+    total = cumulative[:, -1:]
+    level = torch.minimum(level.clamp_min(0), total * (1 - torch.finfo(total.dtype).eps))
+    return torch.searchsorted(cumulative, level, right=True).clamp_max_(cumulative.shape[1] - 1)
 
 
 def bound(model: nn.Module, parameters: Mapping[str, Tensor]) -> Model:
@@ -228,16 +312,14 @@ def _targets(batch: Batch) -> Tensor:
     return found
 
 
-def _next_token_logits(model: Model, batch: Batch) -> Tensor:
-    return _outputs(model, batch)[:, :-1]
-
-
 def _next_tokens(batch: Batch) -> Tensor:
+    """Shifted by one; the last position predicts nothing (leaving it out would copy all logits)."""
     if "labels" in batch:
-        return _targets(batch)[:, 1:]
-    tokens: Tensor = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    return (tokens if mask is None else tokens.where(mask.bool(), IGNORED))[:, 1:]
+        tokens = _targets(batch)
+    else:
+        tokens, mask = batch["input_ids"], batch.get("attention_mask")
+        tokens = tokens if mask is None else tokens.where(mask.bool(), IGNORED)
+    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
 
 
 def _logits(output: Any) -> Tensor:

@@ -17,6 +17,8 @@ from logix_like.statistics import COVARIANCE_LIMIT
 
 QUEUE_MIB = 16
 """Batches that wait for the writer take no more than this."""
+CHUNKS = 6
+"""The writer holds about so many chunks: one staged in float32, two encoded, and copies while it encodes."""
 COLUMN_BYTES = 72
 """About what a row takes beside its gradient: id, step, epoch, loss, norm, learning rate, flags."""
 FLOAT, DOUBLE = 4, 8
@@ -71,12 +73,13 @@ class Plan:
         yield "tracked", f"{self.modules:,} modules, {self.covered:.1%} of {self.parameters:,} parameters"
         yield "row", f"{self.numbers:,} numbers, {size(self.row)}"
         yield "disk", f"{size(self.disk)} for {self.rows:,} rows (full gradients in float32: {size(self.full)})"
-        yield "", f"rows {size(self.rows_on_disk)}, mean rows {size(self.view_on_disk)}, statistics "
-        yield "", f"{size(self.statistics)}, projections {size(self.projections)}"
+        yield "", f"rows {size(self.rows_on_disk)}, mean rows {size(self.view_on_disk)},"
+        yield "", f"statistics {size(self.statistics)}, projections {size(self.projections)}"
         yield "memory", f"about {size(self.memory)} beyond the training's own"
         yield (
             "time",
-            f"about {self.arithmetic:.1%} more arithmetic in a step; hooks and statistics come on top",
+            f"about {self.arithmetic:.1%} more arithmetic in a step; hooks and statistics come on top "
+            "(`logix-like info` tells what a run took)",
         )
 
 
@@ -112,7 +115,7 @@ def plan(model: nn.Module, config: Config, *, samples: int, epochs: int = 1, bat
         view_on_disk=samples * (row + COLUMN_BYTES) if epochs > 1 else 0,
         statistics=statistics,
         projections=projections,
-        memory=2 * statistics + projections + 3 * chunk + queued + 2 * batch * numbers * FLOAT,
+        memory=2 * statistics + projections + CHUNKS * chunk + queued + 2 * batch * numbers * FLOAT,
         arithmetic=_arithmetic(model, layout),
         full=samples * epochs * FLOAT * sum(block.shape[0] * block.shape[1] for block in layout),
     )

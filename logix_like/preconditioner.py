@@ -13,7 +13,8 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           samples, else kfac, else the covariance there is
+           samples, else ekfac where its eigenvalues were
+           gathered, else kfac, else the covariance there is
 ========== ===================================================== ========================================
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
@@ -115,7 +116,7 @@ class ModuleFit:
     """How many rows it was fitted to; None where no row matters."""
 
 
-class Curvature:
+class Eigenbases:
     """Statistics together with the eigenbases taken from them, each computed once.
 
     Keeping one of these makes fitting again with another damping cheap. ``samples`` says how many samples the rows
@@ -147,36 +148,36 @@ class Curvature:
         return int(self.statistics.sums[block.name][field].item())
 
 
-def _fit_identity(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+def _fit_identity(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     return ModuleFit("identity", 0.0, Identity())
 
 
-def _fit_diagonal(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
-    values = curvature.statistics.second_moment(block.name)
-    rows = curvature.counted(block, "rows")
+def _fit_diagonal(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    values = eigenbases.statistics.second_moment(block.name)
+    rows = eigenbases.counted(block, "rows")
     shift = damping.shift(_spectrum(values, rows))
     return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
-def _fit_covariance(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
-    covariance = curvature.statistics.covariance(block.name)
-    rows = curvature.counted(block, "rows")
+def _fit_covariance(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    covariance = eigenbases.statistics.covariance(block.name)
+    rows = eigenbases.counted(block, "rows")
     squares = covariance.square().sum().item() if damping.kind == "auto" else 0.0
     shift = damping.shift(Spectrum(block.size, covariance.diagonal().sum().item(), squares, rows))
     return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
 
 
-def _fit_kfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+def _fit_kfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     if block.coordinates is not None:  # of an eigenbasis: the factors are diagonal there
-        factors = curvature.statistics.kronecker(block.name)
+        factors = eigenbases.statistics.kronecker(block.name)
         for factor in (factors.output, factors.input):
             require_finite(factor, block.name)
         products = product_eigenvalues(factors.output.diagonal(), factors.input.diagonal())
         values = products.flatten()[list(block.coordinates)]
-        return _in_eigenbasis("kfac", values, damping, block, curvature.counted(block, "samples"))
-    output, input_ = curvature.kronecker(block)
+        return _in_eigenbasis("kfac", values, damping, block, eigenbases.counted(block, "samples"))
+    output, input_ = eigenbases.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
-    samples = curvature.counted(block, "samples")
+    samples = eigenbases.counted(block, "samples")
     shift = damping.shift(_spectrum(values, samples))
     weights = damped_reciprocal(values, shift, block.name)
     return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights), samples)
@@ -187,12 +188,12 @@ def _in_eigenbasis(kind: str, values: Tensor, damping: Damping, block: ModuleBlo
     return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
-def _fit_ekfac(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
+def _fit_ekfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     if block.coordinates is not None:
-        values = curvature.statistics.corrected_values(block.name).flatten()
-        return _in_eigenbasis("ekfac", values, damping, block, curvature.counted(block, "corrected_rows"))
-    corrected = curvature.corrected(block)
-    rows = curvature.counted(block, "corrected_rows")
+        values = eigenbases.statistics.corrected_values(block.name).flatten()
+        return _in_eigenbasis("ekfac", values, damping, block, eigenbases.counted(block, "corrected_rows"))
+    corrected = eigenbases.corrected(block)
+    rows = eigenbases.counted(block, "corrected_rows")
     shift = damping.shift(_spectrum(corrected.values, rows))
     weights = damped_reciprocal(corrected.values, shift, block.name)
     return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights), rows)
@@ -203,16 +204,18 @@ def _spectrum(values: Tensor, rows: int) -> Spectrum:
     return Spectrum(values.numel(), values.sum().item(), values.square().sum().item(), rows)
 
 
-def _fit_auto(curvature: Curvature, block: ModuleBlock, damping: Damping) -> ModuleFit:
-    statistics = curvature.statistics
+def _fit_auto(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
+    statistics = eigenbases.statistics
     gathered = statistics.has(block.name, "outer_sum")
     known = statistics.sums[block.name]["rows"].item() if gathered else 0
-    if gathered and (known if curvature.samples is None else min(known, curvature.samples)) >= 2 * block.size:
-        return _fit_covariance(curvature, block, damping)
+    if gathered and (known if eigenbases.samples is None else min(known, eigenbases.samples)) >= 2 * block.size:
+        return _fit_covariance(eigenbases, block, damping)
     if has_kronecker(statistics, block):
-        return _fit_kfac(curvature, block, damping)
+        if statistics.has(block.name, "corrected_square_sum"):
+            return _fit_ekfac(eigenbases, block, damping)
+        return _fit_kfac(eigenbases, block, damping)
     if gathered:  # too few rows to be a good estimate, but damped, and the best there is
-        return _fit_covariance(curvature, block, damping)
+        return _fit_covariance(eigenbases, block, damping)
     raise StatisticsError(
         f"neither the covariance nor the Kronecker factors of module {block.name!r} ({block.size} numbers) "
         "were gathered, so there is nothing to precondition with; put 'covariance' or 'kronecker' under "
@@ -225,7 +228,7 @@ def has_kronecker(statistics: Statistics, block: ModuleBlock) -> bool:
     return statistics.has(block.name, "output_outer_sum") and statistics.has(block.input_group, "input_outer_sum")
 
 
-PRECONDITIONERS: Mapping[str, Callable[[Curvature, ModuleBlock, Damping], ModuleFit]] = MappingProxyType(
+PRECONDITIONERS: Mapping[str, Callable[[Eigenbases, ModuleBlock, Damping], ModuleFit]] = MappingProxyType(
     {
         "identity": _fit_identity,
         "diagonal": _fit_diagonal,
@@ -369,7 +372,7 @@ def fit_preconditioner(
     layout: Layout,
     damping: DampingSetting | Damping,
     *,
-    curvature: Curvature | None = None,
+    eigenbases: Eigenbases | None = None,
 ) -> FittedPreconditioner:
     """Fit the preconditioner ``name`` to ``statistics``; factorisations are done in float64.
 
@@ -378,7 +381,7 @@ def fit_preconditioner(
         statistics: Sums over the rows that are to be preconditioned.
         layout: The module table of those rows.
         damping: Added to each module's eigenvalues, in one of the ways of :mod:`logix_like.damping`.
-        curvature: Eigenbases of the same statistics from an earlier fit, used again.
+        eigenbases: Those of the same statistics from an earlier fit, used again.
 
     Raises:
         QueryError: unknown name or a negative damping.
@@ -387,8 +390,7 @@ def fit_preconditioner(
     require_preconditioner(name)
     checked = Damping.of(damping)
     layout.require_same(statistics.layout)
-    if curvature is None or curvature.statistics is not statistics:
-        curvature = Curvature(statistics)
-    fit = PRECONDITIONERS[name]
-    eigenbases = curvature
-    return FittedPreconditioner(name, checked, layout, lambda block: fit(eigenbases, block, checked))
+    fit, known = PRECONDITIONERS[name], eigenbases
+    if known is None or known.statistics is not statistics:
+        known = Eigenbases(statistics)
+    return FittedPreconditioner(name, checked, layout, lambda block: fit(known, block, checked))

@@ -34,7 +34,7 @@ class Init(ABC):
     needs_moment = False
     """Whether the matrix depends on data (the side's second moment)."""
     picks = False
-    """Whether only the coordinates of the largest curvature are kept, ``rank * rank`` of them."""
+    """Whether only the coordinates of the largest curvature are kept, as many as ``rank * rank`` a module make."""
 
     @abstractmethod
     def matrix(self, key: str, rank: int, dim: int, moment: Tensor | None) -> Tensor | None:
@@ -76,10 +76,10 @@ class Pca(Init):
 
 
 class Eigen(Init):
-    """Coordinates of the Kronecker eigenbasis: of the leading ``4 rank x 4 rank`` the ``rank * rank`` largest.
+    """Coordinates of the Kronecker eigenbasis: of every module's leading ``4 rank x 4 rank`` the largest.
 
-    Whitening scales a coordinate by its eigenvalue, so that those of the largest eigenvalues carry most of a
-    preconditioned score; they need not be a rectangle. In this basis EK-FAC is a diagonal.
+    All modules together keep as many as with ``rank * rank`` each, a module of large gradients more of them: those
+    of the largest curvature carry most of a score. In this basis EK-FAC is a diagonal.
     """
 
     needs_moment = True
@@ -107,12 +107,24 @@ INITS: Mapping[str, Init] = MappingProxyType(
 )
 
 
-def largest_coordinates(input_moment: Tensor, output_moment: Tensor, rank: tuple[int, int], count: int) -> list[int]:
-    """The ``count`` largest products of the sides' leading eigenvalues, as positions in ``[rank_out, rank_in]``."""
-    outward, inward = _leading_values(output_moment, rank[0]), _leading_values(input_moment, rank[1])
-    products = (outward[:, None] * inward[None, :]).flatten()
-    order: list[int] = products.argsort(descending=True, stable=True)[:count].sort().values.tolist()
-    return order
+def largest_coordinates(
+    moments: Mapping[str, tuple[Tensor, Tensor]], ranks: Mapping[str, tuple[int, int]], count: int
+) -> dict[str, tuple[int, ...]]:
+    """The ``count`` coordinates of largest curvature of all blocks together, by block.
+
+    They are positions in a block's ``[rank_out, rank_in]``, whose curvatures are the products of its sides' leading
+    eigenvalues. Every block keeps at least its largest one. ``moments`` are means ``(input, output)`` of each block.
+    """
+    products = {
+        name: torch.outer(_leading_values(moments[name][1], out), _leading_values(moments[name][0], inward)).flatten()
+        for name, (out, inward) in ranks.items()
+    }
+    for values in products.values():
+        values[values.argmax()] = math.inf
+    chosen = torch.zeros(sum(map(len, products.values())), dtype=torch.bool)
+    chosen[torch.cat(list(products.values())).argsort(descending=True, stable=True)[: max(count, len(products))]] = True
+    parts = chosen.split([len(values) for values in products.values()])
+    return {name: tuple(part.nonzero()[:, 0].tolist()) for name, part in zip(products, parts, strict=True)}
 
 
 def _leading_vectors(rank: int, dim: int, moment: Tensor | None) -> Tensor:

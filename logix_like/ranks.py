@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from logix_like.errors import ConfigError, StoreError
+
+Chosen = TypeVar("Chosen")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ class Ranks:
                 raise StoreError(f"process 0 of {self.size} failed, so this one (process {self.rank}) stops: {told[0]}")
         if error is not None:
             raise error
+
+    def agree(self, choose: Callable[[], Chosen]) -> Chosen:
+        """What the first process chooses, told to all.
+
+        Raises:
+            StoreError: the first process failed (it raises the error itself).
+        """
+        chosen: list[Any] = [None]
+        self.once(lambda: chosen.__setitem__(0, choose()))
+        if self.size > 1:
+            dist.broadcast_object_list(chosen, src=0)
+        found: Chosen = chosen[0]
+        return found
 
     def wait(self) -> None:
         """Return when all processes are here."""

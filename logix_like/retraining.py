@@ -31,6 +31,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ FORMAT = "logix_like.retraining/1"
 SUBMITTED_AHEAD = 64
 """So many retrainings wait in an executor at a time: enough for any pool, few enough to stop soon."""
 SHOWN_FAILURES = 3
+
+_RANDOM_NUMBERS = Lock()
+"""Held while a model is trained: torch's generator is the process's, and threads would draw from each other's seeds."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,7 @@ class SubsetOracle:
             when ``train`` or ``measure`` change.
         executor: Any ``concurrent.futures`` executor, or a ``dask.distributed`` client; None trains in this process.
             A process pool needs ``train`` and ``measure`` that can be pickled (functions of a module, or objects
-            that load their data themselves). Threads share torch's random numbers, so that a pool of several needs a
-            ``train`` that draws from a generator of its own.
+            that load their data themselves). Threads take turns, since they share torch's random numbers.
         empty: What is measured without any training, a number or ``[queries]``; None trains on no samples.
         progress: Show a bar with the time left: always, never, or (None) on a terminal.
 
@@ -267,7 +270,7 @@ class SubsetOracle:
 def retrain(train: Train, measure: Measure, samples: list[int], seed: int) -> list[float] | str:
     """Train and measure once, wherever an executor runs it; a failure is returned in words."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _RANDOM_NUMBERS, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             value = measure(train(samples, seed))
         return _numbers(value)

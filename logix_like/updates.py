@@ -45,19 +45,27 @@ class UpdateRule(ABC):
         """
 
     @abstractmethod
-    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
-        """How far a unit of one step's gradient moves each weight in the long run, ``[parameters]`` or one number.
-
-        ``taken`` counts the steps that ``moments`` come from.
-        """
+    def rate(self, hyper: Hyper) -> float:
+        """How far a unit of one step's gradient moves a weight in the long run, unscaled."""
 
     @abstractmethod
     def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
         """What step number ``taken`` moves the weights for a unit of the gradient of ``age`` steps ago, unscaled."""
 
-    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
-        """``[parameters]`` by which an adaptive optimizer multiplies what :meth:`impulse` says; None for the others."""
+    def scale(self, moments: Mapping[str, Tensor], taken: int, hyper: Hyper) -> Tensor | None:
+        """By which an adaptive optimizer multiplies :meth:`rate` and :meth:`impulse`; None for the others.
+
+        ``[parameters]`` as the ``moments``, which are those after ``taken`` steps.
+        """
         return None
+
+    def shrinkage(self, hyper: Hyper) -> float:
+        """The part of itself that a step takes from each weight apart from its gradient (decoupled weight decay)."""
+        return 0.0
+
+    def penalty(self, hyper: Hyper) -> float:
+        """What a step adds of each weight to its gradient (L2 weight decay)."""
+        return float(hyper["weight_decay"])
 
     def check(self, hyper: Hyper) -> None:
         """Raise :class:`ConfigError` if a setting is on that the rule does not know."""
@@ -87,7 +95,7 @@ class SGDRule(UpdateRule):
         direction = gradient + momentum * buffer if hyper["nesterov"] else buffer
         return theta - hyper["lr"] * direction, {"momentum_buffer": buffer}
 
-    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
+    def rate(self, hyper: Hyper) -> float:
         momentum = hyper["momentum"]
         return float(hyper["lr"] * ((1 - hyper["dampening"]) / (1 - momentum) if momentum else 1.0))
 
@@ -114,30 +122,34 @@ class AdamRule(UpdateRule):
         self, theta: Tensor, gradient: Tensor, moments: Moments, taken: int, hyper: Hyper, *, fixed_scale: bool = False
     ) -> tuple[Tensor, Moments]:
         first, second = hyper["betas"]
-        decay = hyper["weight_decay"]
-        if self._decoupled or hyper.get("decoupled_weight_decay"):
-            theta = theta * (1 - hyper["lr"] * decay)
-        else:
-            gradient = gradient + decay * theta
+        gradient = gradient + self.penalty(hyper) * theta
+        theta = theta * (1 - self.shrinkage(hyper))
         mean = first * moments["exp_avg"] + (1 - first) * gradient
         square = second * moments["exp_avg_sq"] + (1 - second) * gradient * gradient
         scale = _root(square.detach() if fixed_scale else square) / (1 - second ** (taken + 1)) ** 0.5
         size = hyper["lr"] / (1 - first ** (taken + 1))
         return theta - size * mean / (scale + hyper["eps"]), {"exp_avg": mean, "exp_avg_sq": square}
 
-    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
-        corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
-        rate: Tensor = hyper["lr"] / (corrected.sqrt() + hyper["eps"])
-        return rate
+    def rate(self, hyper: Hyper) -> float:
+        return float(hyper["lr"])
 
     def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
         first = hyper["betas"][0]
         return float(hyper["lr"] * (1 - first) * first**age / (1 - first ** (taken + 1)))
 
-    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+    def scale(self, moments: Mapping[str, Tensor], taken: int, hyper: Hyper) -> Tensor | None:
         corrected = moments["exp_avg_sq"] / (1 - hyper["betas"][1] ** max(taken, 1))
         scale: Tensor = 1 / (corrected.sqrt() + hyper["eps"])
         return scale
+
+    def shrinkage(self, hyper: Hyper) -> float:
+        return float(hyper["lr"] * hyper["weight_decay"]) if self._decouples(hyper) else 0.0
+
+    def penalty(self, hyper: Hyper) -> float:
+        return 0.0 if self._decouples(hyper) else float(hyper["weight_decay"])
+
+    def _decouples(self, hyper: Hyper) -> bool:
+        return self._decoupled or bool(hyper.get("decoupled_weight_decay"))
 
 
 class RMSpropRule(UpdateRule):
@@ -155,14 +167,13 @@ class RMSpropRule(UpdateRule):
         buffer = hyper["momentum"] * moments["momentum_buffer"] + scaled
         return theta - hyper["lr"] * buffer, {"square_avg": square, "momentum_buffer": buffer}
 
-    def rate(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | float:
-        rate: Tensor = hyper["lr"] / (1 - hyper["momentum"]) / (moments["square_avg"].sqrt() + hyper["eps"])
-        return rate
+    def rate(self, hyper: Hyper) -> float:
+        return float(hyper["lr"] / (1 - hyper["momentum"]))
 
     def impulse(self, age: int, taken: int, hyper: Hyper) -> float:
         return float(hyper["lr"] * hyper["momentum"] ** age)
 
-    def scale(self, moments: Moments, taken: int, hyper: Hyper) -> Tensor | None:
+    def scale(self, moments: Mapping[str, Tensor], taken: int, hyper: Hyper) -> Tensor | None:
         scale: Tensor = 1 / (moments["square_avg"].sqrt() + hyper["eps"])
         return scale
 
@@ -222,6 +233,11 @@ def settings_of(optimizer: Optimizer) -> tuple[dict[str, Any], ...]:
         {name: plain for name, value in group.items() if (plain := _plain(value)) is not None}
         for group in optimizer.param_groups
     )
+
+
+def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
+    """What a store says of an optimizer: the ``name`` of its class and the settings of its ``groups``."""
+    return {"name": type(optimizer).__name__, "groups": list(settings_of(optimizer))}
 
 
 def _plain(value: Any) -> Any:

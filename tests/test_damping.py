@@ -49,6 +49,7 @@ def test_auto_falls_to_the_default_with_many_rows_and_is_bounded_with_few() -> N
 @pytest.mark.parametrize("setting", [0.3, "auto", {"absolute": 2.0}])
 def test_a_setting_comes_back_as_it_was_given(setting: object) -> None:
     assert Damping.of(setting).setting == setting
+    assert Damping.parse(Damping.of(setting).typed) == Damping.of(setting)
     assert Damping.of(Damping.of(setting)) == Damping.of(setting)
     assert load_config(query={"damping": setting}).query.model_dump()["damping"] == setting
 

@@ -29,6 +29,7 @@ LAYERS = (
         "logix_like.ids",
         "logix_like.ranks",
         "logix_like.steps",
+        "logix_like.timing",
         "logix_like.wrapping",
         "logix_like.weights",
         "logix_like.objective",
@@ -52,6 +53,7 @@ LAYERS = (
     ("logix_like.evaluation",),
     (
         "logix_like.run.block",
+        "logix_like.run.delivery",
         "logix_like.run.extraction",
         "logix_like.run.logtypes",
         "logix_like.run.overflow",

@@ -55,6 +55,35 @@ def test_sampled_residuals_have_the_hessian_as_second_moment(
     torch.testing.assert_close(moment, hessian, rtol=0, atol=6 * (hessian.diagonal().max() / many**0.5).item())
 
 
+@pytest.mark.parametrize(("likelihood", "outputs", "targets"), CASES)
+@pytest.mark.parametrize("draw", [False, True])
+def test_losses_for_a_backward_pass_are_the_losses(
+    likelihood: Likelihood, outputs: Tensor, targets: Tensor, draw: bool
+) -> None:
+    objective = Objective(likelihood, outputs=lambda model, batch: model(batch[0]), targets=lambda batch: batch[1])
+    generator = torch.Generator()
+    drawn = likelihood.sample(outputs, targets, generator.manual_seed(0)) if draw else targets
+    leaf = outputs.clone().requires_grad_()
+    expected = likelihood.losses(leaf, drawn)
+    found = objective.backward_losses(lambda x: x, (leaf, targets), draw=draw, generator=generator.manual_seed(0))
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+    for weights in (torch.ones(len(outputs), dtype=torch.float64), torch.rand(len(outputs), dtype=torch.float64)):
+        first, second = (torch.autograd.grad(losses @ weights, leaf, retain_graph=True) for losses in (found, expected))
+        torch.testing.assert_close(first, second, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 50])
+def test_classes_are_drawn_by_their_probabilities(classes: int) -> None:
+    p = torch.rand(classes, dtype=torch.float64).square()
+    if classes > 2:
+        p[1] = p[-1] = 0  # never drawn
+    many = 40_000
+    drawn = Categorical().sample(p.log().expand(many, classes), torch.zeros(many, dtype=torch.long))
+    share = torch.bincount(drawn, minlength=classes) / many
+    assert ((share > 0) == (p > 0)).all()
+    torch.testing.assert_close(share.double(), p / p.sum(), rtol=0, atol=4 * (0.25 / many) ** 0.5)
+
+
 def test_losses_of_a_sequence_are_summed_over_the_positions_that_count() -> None:
     _, outputs, targets = CASES[1]
     expected = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logix_like.errors import ModelMismatchError, QueryError, StatisticsError
 from logix_like.layout import Layout
-from logix_like.preconditioner import PRECONDITIONERS, Curvature, FittedPreconditioner, fit_preconditioner
+from logix_like.preconditioner import PRECONDITIONERS, Eigenbases, FittedPreconditioner, fit_preconditioner
 from logix_like.statistics import Statistics, StatisticsAccumulator, corrected_sums
 from tests.reference import blocks_layout, damped, second_moment_matrix
 
@@ -142,9 +142,9 @@ class TestDamping:
     def test_a_changed_damping_takes_effect_with_old_eigenbases(
         self, name: str, statistics: Statistics, layout: Layout
     ) -> None:
-        curvature = Curvature(statistics)
-        fit_preconditioner(name, statistics, layout, 0.1, curvature=curvature)
-        again = dense(fit_preconditioner(name, statistics, layout, 0.7, curvature=curvature))
+        eigenbases = Eigenbases(statistics)
+        fit_preconditioner(name, statistics, layout, 0.1, eigenbases=eigenbases)
+        again = dense(fit_preconditioner(name, statistics, layout, 0.7, eigenbases=eigenbases))
         assert torch.equal(again, dense(fit_preconditioner(name, statistics, layout, 0.7)))
         assert not torch.allclose(again, dense(fit_preconditioner(name, statistics, layout, 0.1)), rtol=0.1)
 
@@ -163,7 +163,7 @@ class TestDamping:
 
 def test_a_curvature_of_other_statistics_is_not_used(statistics: Statistics, layout: Layout, rows: Tensor) -> None:
     other = gathered(layout, 3 * rows)
-    fitted = fit_preconditioner("kfac", other, layout, 0.1, curvature=Curvature(statistics))
+    fitted = fit_preconditioner("kfac", other, layout, 0.1, eigenbases=Eigenbases(statistics))
     assert torch.equal(dense(fitted), dense(fit_preconditioner("kfac", other, layout, 0.1)))
 
 
@@ -184,12 +184,20 @@ class TestAuto:
     def test_covariance_where_there_are_enough_rows(self, layout: Layout, rows: Tensor) -> None:
         fitted = fit_preconditioner("auto", gathered(layout, rows[:12]), layout, 0.1)
         kinds = [text.split(",")[0] for text in fitted.describe().values()]
-        assert kinds == ["covariance", "kfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
-        assert fitted.summary() == "covariance (3 modules), kfac (1 modules)"
+        assert kinds == ["covariance", "ekfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
+        assert fitted.summary() == "covariance (3 modules), ekfac (1 modules)"
 
     def test_visits_of_few_samples_count_as_few(self, layout: Layout, rows: Tensor) -> None:
         statistics = gathered(layout, rows[:12])
-        fitted = fit_preconditioner("auto", statistics, layout, 0.1, curvature=Curvature(statistics, samples=6))
+        fitted = fit_preconditioner("auto", statistics, layout, 0.1, eigenbases=Eigenbases(statistics, samples=6))
+        assert fitted.summary() == "ekfac (4 modules)"
+
+    def test_kfac_where_its_corrected_eigenvalues_were_not_gathered(self, layout: Layout, rows: Tensor) -> None:
+        sums = {
+            module: {field: values for field, values in fields.items() if field not in Statistics.CORRECTED}
+            for module, fields in gathered(layout, rows[:5]).sums.items()
+        }
+        fitted = fit_preconditioner("auto", Statistics(layout, sums, 5), layout, 0.1)
         assert fitted.summary() == "kfac (4 modules)"
 
     def test_few_rows_and_no_factors_leave_the_covariance(self, layout: Layout, rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,12 @@ def sums(samples: list[int], seed: int) -> Tensor:
     if samples == [0, 1]:
         raise ValueError("only one class")
     return torch.tensor([float(sum(samples)), seed + torch.rand(()).item()])
+
+
+def slow_sums(samples: list[int], seed: int) -> Tensor:
+    """The same, long enough for threads to meet."""
+    time.sleep(0.001)
+    return sums([2, *samples], seed)
 
 
 def itself(model: Tensor) -> Tensor:
@@ -113,6 +120,15 @@ def test_worker_processes_give_the_same_and_a_function_that_cannot_travel_is_nam
     homebound = SubsetOracle(lambda samples, seed: 0, itself, 3, executor=pool)
     with pytest.raises(RetrainingError, match=r"3 retrainings failed: .*[pP]ickl"):
         homebound.values(without_each(3))
+
+
+def test_threads_draw_the_random_numbers_of_their_own_seed() -> None:
+    masks = coin_subsets(6, 20, torch.Generator().manual_seed(1))
+    alone = SubsetOracle(slow_sums, itself, 6, seeds=2).measurements(masks).values
+    with ThreadPoolExecutor(4) as threads:
+        assert torch.equal(
+            SubsetOracle(slow_sums, itself, 6, seeds=2, executor=threads).measurements(masks).values, alone
+        )
 
 
 def test_a_dask_client_is_an_executor() -> None:

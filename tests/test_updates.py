@@ -63,7 +63,8 @@ def test_rate_is_the_sum_of_an_impulses_effects(name: str, settings: dict[str, A
         return {k: value if k in ("exp_avg_sq", "square_avg") else m for k, m in moments.items()}
 
     zeros = {key: torch.zeros_like(square) for key in rule.moments}
-    expected = float(rule.rate(constant_scale(zeros, square), late, hyper))
+    scale = rule.scale(constant_scale(zeros, square), late, hyper)
+    expected = rule.rate(hyper) * (1.0 if scale is None else scale.item())
     theta, gradient, moments = torch.zeros(1, dtype=torch.float64), torch.full((1,), 1e-6, dtype=torch.float64), zeros
     for number in range(400):
         moments = constant_scale(moments, square / decay)  # the step multiplies it by the decay

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
 from logix_like.layout import DataId
+from logix_like.timing import NOTHING, Timing
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class FactorMoments:
     """By input group: how many positions (samples x tokens, unmasked) were summed."""
     samples: int
     """How many samples the batch had."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> FactorMoments:
+        """The same, each tensor moved."""
+        inputs, outputs = ({name: move(t) for name, t in sums.items()} for sums in (self.inputs, self.outputs))
+        return replace(self, inputs=inputs, outputs=outputs)
+
+
+class Arrival(Protocol):
+    """Tensors that are being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once they are there."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +65,19 @@ class ProjectedBatch:
     """What each sample's own gradient was multiplied by in the gradient that the optimizer saw (1 / batch size)."""
     moments: FactorMoments | None = None
     """Kronecker moments of the batch; None when not gathered or a row is not finite."""
+    timing: Timing = NOTHING
+    """What the training took since the batch before, and logging of it."""
+    arrival: Arrival | None = None
+    """Waited for before any tensor is read, where they are still being copied to the host."""
+
+    def wait(self) -> None:
+        """Return once the tensors are there; their shapes are known before."""
+        if self.arrival is not None:
+            self.arrival.wait()
 
     def select(self, samples: slice) -> ProjectedBatch:
-        """Some of the samples, without the batch's moments."""
+        """Some of the samples, without the batch's moments and timing."""
         loss = None if self.loss is None else self.loss.reshape(-1)[samples]
         metadata = {name: values[samples] for name, values in self.metadata.items()}
         rows, data_id = self.rows[samples], self.data_id[samples]
-        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None)
+        return replace(self, data_id=data_id, rows=rows, loss=loss, metadata=metadata, moments=None, timing=NOTHING)

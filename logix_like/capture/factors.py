@@ -63,39 +63,38 @@ class FactorReader:
             self._on_factors(use.block, inward, outward, tracked.rule.shares_input and not use.transposed)
 
     def _read(self, tracked: TrackedModule, use: Use, value: Tensor) -> Tensor:
-        rule = tracked.rule
-        if not use.transposed and rule.shares_input:
-            known = self._shared.get((self._projector.group(use.block) or "", use.bias))
-            if known is not None and known.holds(value):
-                return known.kept
-        plain = _plain(value)
-        if use.transposed or not rule.shares_input:
-            if self._projector.group(use.block) is None:
-                self._projector.assign(use.block, use.block)
-            dtype = plain.dtype if plain.is_floating_point() else _weight_dtype(tracked)
-            side = self._projector.sides(use, dtype, plain.device)[0]
-            return rule.read_input(tracked.module, plain, side)
-        group = self._group(use, value)
-        shared = self._shared.get((group, use.bias))
-        if shared is None or not shared.holds(value):
-            side = self._projector.sides(use, plain.dtype, plain.device)[0]
-            kept = rule.read_input(tracked.module, plain, side)
-            shared = self._shared[group, use.bias] = _SharedInput(weakref.ref(value), value._version, kept)
-            if self._on_input is not None:
-                self._on_input(group, kept)
-        return shared.kept
-
-    def _group(self, use: Use, value: Tensor) -> str:
-        """The block's group; at its first call ever, that of a block that has just read the same tensor."""
+        if use.transposed or not tracked.rule.shares_input:
+            return self._read_alone(tracked, use, _plain(value))
         group = self._projector.group(use.block)
         if group is None:
-            fits = (
-                name
-                for (name, bias), shared in self._shared.items()
-                if bias == use.bias and shared.holds(value) and self._projector.may_share(use.block, name)
-            )
-            group = next(fits, use.block)
-            self._projector.assign(use.block, group)
+            group = self._join(use, value)
+        shared = self._shared.get((group, use.bias))
+        if shared is not None and shared.holds(value):
+            return shared.kept
+        plain = _plain(value)
+        side = self._projector.sides(use, plain.dtype, plain.device)[0]
+        kept = tracked.rule.read_input(tracked.module, plain, side)
+        self._shared[group, use.bias] = _SharedInput(weakref.ref(value), value._version, kept)
+        if self._on_input is not None:
+            self._on_input(group, kept)
+        return kept
+
+    def _read_alone(self, tracked: TrackedModule, use: Use, plain: Tensor) -> Tensor:
+        if self._projector.group(use.block) is None:
+            self._projector.assign(use.block, use.block)
+        dtype = plain.dtype if plain.is_floating_point() else _weight_dtype(tracked)
+        side = self._projector.sides(use, dtype, plain.device)[0]
+        return tracked.rule.read_input(tracked.module, plain, side)
+
+    def _join(self, use: Use, value: Tensor) -> str:
+        """Decide the block's group, at its first call ever: that of a block that has just read the same tensor."""
+        fits = (
+            name
+            for (name, bias), shared in self._shared.items()
+            if bias == use.bias and shared.holds(value) and self._projector.may_share(use.block, name)
+        )
+        group = next(fits, use.block)
+        self._projector.assign(use.block, group)
         return group
 
 

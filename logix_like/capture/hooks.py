@@ -16,19 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from logix_like.capture.composite import ModuleCall, random_state
 from logix_like.capture.selection import Selection, TrackedComposite, TrackedModule
 from logix_like.errors import CaptureError
+from logix_like.timing import Stopwatch
 
 OnCall = Callable[[TrackedModule, Tensor, Tensor], Tensor | None]
 """Told of each call of a tracked module (module, input, output); may return another output."""
 
 
-class OwnHook:
+class OwnHook(partial[Any]):
     """A hook of ours: a copy of it, which a copied or pickled model has, does nothing."""
-
-    def __init__(self, act: Callable[..., Any]) -> None:
-        self._act = act
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._act(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return do_nothing
@@ -54,22 +49,23 @@ class HookSet:
     once more without them. The compiled code itself is kept, and used again behind the block.
     """
 
-    def __init__(self, selection: Selection, on_call: OnCall, batch: int) -> None:
+    def __init__(self, selection: Selection, on_call: OnCall, batch: int, watch: Stopwatch | None = None) -> None:
         parts = {part.name for composite in selection.composites for part in composite.parts.values()}
         self._modules = [tracked for tracked in selection.modules if tracked.name not in parts]
         self._composites = selection.composites
-        self._on_call = on_call
+        self._watch = watch or Stopwatch()
+        self._on_call = self._watch.timed(on_call)
         self._batch = batch
         self._handles: list[RemovableHandle] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> HookSet:
         for tracked in self._modules:
-            self._attach(tracked.module, partial(_forward_hook, self._on_call, tracked))
+            self._attach(tracked.module, OwnHook(_forward_hook, self._on_call, tracked))
         for composite in self._composites:
-            replayer = Replayer(composite, self._on_call, self._batch)
+            replayer = Replayer(composite, self._on_call, self._batch, self._watch)
             self._handles.append(composite.module.register_forward_pre_hook(OwnHook(replayer.before)))
-            self._attach(composite.module, replayer.after)
+            self._attach(composite.module, OwnHook(replayer.after))
         if "torch._dynamo" in sys.modules:  # nothing can have been compiled before it is imported
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         return self
@@ -84,14 +80,15 @@ class HookSet:
         while self._handles:
             self._handles.pop().remove()
 
-    def _attach(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_hook(OwnHook(hook), with_kwargs=True))
+    def _attach(self, module: nn.Module, hook: OwnHook) -> None:
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
 
 class Replayer:
     """Replays one composite module whenever a gradient reaches its output, telling ``on_call`` of its parts."""
 
-    def __init__(self, composite: TrackedComposite, on_call: OnCall, batch: int) -> None:
+    def __init__(self, composite: TrackedComposite, on_call: OnCall, batch: int, watch: Stopwatch) -> None:
+        self._watch = watch
         self._composite = composite
         self._on_call = on_call
         self._batch = batch
@@ -113,7 +110,7 @@ class Replayer:
             # With frozen weights the graph starts here; a copy, so that in-place layers may follow.
             first = first.detach().requires_grad_().clone()
             replaced = (first, *others) if isinstance(output, tuple) else first
-        first.register_hook(partial(self._replay, call))
+        first.register_hook(self._watch.timed(partial(self._replay, call)))
         for other in others:
             if isinstance(other, Tensor) and other.requires_grad:
                 other.register_hook(self._refuse_other)

@@ -77,10 +77,11 @@ class Projector:
         return self._init.needs_moment and not self._moments and not self._matrices
 
     def fit(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take the warm-up's second moments ``(input, output)`` of every block."""
+        """Take the mean second moments ``(input, output)`` of every block."""
         self._moments = moments
-        for name, kept in self._kept.items():
-            self._kept[name] = tuple(largest_coordinates(*moments[name], self._ranks[name], len(kept)))
+        if self._kept:
+            count = sum(map(len, self._kept.values()))
+            self._kept = largest_coordinates(moments, self._ranks, count)
         self._sides.clear()
 
     def group(self, block: str) -> str | None:

@@ -130,7 +130,7 @@ class BlockRecorder:
         """Add a call's part of every sample's gradient to its block; ``shared`` inputs were announced before."""
         if inward.dtype != self._dtype or outward.dtype != self._dtype:
             inward, outward = inward.to(self._dtype), outward.to(self._dtype)
-        _add(self._blocks, block, outward.transpose(1, 2) @ inward)
+        _add(self._blocks, block, torch.bmm(outward.mT, inward))
         if self._moments is not None:
             _add(self._moments.outputs, block, _outer_sum(self._counted(outward)))
             # A shared input was counted when it was read, once for all who read it.
@@ -153,7 +153,7 @@ class BlockRecorder:
                 rows.append(self._layout.pick(block.name, found).to(self._device))
         return torch.cat(rows, 1)
 
-    def moments(self, factor: float) -> FactorMoments | None:
+    def moments(self, factor: float | Tensor) -> FactorMoments | None:
         """The Kronecker moments of the batch, gradients multiplied by ``factor``."""
         if self._moments is None:
             return None
@@ -183,4 +183,5 @@ def _outer_sum(factor: Tensor) -> Tensor:
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+    known = sums.get(name)
+    sums[name] = value if known is None else known + value

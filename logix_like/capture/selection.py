@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from logix_like.capture.composite import Composite, composite_for, parts_of
@@ -41,6 +42,25 @@ class TrackedModule:
     uses: tuple[Use, ...]
     batch_dim: int = 0
     """Dimension of the module's input and output that counts the samples."""
+
+    def matrix(self, value: Callable[[nn.Parameter], Tensor | None]) -> Tensor | None:
+        """``[d_out, d_in]``: what ``value`` tells of the weight and the bias, in their shapes, as the block has it.
+
+        None where it tells nothing of one, or where the block is another module's.
+        """
+        use = self.uses[-1]
+        if use.block != self.name or use.transposed:
+            return None
+        columns = []
+        for part, wanted in (("weight", use.weight), ("bias", use.bias)):
+            if not wanted:
+                continue
+            parameter = self.module._parameters.get(part)
+            told = None if parameter is None else value(parameter)
+            if told is None:
+                return None
+            columns.append(told.reshape(-1, 1) if part == "bias" else self.rule.matrix(self.module, told))
+        return torch.cat(columns, 1) if columns else None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,9 +16,10 @@ from logix_like.capture.factors import FactorReader, OnFactors
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import BlockRecorder, CallReader
-from logix_like.capture.selection import Selection, TrackedModule, Use
+from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
+from logix_like.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,15 @@ class Tracker:
         moments: bool = False,
         detached: bool = False,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> Recording:
         """Open a block for ``batch`` samples; use it as a context manager around forward and backward.
 
         ``mask [batch, positions]`` says which positions count in the moments; ``detached`` starts the
         graph at the first tracked module (for models whose weights are frozen); ``on_factors`` is told of
-        each call's part as well.
+        each call's part as well; ``watch`` counts the time that hooks take.
         """
-        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors)
+        return Recording(self, batch, mask=mask, moments=moments, detached=detached, on_factors=on_factors, watch=watch)
 
     def fit(self, recordings: Iterable[Recording]) -> None:
         """Make the projections from the un-projected calls of a warm-up."""
@@ -98,13 +100,19 @@ class Tracker:
                 for block, moments in self._raw_moments(recording, call):
                     known = sums.get(block)
                     sums[block] = [a + b for a, b in zip(known, moments, strict=True)] if known else moments
+        means = {name: (inward / positions, outward) for name, (inward, outward, positions) in sums.items()}
         for uncalled in self._expected:
-            if uncalled.name not in sums:
-                sums[uncalled.name] = [torch.eye(uncalled.shape[1]), torch.eye(uncalled.shape[0])]
-        self.projector.fit({name: (inward, outward) for name, (inward, outward) in sums.items()})
+            if uncalled.name not in means:  # it takes no part
+                means[uncalled.name] = (torch.zeros(uncalled.shape[1]), torch.zeros(uncalled.shape[0]))
+        self.fit_to(means)
+
+    def fit_to(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Make the projections from the mean second moments ``(input, output)`` of every block."""
+        self.projector.fit(moments)
         self._expected = self.projector.layout()
 
     def _raw_moments(self, recording: Recording, call: _RawCall) -> Iterable[tuple[str, list[Tensor]]]:
+        """By block: sums over positions of the input's and the output's moment, and how many these are."""
         rule, module = call.tracked.rule, call.tracked.module
         value, gradient = _finite(call.value, call.gradient, recording.mask if rule.by_position else None)
         wide = value if value.is_floating_point() else gradient
@@ -119,7 +127,7 @@ class Tracker:
             ]
             if use.transposed and moments[0].ndim == 1:
                 moments[0] = moments[0].diag()
-            yield use.block, moments[::-1] if use.transposed else moments
+            yield use.block, [*(moments[::-1] if use.transposed else moments), torch.tensor(max(len(flat), 1))]
 
 
 def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
@@ -128,33 +136,24 @@ def gradient_matrices(selection: Selection) -> dict[str, Tensor]:
     Raises:
         CaptureError: a block's gradient is missing or spread over processes.
     """
-    found = {}
-    for tracked in selection.modules:
-        use = tracked.uses[-1]
-        if use.block == tracked.name and not use.transposed:
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
+    found = _matrices(selection.modules)
     missing = [block.name for block in selection.blocks if block.name not in found]
     if missing:
         raise CaptureError(f"module {missing[0]!r} holds no plain gradient of its weight; exclude it")
     return found
 
 
-def _gradient_matrix(tracked: TrackedModule, use: Use) -> Tensor | None:
-    """``[d_out, d_in]``, or None where a part of it is missing or spread over processes."""
-    columns = []
-    for part, wanted in (("weight", use.weight), ("bias", use.bias)):
-        parameter = tracked.module._parameters.get(part)
-        if not wanted:
-            continue
-        if parameter is None or parameter.grad is None or type(parameter.grad) is not Tensor:
-            return None
-        gradient = parameter.grad.detach()
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        columns.append(gradient.reshape(-1, 1) if part == "bias" else tracked.rule.matrix(tracked.module, gradient))
-    return torch.cat(columns, 1) if columns else None
+def _matrices(modules: Iterable[TrackedModule]) -> dict[str, Tensor]:
+    matrices = {tracked.name: tracked.matrix(_plain_gradient) for tracked in modules}
+    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
+
+
+def _plain_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """None where it is missing or spread over processes."""
+    if parameter.grad is None or type(parameter.grad) is not Tensor:
+        return None
+    gradient = parameter.grad.detach()
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _finite(value: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,15 +180,17 @@ class Recording:
         moments: bool,
         detached: bool,
         on_factors: OnFactors | None = None,
+        watch: Stopwatch | None = None,
     ) -> None:
         self._on_factors = on_factors
+        self._watch = watch or Stopwatch()
         self._tracker = tracker
         self._batch = batch
         self.mask = mask
         """``[batch, positions]``, true where a position counts."""
         self._with_moments = moments
-        self.factor = 1.0
-        """What the captured gradients are to be multiplied by; set when the block ends."""
+        self.factor: float | Tensor = 1.0
+        """What the captured gradients are to be multiplied by, a number or ``[]``; set before :meth:`project`."""
         self.calls: list[_RawCall] = []
         """Un-projected calls; empty unless a warm-up is going on."""
         self._recorder = None if tracker.needs_warmup else self._new_recorder()
@@ -205,7 +206,7 @@ class Recording:
                 for tracked in self._tracker.selection.modules
                 if all(p.grad is None for p in tracked.module.parameters(recurse=False))
             }
-        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch))
+        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch, self._watch))
         return self
 
     def __exit__(
@@ -219,21 +220,18 @@ class Recording:
         self._kept.clear()
 
     @property
+    def device(self) -> torch.device:
+        """Where rows are summed."""
+        return self._tracker.device
+
+    @property
     def uncalled(self) -> tuple[TrackedModule, ...]:
         """Tracked modules that the block did not call."""
         return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
 
     def fresh_gradients(self) -> dict[str, Tensor]:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
-        found = {}
-        for tracked in self._tracker.selection.modules:
-            use = tracked.uses[-1]
-            if use.block != tracked.name or tracked.name not in self._without_gradient or use.transposed:
-                continue
-            matrix = _gradient_matrix(tracked, use)
-            if matrix is not None:
-                found[use.block] = matrix
-        return found
+        return _matrices(t for t in self._tracker.selection.modules if t.name in self._without_gradient)
 
     def check(self) -> None:
         """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
@@ -258,17 +256,17 @@ class Recording:
                 factors.read_gradient(call.tracked, factors.read_input(call.tracked, call.value), call.gradient)
             self.calls = []
         rows = recorder.rows()
-        return rows if self.factor == 1.0 else rows.mul_(self.factor), recorder.moments(self.factor)
+        return rows.mul_(self.factor), recorder.moments(self.factor)
 
     def _new_reader(self, detached: bool) -> CallReader:
-        device_type = self._tracker.device.type
+        device_type, timed = self._tracker.device.type, self._watch.timed
         if self._recorder is None:
             return CallReader(
-                self._batch, self._keep_value, self._keep_call, detached=detached, device_type=device_type
+                self._batch, self._keep_value, timed(self._keep_call), detached=detached, device_type=device_type
             )
         factors = self._factors(self._recorder)
         return CallReader(
-            self._batch, factors.read_input, factors.read_gradient, detached=detached, device_type=device_type
+            self._batch, factors.read_input, timed(factors.read_gradient), detached=detached, device_type=device_type
         )
 
     def _factors(self, recorder: BlockRecorder) -> FactorReader:

@@ -25,6 +25,14 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
+EXIT_CODES = "Exit codes: 0 done; 1 refused or damaged, said in one line on stderr; 2 wrong usage."
+
+
+def example(line: str) -> str:
+    """What stands below a command's help."""
+    return f"Example: logix-like {line}\n\n{EXIT_CODES}"
+
+
 app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
@@ -40,7 +48,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Example: logix-like demo")
+@app.callback(epilog=example("demo"))
 def every_command(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")

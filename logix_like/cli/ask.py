@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from logix_like import load
-from logix_like.cli.app import app
+from logix_like.cli.app import app, example
 from logix_like.cli.options import (
     AsJson,
     DampingOption,
@@ -18,7 +18,7 @@ from logix_like.cli.options import (
     Preconditioner,
     Reduce,
     StorePath,
-    as_json,
+    answer,
     given,
 )
 from logix_like.query.gradients import QueryGradients
@@ -60,7 +60,7 @@ def _known_suffix(path: Path | None) -> Path | None:
 
 @app.command(
     help=QUERY_HELP,
-    epilog="Example: logix-like query logix/mnist --queries queries.npz -k 5 --output answer.html",
+    epilog=example("query logix/mnist --queries queries.npz -k 5 --output answer.html"),
 )
 def query(
     store: StorePath,
@@ -83,7 +83,7 @@ def query(
     """Name the samples that helped and those that harmed, for each of some queries."""
     options = given(damping, preconditioner=preconditioner, mode=mode, reduce=reduce, engine=engine)
     result = _answer(store, queries, k, options)
-    typer.echo(as_json(_plain(result)) if json else influence_table(result, result.held))
+    answer(influence_table(result, result.held), _plain(result), as_json=json)
     if output is not None:
         saved = result.report(output, k=result.held) if output.suffix == ".html" else result.save(output)
         typer.echo(f"saved to {saved}", err=True)

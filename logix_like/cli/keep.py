@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from logix_like.cli.app import app
-from logix_like.cli.options import AsJson, StorePath, as_json, one_of
+from logix_like.cli.app import app, example
+from logix_like.cli.options import AsJson, StorePath, answer, one_of, saved
 from logix_like.store import (
     REDUCTIONS,
     Damage,
@@ -30,16 +30,16 @@ DAMAGED = 1
 """Exit code where something damaged is left."""
 
 
-@app.command(epilog="Example: logix-like verify logix/mnist")
+@app.command(epilog=example("verify logix/mnist"))
 def verify(store: StorePath, json: AsJson = False) -> None:
     """Read every byte of a store; name each damaged file, its rows and data ids. Exit code 1 if there is one."""
     with _bar("verify", "files") as progress:
         report = verify_store(store, progress)
-    typer.echo(as_json(_verified(report)) if json else str(report))
+    answer(report, _verified(report), as_json=json)
     _end(report)
 
 
-@app.command(epilog="Example: logix-like repair logix/mnist")
+@app.command(epilog=example("repair logix/mnist"))
 def repair(store: StorePath, json: AsJson = False) -> None:
     """Take what is damaged out of a store into its folder quarantine/; nothing is deleted.
 
@@ -48,11 +48,11 @@ def repair(store: StorePath, json: AsJson = False) -> None:
     """
     with _bar("repair", "files") as progress:
         report = repair_store(store, progress)
-    typer.echo(as_json(_repaired(report)) if json else str(report))
+    answer(report, _repaired(report), as_json=json)
     _end(report.after)
 
 
-@app.command(epilog="Example: logix-like compact logix/mnist")
+@app.command(epilog=example("compact logix/mnist"))
 def compact(store: StorePath, json: AsJson = False) -> None:
     """Merge the parts of all writers and restarts into one; rows that were taken back are removed from the disk.
 
@@ -61,10 +61,10 @@ def compact(store: StorePath, json: AsJson = False) -> None:
     """
     with _bar("compact", "rows") as progress:
         report = merge_parts(store, progress)
-    typer.echo(as_json(_merged(report)) if json else str(report))
+    answer(report, _merged(report), as_json=json)
 
 
-@app.command(epilog="Example: logix-like export logix/mnist rows.parquet --reduce mean")
+@app.command(epilog=example("export logix/mnist rows.parquet --reduce mean"))
 def export(
     store: StorePath,
     target: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write: .npz or .parquet.")],
@@ -72,11 +72,12 @@ def export(
         str,
         typer.Option(help=f"How a sample's visits are combined: {', '.join(REDUCTIONS)}.", callback=one_of(REDUCTIONS)),
     ] = "none",
+    json: AsJson = False,
 ) -> None:
     """Write all valid rows, with their ids and columns, to one file; a visit each unless combined."""
     with _bar("export", "rows") as progress:
         rows = export_rows(store, target, reduce=reduce, progress=progress)
-    typer.echo(f"{rows:,} rows saved to {target}", err=True)
+    saved(target, {"rows": rows, "bytes": target.stat().st_size}, as_json=json)
 
 
 @contextmanager

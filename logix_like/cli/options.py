@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="A store: its folder <root>/<project>, or its URL (s3://...).")
 ]
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def one_of(known: Collection[str]) -> Callable[[str | None], str | None]:
@@ -40,19 +41,18 @@ def choice(what: str, known: Collection[str]) -> Any:
 def _damping(value: str) -> str:
     """Refuse what is no damping."""
     try:
-        Damping.of(value if value == "auto" else float(value))
-    except (QueryError, ValueError) as error:
-        raise typer.BadParameter(f"{value!r} is neither a number of at least 0 nor auto") from error
-    return value
+        return Damping.parse(value).typed
+    except QueryError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Preconditioner = Annotated[str | None, choice("Curvature to score in", PRECONDITIONERS)]
 DampingOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NUMBER|auto",
+        metavar="NUMBER|auto|absolute:NUMBER",
         parser=_damping,
-        help="Damping, x the blocks' mean eigenvalue; auto chooses it.",
+        help="Damping, x the blocks' mean eigenvalue; auto chooses it; absolute:1e-3 is the same for all blocks.",
         show_default="the store's config",
     ),
 ]
@@ -63,10 +63,18 @@ Engine = Annotated[str | None, choice("What searches the rows", ENGINES)]
 
 def given(damping: str | None, **options: str | None) -> dict[str, Any]:
     """The options that were given, as ``compute_influence_all`` takes them."""
-    setting = damping if damping in (None, "auto") else float(damping)
+    setting = None if damping is None else Damping.parse(damping).setting
     return {name: value for name, value in (options | {"damping": setting}).items() if value is not None}
 
 
-def as_json(content: Mapping[str, Any]) -> str:
-    """What ``--json`` prints."""
-    return json.dumps(content, indent=1)
+def answer(text: object, plain: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a command found on stdout: as text, or with ``--json`` as plain data."""
+    typer.echo(json.dumps(plain, indent=1) if as_json else str(text))
+
+
+def saved(path: Path, plain: Mapping[str, Any], *, as_json: bool) -> None:
+    """Say where a command's file is: on stderr, or with ``--json`` on stdout, with what else is to be known."""
+    if as_json:
+        answer("", {"file": str(path), **plain}, as_json=True)
+    else:
+        typer.echo(f"saved to {path}", err=True)

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from logix_like.cli.app import app
+from logix_like.cli.app import app, example
 from logix_like.cli.loading import load_function
-from logix_like.cli.options import AsJson, as_json
+from logix_like.cli.options import AsJson, answer
 from logix_like.config import load_config
 
 
-@app.command(epilog="Example: logix-like plan --model mymodel:build --samples 1000000 --epochs 3")
+@app.command(epilog=example("plan --model mymodel:build --samples 1000000 --epochs 3"))
 def plan(
     model: Annotated[
         str,
@@ -36,4 +36,4 @@ def plan(
     if not isinstance(made, nn.Module):
         raise typer.BadParameter(f"{model} returned a {type(made).__name__}; it must return the model")
     found = make_plan(made, load_config(config), samples=samples, epochs=epochs, batch=batch)
-    typer.echo(as_json(found.to_json()) if json else str(found))
+    answer(found, found.to_json(), as_json=json)

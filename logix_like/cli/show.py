@@ -8,10 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from logix_like import load
-from logix_like.cli.app import app
+from logix_like.cli.app import app, example
 from logix_like.cli.ask import GradientsFile
 from logix_like.cli.loading import load_function, load_object
-from logix_like.cli.options import DampingOption, Engine, Mode, Preconditioner, Reduce, StorePath, given
+from logix_like.cli.options import (
+    AsJson,
+    DampingOption,
+    Engine,
+    Mode,
+    Preconditioner,
+    Reduce,
+    StorePath,
+    answer,
+    given,
+    saved,
+)
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.query.parts import parts_of
@@ -29,9 +40,7 @@ DataOption = Annotated[
 ]
 
 
-@app.command(
-    epilog="Example: logix-like report logix/mnist --queries queries.npz --data mydata:text_of --output answer.html"
-)
+@app.command(epilog=example("report logix/mnist --queries queries.npz --data mydata:text_of --output answer.html"))
 def report(
     store: StorePath,
     queries: GradientsFile,
@@ -46,13 +55,15 @@ def report(
     mode: Mode = None,
     reduce: Reduce = None,
     engine: Engine = None,
+    json: AsJson = False,
 ) -> None:
     """Write an answer as one self-contained HTML page: samples beside scores, distributions, what was computed."""
     contents, asked = load_object(data), load_object(query_data)
     options = given(damping, preconditioner=preconditioner, mode=mode, reduce=reduce, engine=engine)
     result = _answer(store, queries, k, options)
-    saved = result.report(output, k=k, data=contents, queries=asked, store=store)
-    typer.echo(f"saved to {saved}", err=True)
+    file = result.report(output, k=k, data=contents, queries=asked, store=store)
+    counts = {"bytes": file.stat().st_size, "queries": len(result.query_id), "samples": result.samples}
+    saved(file, counts, as_json=json)
 
 
 def _answer(path: str, queries: Path, k: int, options: dict[str, Any]) -> InfluenceResult:
@@ -69,7 +80,7 @@ def _answer(path: str, queries: Path, k: int, options: dict[str, Any]) -> Influe
     return run.compute_influence_all(gradients, **options)
 
 
-@app.command(epilog="Example: logix-like serve logix/mnist --data mydata:text_of --model mymodel:trained")
+@app.command(epilog=example("serve logix/mnist --data mydata:text_of --model mymodel:trained"))
 def serve(
     store: StorePath,
     data: DataOption = None,
@@ -89,14 +100,21 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8799,
+    json: AsJson = False,
 ) -> None:
     """Look into a store in a browser: its samples, what influenced what, how the run is doing. Ends with Ctrl-C."""
     from logix_like.explorer.server import serve as run_server
     from logix_like.explorer.state import Explorer
 
+    def told(address: str) -> None:
+        if json:
+            answer("", {"address": address}, as_json=True)
+        else:
+            typer.echo(f"open {address}", err=True)
+
     explorer = Explorer(store, load_object(data), _model(model))
     try:
-        run_server(explorer, host, port, lambda address: typer.echo(f"open {address}", err=True))
+        run_server(explorer, host, port, told)
     finally:
         explorer.close()
 

@@ -86,6 +86,20 @@ class Curvature:
             name: self.bases[name][0].restore(self.bases[name][1].restore(c.mT).mT) for name, c in coordinates.items()
         }
 
+    def moments(self, block: str) -> tuple[Tensor, Tensor]:
+        """Second moments ``[d_in, d_in]`` and ``[d_out, d_out]`` of the block's gradients along either side.
+
+        They are what ``projection.init: pca`` and ``eigen`` are made from.
+        """
+        values = self.eigenvalues[block]
+        # So scaled that products of the moments' eigenvalues are the block's, where it is a Kronecker product.
+        scale = values.sum().clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        inward, outward = (
+            basis.restore(basis.restore((weights / scale).diag()).mT)
+            for basis, weights in zip(self.bases[block], (values.sum(0), values.sum(1)), strict=True)
+        )
+        return inward, outward
+
     def shift(self, block: str, damping: DampingSetting) -> float:
         """``lambda`` of a block, by a setting of :mod:`logix_like.damping`."""
         return _shift(self.eigenvalues[block], Damping.of(damping), self.fisher.samples)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from logix_like.curvature.sums import MEMORY, Scratch, Sums
 from logix_like.curvature.sweep import Blocks, Sink, widened
 from logix_like.errors import CaptureError
 from logix_like.linalg.basis import Basis
@@ -144,25 +145,22 @@ class SquareSums(EigenSink):
     George et al. 2018, eq. 8: positions of one sample are summed before squaring.
     """
 
-    def __init__(self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision) -> None:
+    def __init__(
+        self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision, scratch: Scratch = MEMORY
+    ) -> None:
         super().__init__(bases, precision)
-        self.sums: dict[str, Tensor] = {}
-        """``squares/<block>`` ``[d_out, d_in]`` and ``samples``; float64."""
+        self.sums = Sums(scratch)
+        """``squares/<block>`` ``[d_out, d_in]`` and ``samples``."""
 
     def begin(self, samples: int, mask: Tensor | None) -> None:
         super().begin(samples, mask)
-        self.sums["samples"] = self.sums.get("samples", torch.zeros((), dtype=torch.float64)) + samples
+        self.sums.begin(samples)
 
     def take(self, block: str, inputs: Tensor, outputs: Tensor) -> None:
         if inputs.shape[1] == 1:
-            squares = outputs[:, 0].square().T @ inputs[:, 0].square()
+            self.sums.add_product(f"squares/{block}", outputs[:, 0].square().T, inputs[:, 0].square())
         else:
-            squares = (outputs.mT @ inputs).square_().sum(0)
-        key = f"squares/{block}"
-        if key in self.sums:  # sums that were restored lie on the CPU
-            self.sums[key] = self.sums[key].to(squares.device).add_(squares)
-        else:
-            self.sums[key] = squares.double()
+            self.sums.add(f"squares/{block}", (outputs.mT @ inputs).square_().sum(0))
 
 
 class QuadraticForms(EigenSink):

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from logix_like.curvature.curvature import Curvature
 from logix_like.curvature.files import load_curvature, read_tensors, save_curvature, write_tensors
+from logix_like.curvature.sums import Sums
 from logix_like.curvature.sweep import Sweep
 from logix_like.errors import ConfigError, StatisticsError
 
@@ -33,7 +32,7 @@ class PartialFit:
         self._signature = dict(signature)
         self._saved = time.monotonic()
 
-    def restore(self, name: str, sums: dict[str, Tensor], sweep: Sweep) -> int:
+    def restore(self, name: str, sums: Sums, sweep: Sweep) -> int:
         """Fill ``sums`` with those of the pass ``name``; returns how many batches they hold.
 
         Raises:
@@ -44,15 +43,15 @@ class PartialFit:
         tensors, about = read_tensors(self._folder / f"{name}.safetensors")
         self._require_same(about["signature"])
         sweep.groups = about["groups"]
-        sums.update(tensors)
+        sums.all().update(tensors)
         return int(about["batches"])
 
-    def offer(self, name: str, batches: int, sums: Mapping[str, Tensor], sweep: Sweep) -> None:
+    def offer(self, name: str, batches: int, sums: Sums, sweep: Sweep) -> None:
         """Save ``sums``, which hold ``batches`` batches, if the last time is long enough ago."""
         if self._folder is None or time.monotonic() - self._saved < SAVE_SECONDS:
             return
         about = {"batches": batches, "groups": sweep.groups, "signature": self._signature}
-        write_tensors(self._folder / f"{name}.safetensors", sums, about)
+        write_tensors(self._folder / f"{name}.safetensors", sums.all(), about)
         self._saved = time.monotonic()
 
     def factors(self) -> Curvature | None:

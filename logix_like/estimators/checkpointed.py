@@ -13,6 +13,7 @@ from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.flat import DataOf, FlatModel, checked, differentiable, require_chunk, require_queries
 from logix_like.estimators.last_layer import LastLayer
+from logix_like.estimators.movement import scale_at
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
@@ -190,11 +191,8 @@ class Rates:
         settings = self._path.settings(checkpoint.step)
         parts = []
         for name, value in own.items():
-            state = checkpoint.moments.get(name, {})
-            rate: Tensor | float = 0.0
-            if state or not self._rule.adaptive:
-                taken = int(state["step"]) if "step" in state else checkpoint.step
-                rate = self._rule.rate(dict(state), taken, settings[group_of[name]])
+            hyper = settings[group_of[name]]
+            rate = self._rule.rate(hyper) * scale_at(self._rule, checkpoint, name, hyper)
             parts.append((torch.ones_like(value) * rate).reshape(-1))
         return torch.cat(parts)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from logix_like.errors import RetrainingError
-from logix_like.estimators.retrained import RetrainedEstimator, difference_of_means
+from logix_like.estimators.retrained import SampledSubsets
 from logix_like.layout import DataId
 from logix_like.retraining import SubsetOracle
-from logix_like.subsets import all_subsets, random_subsets
+from logix_like.subsets import random_subsets
 
 
-class Downsampling(RetrainedEstimator):
+class Downsampling(SampledSubsets):
     """``E[v(S) : i in S] - E[v(S) : i not in S]`` over subsets of one size (Feldman and Zhang 2020, eq. 1 to 3).
 
     Self-influence is what they call memorisation. The error falls as one over the root of the number of subsets.
@@ -41,27 +40,16 @@ class Downsampling(RetrainedEstimator):
         data_id: Sequence[DataId] | None = None,
         own: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(oracle, data_id=data_id, own=own)
+        super().__init__(oracle, subsets=subsets, seed=seed, data_id=data_id, own=own)
         self._size = round(share * oracle.n)
         if not 0 < self._size < oracle.n:
             raise RetrainingError(
                 f"share is {share}: subsets of {self._size} of {oracle.n} samples; each sample must be in some and "
                 "missing in others"
             )
-        self._subsets, self._seed = subsets, seed
-        self._errors: Tensor | None = None
 
-    def standard_errors(self) -> Tensor:
-        """``[all queries, samples]``: standard errors of the scores; 0 when all subsets were taken."""
-        values = self.values
-        return torch.zeros_like(values) if self._errors is None else self._errors
+    def _among(self, masks: Tensor) -> Tensor:
+        return masks[masks.sum(1) == self._size]
 
-    def _estimate(self) -> Tensor:
-        n = self._oracle.n
-        if self._subsets is None:
-            masks = all_subsets(n)
-            masks = masks[masks.sum(1) == self._size]
-            return difference_of_means(masks, self._oracle.values(masks))[0]
-        masks = random_subsets(n, self._size, self._subsets, torch.Generator().manual_seed(self._seed))
-        differences, self._errors = difference_of_means(masks, self._oracle.values(masks))
-        return differences
+    def _drawn(self, count: int, generator: Generator) -> Tensor:
+        return random_subsets(self._oracle.n, self._size, count, generator)

@@ -29,6 +29,7 @@ class Hydra(PathEstimator):
     Args:
         path, model, objective, data: as for :class:`PathEstimator`.
         fast: drop the Hessian term.
+        chunk: samples whose hypergradients are taken through a step together.
         memory_gib: most memory that the hypergradients may take (see :attr:`bytes_needed`).
 
     Raises:
@@ -45,9 +46,10 @@ class Hydra(PathEstimator):
         data: DataOf,
         *,
         fast: bool = False,
+        chunk: int = 64,
         memory_gib: float = 4.0,
     ) -> None:
-        super().__init__(path, model, objective, data)
+        super().__init__(path, model, objective, data, chunk=chunk)
         self._fast = fast
         self._hypergradients: Tensor | None = None
         if self.bytes_needed > memory_gib * GIBIBYTE:
@@ -90,17 +92,26 @@ class Hydra(PathEstimator):
         weights = self._replay.flat.theta.new_zeros(len(self._ids), self._replay.flat.width)
         moments = self._replay.zeros(len(self._ids))
         for point in self._replay.forwards():
-            weights, moments = self._pushed(point, weights, moments)
+            self._push(point, weights, moments)
         return weights
 
-    def _pushed(self, point: Point, weights: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    def _push(self, point: Point, weights: Tensor, moments: Moments) -> None:
+        """Take the derivatives of all samples through a step, in place, ``chunk`` samples at a time."""
         flat = self._replay.flat
-        if self._fast:
-            gradients = torch.zeros_like(weights)
-        else:
-            gradients = flat.curvature_products(point.theta, self._replay.batches(point.step))(weights)
-        for block in point.step.blocks:
-            rows = flat.sample_gradients(point.theta, self._data(block.data_id))
-            columns = torch.tensor([self._column[one] for one in block.data_id], device=weights.device)
-            gradients = gradients.index_add(0, columns, rows * block.weight)
-        return self._replay.push(point, weights, gradients, moments)
+        bent = None if self._fast else flat.curvature_products(point.theta, self._replay.batches(point.step))
+        visits = [(self._column[one], b.weight) for b in point.step.blocks for one in b.data_id]
+        rows = [flat.sample_gradients(point.theta, self._data(block.data_id)) for block in point.step.blocks]
+        columns = torch.tensor([column for column, _ in visits], dtype=torch.long, device=weights.device)
+        shares = weights.new_tensor([weight for _, weight in visits])
+        for start in range(0, len(weights), self._chunk):
+            part = slice(start, start + self._chunk)
+            gradients = torch.zeros_like(weights[part]) if bent is None else bent(weights[part])
+            own = (columns >= start) & (columns < start + self._chunk)
+            if bool(own.any()):
+                added = torch.cat(rows)[own] * shares[own].unsqueeze(1)
+                gradients = gradients.index_add(0, columns[own] - start, added)
+            kept = {name: moment[part] for name, moment in moments.items()}
+            pushed, after = self._replay.push(point, weights[part], gradients, kept)
+            weights[part] = pushed
+            for name, moment in after.items():
+                moments[name][part] = moment

@@ -12,8 +12,9 @@ from torch import Generator, Tensor, nn
 
 from logix_like.capture.selection import Selection
 from logix_like.curvature.curvature import Curvature, Kind, damped_inverse_of
-from logix_like.curvature.fitting import At, default_selection, fit_curvature, once
+from logix_like.curvature.fitting import default_selection, fit_curvature
 from logix_like.curvature.gradients import Gradients, InnerProducts, QuadraticForms, SquareSums
+from logix_like.curvature.passes import At, once
 from logix_like.curvature.sweep import Losses, Sweep
 from logix_like.damping import Damping, DampingSetting
 from logix_like.errors import QueryError
@@ -140,7 +141,7 @@ class KroneckerInfluence(Estimator, ABC):
         sink = QuadraticForms(self.curvature.bases, self.curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
-            self._sweep.run(batch, self._objective.losses, sink)
+            self._sweep.run(batch, self._objective.backward_losses, sink)
             return sink.values
 
         return self._samples.collect("self-influence", values)
@@ -155,7 +156,7 @@ class KroneckerInfluence(Estimator, ABC):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (Newton step)")
         require_samples(self._objective, group)
         sink = Gradients()
-        self._sweep.run(group, self._objective.losses, sink)
+        self._sweep.run(group, self._objective.backward_losses, sink)
         total = {name: blocks.sum(0, keepdim=True) for name, blocks in sink.blocks.items()}
         curvature = self.curvature if order == 1 else self._without(group)
         moved = curvature.apply(self._inverse(), total)
@@ -170,7 +171,7 @@ class KroneckerInfluence(Estimator, ABC):
         count = 0
         for _ in self._at():
             sink = Gradients()
-            self._sweep.run(queries, losses or self._objective.losses, sink)
+            self._sweep.run(queries, losses or self._objective.backward_losses, sink)
             sums = {name: block + sums[name] if count else block for name, block in sink.blocks.items()}
             count += 1
         for name, block in sums.items():
@@ -189,13 +190,13 @@ class KroneckerInfluence(Estimator, ABC):
         """The curvature per sample of all, without what ``group`` adds to it."""
         whole = self.curvature
         squares = SquareSums(whole.bases, self._precision)
-        losses: Losses = self._objective.losses
-        if whole.fisher.labels == "sampled":
-            losses = partial(self._objective.sampled_losses, generator=Generator(self._sweep.device).manual_seed(0))
+        generator = Generator(self._sweep.device).manual_seed(0)
+        losses = partial(self._objective.backward_losses, draw=whole.fisher.labels == "sampled", generator=generator)
         self._sweep.run(group, losses, squares)
+        sums = squares.sums.all()
         eigenvalues = {
-            name: (values - squares.sums[f"squares/{name}"].to(values) / whole.fisher.samples).clamp_min(0)
-            if f"squares/{name}" in squares.sums
+            name: (values - sums[f"squares/{name}"].to(values) / whole.fisher.samples).clamp_min(0)
+            if f"squares/{name}" in sums
             else values
             for name, values in whole.eigenvalues.items()
         }
@@ -219,7 +220,7 @@ class KroneckerInfluence(Estimator, ABC):
         sink = InnerProducts(vectors, self._precision)
 
         def of_batch(batch: Batch) -> Tensor:
-            self._sweep.run(batch, self._objective.losses, sink)
+            self._sweep.run(batch, self._objective.backward_losses, sink)
             return values(sink)
 
         return self._samples.collect(f"{self.name} scores", of_batch)

@@ -15,6 +15,7 @@ from logix_like.estimators.base import Estimator
 from logix_like.layout import DataId
 from logix_like.query.result import Ids
 from logix_like.retraining import SubsetOracle
+from logix_like.subsets import all_subsets
 
 
 class RetrainedEstimator(Estimator):
@@ -86,6 +87,52 @@ class RetrainedEstimator(Estimator):
     @abstractmethod
     def _estimate(self) -> Tensor:
         """``[all queries, samples]``; called once."""
+
+
+class SampledSubsets(RetrainedEstimator):
+    """Values samples by the mean over subsets with them less that over subsets without them.
+
+    Args:
+        oracle: Trains and measures.
+        subsets: How many are drawn; None takes all there are, of at most 12 samples.
+        seed: Of the draw.
+        data_id: The samples' names, 0, 1, ... unless given.
+        own: Index of the measured quantity that is each sample's own output.
+    """
+
+    def __init__(
+        self,
+        oracle: SubsetOracle,
+        *,
+        subsets: int | None = 1000,
+        seed: int = 0,
+        data_id: Sequence[DataId] | None = None,
+        own: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(oracle, data_id=data_id, own=own)
+        self._subsets, self._seed = subsets, seed
+        self._errors: Tensor | None = None
+
+    def standard_errors(self) -> Tensor:
+        """``[all queries, samples]``: standard errors of the scores; 0 when all subsets were taken."""
+        values = self.values
+        return torch.zeros_like(values) if self._errors is None else self._errors
+
+    def _estimate(self) -> Tensor:
+        if self._subsets is None:
+            masks = self._among(all_subsets(self._oracle.n))
+            return difference_of_means(masks, self._oracle.values(masks))[0]
+        masks = self._drawn(self._subsets, torch.Generator().manual_seed(self._seed))
+        differences, self._errors = difference_of_means(masks, self._oracle.values(masks))
+        return differences
+
+    @abstractmethod
+    def _among(self, masks: Tensor) -> Tensor:
+        """Those of all subsets ``[2^n, n]`` that the values are defined over."""
+
+    @abstractmethod
+    def _drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """``[count, n]`` random ones of them."""
 
 
 def difference_of_means(masks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

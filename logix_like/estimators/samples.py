@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
-from logix_like.curvature.fitting import At, once
+from logix_like.curvature.passes import At, once
 from logix_like.errors import ConfigError, EmptyStoreError, QueryError
 from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective

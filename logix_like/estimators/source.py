@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -15,27 +16,40 @@ from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.flat import DataOf, checked, require_chunk, require_queries
-from logix_like.estimators.segments import BACKENDS, Blocks, Spectrum
+from logix_like.estimators.movement import Movement, movement_between
+from logix_like.estimators.segments import Backend, Blocks, DenseBackend, Spectrum
+from logix_like.estimators.segments_kronecker import KroneckerBackend
 from logix_like.objective import Batch, Objective
 from logix_like.path import StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
-from logix_like.updates import common_settings, require_descent, rule_of
+from logix_like.updates import require_descent
 from logix_like.weights import load_weights, restored_weights
 
+BACKENDS: Mapping[str, Callable[[nn.Module, Objective, Sequence[str]], Backend]] = {
+    "ekfac": KroneckerBackend,
+    "dense": DenseBackend,
+}
+"""By the curvature's name."""
 
-def gathered(eigenvalues: Tensor, amount: float) -> Tensor:
-    """``(1 - exp(-amount s)) / s``: what a segment makes of a constant gradient; ``amount`` where ``s`` is 0.
 
-    By ``expm1``, so that small ``amount s`` lose no digits (there it is ``amount``: TracIn); for large ones it is
-    ``1 / s``, the influence function.
+def kept(eigenvalues: Tensor, steps: float = math.inf) -> Tensor:
+    """``(1 - s / K)^K``: what ``K`` steps leave of an earlier change; ``exp(-s)`` for many small ones."""
+    return torch.exp(-eigenvalues) if math.isinf(steps) else (1 - eigenvalues / steps) ** steps
+
+
+def gathered(eigenvalues: Tensor, steps: float = math.inf) -> Tensor:
+    """``(1 - kept(s)) / s``: what a segment makes of a constant gradient; 1 where ``s`` is 0.
+
+    By ``expm1``, so that small ``s`` lose no digits (there it is 1: TracIn); for large ones it is ``1 / s``, the
+    influence function.
     """
     safe = torch.where(eigenvalues > 0, eigenvalues, 1.0)
-    return torch.where(eigenvalues > 0, -torch.expm1(-amount * safe) / safe, amount)
-
-
-def kept(eigenvalues: Tensor, amount: float) -> Tensor:
-    """``exp(-amount s)``: what is left of an earlier change after a segment."""
-    return torch.exp(-amount * eigenvalues)
+    if math.isinf(steps):
+        lost = -torch.expm1(-safe)
+    else:
+        small = torch.log1p(-safe.clamp_max(steps / 2) / steps)
+        lost = torch.where(safe < steps / 2, -torch.expm1(steps * small), 1 - kept(safe, steps))
+    return torch.where(eigenvalues > 0, lost / safe, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,20 +60,10 @@ class Segment:
     """Number of its first step."""
     end: int
     """Number of the step behind its last."""
-    amount: float
-    """Step size times number of steps, the paper's ``eta K``."""
-    decay: float
-    """Weight decay, added to the eigenvalues."""
     checkpoints: tuple[StoredCheckpoint, ...]
     """Over which gradients and curvature are averaged."""
-
-    def gathered(self, name: str, eigenvalues: Tensor) -> Tensor:
-        """See :func:`gathered`."""
-        return gathered(eigenvalues + self.decay, self.amount)
-
-    def kept(self, name: str, eigenvalues: Tensor) -> Tensor:
-        """See :func:`kept`."""
-        return kept(eigenvalues + self.decay, self.amount)
+    movement: Movement
+    """How far its steps moved each weight for a unit of gradient, the paper's ``eta K``, and weight decay."""
 
 
 class Source(Estimator):
@@ -69,6 +73,11 @@ class Source(Estimator):
     mean over the segment's checkpoints) are constant, so that its steps sum to a function of the eigenvalues
     (section 3, equations 14 to 16). Segments are chained by ``exp(-eta K s)``. With one segment and few steps this
     is TracInCP, with many steps the influence function.
+
+    Parameter groups may differ in rate and weight decay, and Adam, AdamW and RMSprop count with the step size that
+    they gave each weight, from their recorded second moments: curvature and gradients are those in the coordinates in
+    which the optimizer's steps are gradient descent's (the eigenvectors of ``R^1/2 H R^1/2``, ``R`` the distances).
+    ``dense`` takes ``R`` as it is, ``ekfac`` as an outer product in each layer.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). A score is the estimated rise of the query's loss without the
@@ -81,14 +90,14 @@ class Source(Estimator):
         data: gives the batch of some ids.
         segments: how many; the paper takes 3.
         curvature: ``ekfac``, or ``dense`` for models of a few thousand parameters.
-        rate: step size to take for an adaptive optimizer, whose steps are no multiple of the gradient, or for groups
-            of different rates. (Of the groups' weight decays the largest is taken.)
+        discrete: count a segment's steps, ``(1 - (1 - s / K)^K) / s``, instead of taking them as many small ones:
+            exact for plain gradient descent on a quadratic, wild where a step overshoots (``s / K > 2``).
         chunk: samples whose gradients are taken together.
 
     Raises:
-        StoreError: a segment holds no checkpoint.
+        StoreError: a segment holds no checkpoint, or none with an adaptive optimizer's state.
         ModelMismatchError: the path was recorded with another model.
-        ConfigError: the optimizer is adaptive, or its groups moved by different rates, and no ``rate`` is given.
+        ConfigError: the optimizer has no known update rule (lists the known).
     """
 
     name: ClassVar[str] = "SOURCE"
@@ -102,10 +111,11 @@ class Source(Estimator):
         *,
         segments: int = 3,
         curvature: Literal["ekfac", "dense"] = "ekfac",
-        rate: float | None = None,
+        discrete: bool = False,
         chunk: int = 64,
     ) -> None:
-        path.require_parameters({name: tuple(p.shape) for name, p in model.named_parameters()})
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        path.require_parameters(shapes)
         if curvature not in BACKENDS:
             raise ConfigError(f"unknown curvature {curvature!r}; known: {', '.join(BACKENDS)}")
         require_descent(path.settings(path.first))
@@ -113,9 +123,10 @@ class Source(Estimator):
         self._model = model
         self._data = checked(data)
         self._chunk = require_chunk(chunk)
+        self._discrete = discrete
         self._ids = path.data_id
-        self._backend = BACKENDS[curvature](model, objective)
-        self.segments = _segments(path, segments, rate)
+        self._backend = BACKENDS[curvature](model, objective, path.parameters)
+        self.segments = _segments(path, segments, shapes)
         """The parts of the training, in order."""
         self._spectra: list[Spectrum] | None = None
 
@@ -130,9 +141,10 @@ class Source(Estimator):
             vectors = self._backend.gradients(require_queries(queries))
             total = None
             for segment, spectrum in reversed(list(zip(self.segments, self._fitted(), strict=True))):
-                part = self._products(segment, spectrum.apply(segment.gathered, vectors))
+                steps = float(segment.end - segment.start) if self._discrete else math.inf
+                part = self._products(segment, spectrum.moved(partial(gathered, steps=steps), vectors))
                 total = part if total is None else total + part
-                vectors = spectrum.apply(segment.kept, vectors)
+                vectors = spectrum.kept(partial(kept, steps=steps), vectors)
         assert total is not None
         return total / len(self._ids)
 
@@ -146,8 +158,10 @@ class Source(Estimator):
 
     def _fitted(self) -> list[Spectrum]:
         if self._spectra is None:
-            at = [partial(self._at, segment) for segment in self.segments]
-            self._spectra = [self._backend.fit(one, self._batches) for one in at]
+            self._spectra = [
+                self._backend.fit(partial(self._at, segment), self._batches, segment.movement)
+                for segment in self.segments
+            ]
         return self._spectra
 
     def _products(self, segment: Segment, vectors: Blocks) -> Tensor:
@@ -167,11 +181,10 @@ class Source(Estimator):
             yield self._data(self._ids[start : start + self._chunk])
 
 
-def _segments(path: TrainingPath, count: int, rate: float | None) -> tuple[Segment, ...]:
+def _segments(path: TrainingPath, count: int, shapes: Mapping[str, Sequence[int]]) -> tuple[Segment, ...]:
     if not 1 <= count <= len(path.steps):
         raise ConfigError(f"segments is {count}; give a whole number from 1 to {len(path.steps)}, the number of steps")
     bounds = [path.first + len(path.steps) * number // count for number in range(count + 1)]
-    size = _step_size(path, rate)
     segments = []
     for start, end in itertools.pairwise(bounds):
         inside = tuple(c for c in path.checkpoints if start <= c.step < end)
@@ -180,30 +193,7 @@ def _segments(path: TrainingPath, count: int, rate: float | None) -> tuple[Segme
                 f"steps {start} to {end - 1} make a segment, and there is no checkpoint among them; take checkpoints "
                 "more often, or fewer segments"
             )
-        steps = path.between(start, end).steps
-        amount = sum(
-            size(step.step) * sum(block.weight * len(block.data_id) for block in step.blocks) for step in steps
-        )
-        decays = {float(group["weight_decay"]) for step in steps for group in step.settings}
-        segments.append(Segment(start, end, amount, max(decays), inside))
+        # A step is scaled by the second moments behind it.
+        behind = [c for c in path.checkpoints if start < c.step <= end] or inside
+        segments.append(Segment(start, end, inside, movement_between(path, start, end, behind, shapes)))
     return tuple(segments)
-
-
-def _step_size(path: TrainingPath, rate: float | None) -> Callable[[int], float]:
-    if rate is not None:
-        if not rate > 0:
-            raise ConfigError(f"rate is {rate}; a step size is a number above 0")
-        return lambda step: rate
-    rule = rule_of(path.optimizer)
-    if rule.adaptive:
-        raise ConfigError(
-            f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that SOURCE's "
-            "segments have no closed form in the curvature's eigenvectors; give rate=..., the step size of the SGD "
-            "that it is to be taken for"
-        )
-
-    def size(step: int) -> float:
-        groups = path.settings(step)
-        return float(rule.rate({}, step, common_settings(groups, "SOURCE's segments", "give rate=...")))
-
-    return size

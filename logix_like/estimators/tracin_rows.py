@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from typing import ClassVar
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -12,14 +13,25 @@ from torch import Tensor
 
 from logix_like.errors import ConfigError, QueryError, StoreError
 from logix_like.estimators.base import Estimator
-from logix_like.path import PathStep, TrainingPath
+from logix_like.path import TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids
 from logix_like.store import GradientStore
 from logix_like.store.journal import journals
-from logix_like.updates import Hyper, common_settings, require_descent, rule_of
+from logix_like.updates import Hyper, UpdateRule, common_settings, require_descent, rule_of
 
-AtSteps = Mapping[int, QueryGradients]
+
+class Captured(Protocol):
+    """What ``run.query`` and ``run.query_fn`` give."""
+
+    @property
+    def gradients(self) -> QueryGradients:
+        """Of its queries."""
+        ...
+
+
+Asked = Captured | QueryGradients
+AtSteps = Mapping[int, Asked]
 """The same queries' gradients at several moments, by the number of steps taken before."""
 
 
@@ -30,6 +42,7 @@ class TracInRP(Estimator):
     between checkpoints: give it at one moment, or at several (each row then takes the latest one before its step). The
     weight ``w_t`` in the optimizer's gradient is that of the recorded path (``record: path``); without one it is taken
     as ``1 / rows of the step``, a mean over the batch. Under momentum a gradient counts with the sum of its effects.
+    A store of an earlier version does not know its optimizer, which is then taken for SGD, with a warning.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). A query is what ``run.query`` or ``run.query_fn`` captured.
@@ -37,8 +50,8 @@ class TracInRP(Estimator):
     Raises:
         StoreError: rows carry no learning rate (``init(optimizer=...)`` records it), or there are none.
         StoreDamagedError: there is a recorded path, and it cannot be read.
-        ConfigError: the recorded optimizer is adaptive (its steps are no multiple of the gradient), or its parameter
-            groups moved by different rates.
+        ConfigError: the optimizer is unknown (lists the known) or adaptive (its steps are no multiple of the
+            gradient), or its parameter groups moved by different rates.
     """
 
     name: ClassVar[str] = "TracIn-RP"
@@ -61,9 +74,10 @@ class TracInRP(Estimator):
     def data_id(self) -> Ids:
         return self._ids
 
-    def scores(self, queries: QueryGradients | AtSteps) -> Tensor:
+    def scores(self, queries: Asked | AtSteps) -> Tensor:
         """``[queries, samples]``."""
-        given = {0: queries} if isinstance(queries, QueryGradients) else dict(sorted(queries.items()))
+        at_steps = queries if isinstance(queries, Mapping) else {0: queries}
+        given = {step: _gradients(asked) for step, asked in sorted(at_steps.items())}
         directions = self._directions(given)
         moments = list(given)
         place = np.array([max(bisect.bisect_right(moments, step) - 1, 0) for step in self._store.step.tolist()])
@@ -99,6 +113,10 @@ class TracInRP(Estimator):
         return torch.stack([query.gradients.float() for query in given.values()])
 
 
+def _gradients(asked: Asked) -> QueryGradients:
+    return asked if isinstance(asked, QueryGradients) else asked.gradients
+
+
 def _pairs(store: GradientStore, valid: np.ndarray) -> zip[tuple[object, bool]]:
     return zip(store.data_id.tolist(), valid.tolist(), strict=True)
 
@@ -111,23 +129,43 @@ def _rates(store: GradientStore) -> np.ndarray:
     attempts = np.repeat([w.attempt for w in store.writers], [w.rows for w in store.writers])
     batches = np.stack([attempts, store.step])
     _, inverse, counts = np.unique(batches, axis=1, return_inverse=True, return_counts=True)
-    rates: np.ndarray = store.lr / counts[inverse.reshape(-1)]
+    rates: np.ndarray = store.lr / counts[inverse.reshape(-1)] * _effect(store)
     return rates
 
 
-def _settings(step: PathStep) -> Hyper:
-    return common_settings(step.settings, "projected rows", "use TracIn or TracInCP over the recorded path")
+def _effect(store: GradientStore) -> float:
+    """How far a gradient moves the weights in the long run, in learning rates: more than 1 under momentum."""
+    optimizer = store.manifest.optimizer
+    if not optimizer:
+        warnings.warn(
+            "the store does not know which optimizer trained: it is taken for SGD without momentum, and scores of an "
+            "adaptive one would be wrong",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return 1.0
+    rule = _linear_rule(optimizer["name"], optimizer["groups"])
+    return rule.rate({**_common(optimizer["groups"]), "lr": 1.0})
+
+
+def _linear_rule(optimizer: str, groups: Sequence[Hyper]) -> UpdateRule:
+    require_descent(groups)
+    rule = rule_of(optimizer)
+    if rule.adaptive:
+        raise ConfigError(
+            f"the training used {optimizer}, whose steps are no multiple of the gradient, so that rows and "
+            "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
+        )
+    return rule
+
+
+def _common(groups: Sequence[Hyper]) -> Hyper:
+    return common_settings(groups, "projected rows", "use TracIn or TracInCP over the recorded path")
 
 
 def _recorded_rates(store: GradientStore, path: TrainingPath) -> np.ndarray:
-    require_descent(path.settings(path.first))
-    rule = rule_of(path.optimizer)
-    if rule.adaptive:
-        raise ConfigError(
-            f"the training used {path.optimizer}, whose steps are no multiple of the gradient, so that rows and "
-            "learning rates do not tell them; use TracIn or TracInCP over the recorded path, or run.track"
-        )
-    rate = {step.step: float(rule.rate({}, step.step, _settings(step))) for step in path.steps}
+    rule = _linear_rule(path.optimizer, path.settings(path.first))
+    rate = {step.step: rule.rate(_common(step.settings)) for step in path.steps}
     weight = {(step.step, one): block.weight for step in path.steps for block in step.blocks for one in block.data_id}
     rows = zip(store.step.tolist(), store.data_id.tolist(), strict=True)
     return np.array([rate.get(step, 0.0) * weight.get((step, one), 0.0) for step, one in rows])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from logix_like.capture.projector import Projector
 from logix_like.capture.selection import Selection
-from logix_like.curvature.fitting import At, default_selection, once
+from logix_like.curvature.fitting import default_selection
 from logix_like.curvature.gradients import Gradients
+from logix_like.curvature.passes import At, once
 from logix_like.curvature.sweep import Losses, Sweep
 from logix_like.damping import DampingSetting, require_amount
 from logix_like.errors import EmptyStoreError, QueryError

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,7 +21,6 @@ from logix_like.report.content import Contents, short_name, shown
 from logix_like.report.page import Album, Sources, query_blocks
 from logix_like.report.summary import StoreSummary
 from logix_like.store import VerifyReport
-from logix_like.store.schema import COMMITS
 
 PAGE = 25
 """Samples on a page of the list."""
@@ -66,14 +63,13 @@ def options_of(asked: Mapping[str, str], defaults: Options) -> Options:
     given = asked.get("damping", "").strip()
     try:
         k = int(asked.get("k") or defaults.k)
-        damping = float(given) if given not in ("", "auto", str(Damping.of(defaults.damping))) else None
     except ValueError as error:
-        raise QueryError(f"samples and damping must be numbers (damping may be auto): {error}") from error
+        raise QueryError(f"the number of samples must be a whole one: {error}") from error
     return Options(
         k=max(1, min(100, k)),
         mode=asked.get("mode") or defaults.mode,
         preconditioner=asked.get("preconditioner") or defaults.preconditioner,
-        damping="auto" if given == "auto" else defaults.damping if damping is None else damping,
+        damping=Damping.parse(given).setting if given else defaults.damping,
     )
 
 
@@ -150,7 +146,7 @@ def ask_page(explorer: Explorer, asked: Mapping[str, str]) -> dict[str, Any]:
     text, key = asked.get("text", "")[:LINE_LIMIT], asked.get("sample", "")
     page: dict[str, Any] = {
         "options": options,
-        "damping": asked.get("damping") or str(Damping.of(options.damping)),
+        "damping": asked.get("damping") or Damping.of(options.damping).typed,
         "wish": wish,
         "modes": tuple(MODES),
         "preconditioners": tuple(PRECONDITIONERS),
@@ -187,11 +183,12 @@ def health_page(explorer: Explorer) -> dict[str, Any]:
     """How the run is doing."""
     store = explorer.store
     summary = StoreSummary.of(store)
-    seconds = _seconds_logged(explorer)
+    timing = store.timing
     tiles = {
         "rows": f"{summary.rows:,}",
         "samples": f"{summary.samples:,}",
-        "rows a second, on average": f"{summary.rows / seconds:,.0f}" if seconds else "unknown",
+        "rows a second": f"{summary.rows / timing.seconds:,.0f}" if timing.seconds else "unknown",
+        "training prolonged by": "unknown" if timing.overhead is None else f"{timing.overhead:.1%}",
         "on disk": size(sum(summary.bytes.values())),
         "rows in the statistics": f"{summary.statistics_rows / summary.rows:.0%}" if summary.rows else "none",
         "left out of scores": f"{summary.nonfinite + summary.superseded:,} rows",
@@ -241,19 +238,7 @@ def _norms(explorer: Explorer) -> str:
         return ""
     return figures.figure(
         lambda ax: plots.norms_by_step(store.step, store.norm, ax),
-        6,
-        2.6,
+        4.8,
+        2.1,
         "gradient norms over the steps",
     )
-
-
-def _seconds_logged(explorer: Explorer) -> float:
-    """From the store's creation to its last commit; 0 where files have no times, as on object stores."""
-    files = [writer.folder / COMMITS for writer in explorer.store.writers]
-    # Object stores are not asked: when each of their commits came is not worth a request.
-    last = max((file.stat().st_mtime for file in files if isinstance(file, Path) and file.is_file()), default=0.0)
-    try:
-        created = datetime.fromisoformat(explorer.store.manifest.created)
-    except ValueError:
-        return 0.0
-    return max(0.0, last - created.timestamp())

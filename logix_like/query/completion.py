@@ -70,15 +70,17 @@ NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 def statistics_for(preconditioner: str, store: QueryStore, progress: bool | None = None) -> Statistics:
     """Give the statistics to fit ``preconditioner`` from, completed by a pass over the store where needed.
 
-    ``auto`` brings a gathered covariance up to date, and computes one only when some module has neither
-    covariance nor Kronecker factors. A covariance asked for by name is computed whatever the block's size.
+    ``auto`` brings a gathered covariance and EK-FAC's eigenvalues up to date, and computes a covariance only when some
+    module has neither one nor Kronecker factors. A covariance asked for by name is computed whatever the block's size.
     """
     if preconditioner != "auto":
         return ensure_statistics(store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress)
     small = [block for block in store.statistics.layout if block.size <= COVARIANCE_LIMIT]
     gathered = any(store.statistics.has(block.name, "outer_sum") for block in small)
     bare = any(not has_kronecker(store.statistics, block) for block in small)
-    return ensure_statistics(store, ("covariance",) if gathered or bare else (), progress=progress)
+    corrected = any(store.statistics.has(block.name, "corrected_square_sum") for block in store.statistics.layout)
+    needed = [*(["covariance"] if gathered or bare else []), *(["corrected_eigval"] if corrected else [])]
+    return ensure_statistics(store, needed, progress=progress)
 
 
 def ensure_statistics(

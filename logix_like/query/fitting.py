@@ -9,7 +9,7 @@ from threading import RLock
 from typing import Generic, TypeVar
 
 from logix_like.damping import Damping
-from logix_like.preconditioner import Curvature, FittedPreconditioner, fit_preconditioner
+from logix_like.preconditioner import Eigenbases, FittedPreconditioner, fit_preconditioner
 from logix_like.query.completion import QueryStore, statistics_for
 
 Value = TypeVar("Value")
@@ -59,7 +59,7 @@ class Fitter:
 
     def __init__(self, store: QueryStore) -> None:
         self._store = store
-        self._curvatures: Recent[Curvature] = Recent(2)
+        self._eigenbases: Recent[Eigenbases] = Recent(2)
         self._fits: Recent[Fit] = Recent(4)
 
     def fit(self, name: str, damping: Damping, progress: bool | None) -> Fit:
@@ -69,10 +69,10 @@ class Fitter:
 
     def _make(self, key: tuple[str, str, Damping], progress: bool | None) -> Fit:
         _, name, damping = key
-        curvature = self._curvatures.get(key[:2], lambda: self._curvature(name, progress))
-        statistics = curvature.statistics
+        eigenbases = self._eigenbases.get(key[:2], lambda: self._decomposed(name, progress))
+        statistics = eigenbases.statistics
         layout = statistics.layout
-        fitted = fit_preconditioner(name, statistics, layout, damping, curvature=curvature)
+        fitted = fit_preconditioner(name, statistics, layout, damping, eigenbases=eigenbases)
         rows = int(self._store.valid.sum())
         described = f"preconditioner {fitted.summary()}"
         if name != "identity":
@@ -81,10 +81,10 @@ class Fitter:
             described += f", Kronecker factors also of {statistics.superseded:,} rows that were taken back since"
         return Fit(fitted, described, rows, key)
 
-    def _curvature(self, name: str, progress: bool | None) -> Curvature:
+    def _decomposed(self, name: str, progress: bool | None) -> Eigenbases:
         # Only the choice by ``auto`` asks how many samples there are; telling visits apart is not free.
         samples = len(self._store.view("mean")) if name == "auto" else None
-        return Curvature(statistics_for(name, self._store, progress), samples)
+        return Eigenbases(statistics_for(name, self._store, progress), samples)
 
 
 def _covered(fitted: FittedPreconditioner, valid: int) -> str:

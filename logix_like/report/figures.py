@@ -43,7 +43,7 @@ _SPACE = re.compile(r"\s+")
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "logix_like",
-    "font.size": 10,
+    "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,

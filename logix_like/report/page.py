@@ -47,14 +47,17 @@ class Shown:
 
 @dataclass
 class Album:
-    """The pictures of a page, each once."""
+    """The pictures of a page, each once, and whether it marks words."""
 
     numbers: dict[str, int] = field(default_factory=dict)
+    tokens: bool = False
+    """Whether a text on the page has scored tokens."""
 
     def shown(self, content: Content | None, name: str) -> Shown | None:
         """``content`` with its picture as a number."""
         if content is None:
             return None
+        self.tokens |= bool(content.tokens)
         number = self.numbers.setdefault(content.image, len(self.numbers) + 1) if content.image else 0
         return Shown(
             content.text,
@@ -148,6 +151,7 @@ def write_report(
         about=_about(result, opened),
         sortable=_sortable(blocks),
         pictures=album.pictures,
+        tokens=album.tokens,
         script=script,
         script_hash=script_hash(script),
     )
@@ -248,8 +252,8 @@ def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> lis
                 "title": "How concentrated influence is",
                 "svg": figures.figure(
                     lambda ax: plots.concentration(result, ax),
-                    6,
-                    2.8,
+                    4.4,
+                    2.1,
                     "share of influence of the strongest samples",
                 ),
                 "caption": "One line for each query, the median in bold. On the dotted line influence would be spread "
@@ -262,8 +266,8 @@ def _charts(result: InfluenceResult, modules: Mapping[str, float] | None) -> lis
                 "title": "Where in the model",
                 "svg": figures.figure(
                     lambda ax: plots.module_shares(modules, ax),
-                    6,
-                    max(1.6, 0.6 + 0.22 * len(modules)),
+                    4.4,
+                    max(1.2, 0.5 + 0.18 * len(modules)),
                     "share of each module in the scores",
                 ),
                 "caption": "What each part of the model adds to the scores of the proponents that are shown.",

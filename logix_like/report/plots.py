@@ -94,7 +94,7 @@ def concentration(result: InfluenceResult, ax: Axes) -> Axes:
     """
     curves = np.stack([held_by(row, SHARES.tolist()) for row in all_scores(result)])
     for curve in curves[:200]:
-        ax.plot(100 * SHARES, 100 * curve, color=NEUTRAL, linewidth=0.6, alpha=0.35)
+        ax.plot(100 * SHARES, 100 * curve, color=NEUTRAL, linewidth=0.7, alpha=0.6)
     ax.plot(100 * SHARES, 100 * np.median(curves, axis=0), color=PROPONENT, linewidth=2.0)
     ax.plot([0, 100], [0, 100], color=NEUTRAL, linewidth=0.8, linestyle=":")
     ax.set_xlabel("% of the samples, strongest first")
@@ -157,8 +157,9 @@ def lds_bars(scores: Mapping[str, tuple[float, float, float]], ax: Axes, ceiling
     ax.barh(places, middle, color=PROPONENT, height=0.65)
     ax.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="none", ecolor=NEUTRAL, capsize=3)
     if ceiling is not None:
-        ax.axvline(ceiling, color=OPPONENT, linestyle="--", linewidth=1, label=f"noise ceiling {ceiling:.2f}")
-        ax.legend(frameon=False)
+        ax.axvline(ceiling, color=OPPONENT, linestyle="--", linewidth=1)
+        above = ax.get_xaxis_transform()  # beside the line's end, where no bar is
+        ax.text(ceiling, 1.01, f"noise ceiling {ceiling:.2f}", ha="center", va="bottom", transform=above)
     ax.set_yticks(places, list(scores), parse_math=False)
     ax.set_xlabel("linear datamodeling score (Spearman)")
     return ax

@@ -12,6 +12,7 @@ from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store import GradientStore
 from logix_like.store.schema import VERSION, Flag
+from logix_like.timing import Timing
 
 # Which stored sums show that a statistic was gathered, for the words of the config.
 GATHERED = {
@@ -65,6 +66,9 @@ class StoreSummary:
     """Number, step, epoch, bytes of each checkpoint."""
     bytes: dict[str, int]
     """Bytes on disk by kind."""
+    timing: dict[str, float | None]
+    """Seconds of the training that were measured, how many of them went into logging, and the overhead: by what part
+    of itself logging prolonged the training (None where nothing was measured)."""
 
     @classmethod
     def of(cls, store: GradientStore) -> StoreSummary:
@@ -91,6 +95,7 @@ class StoreSummary:
                 {"number": c.number, "step": c.step, "epoch": c.epoch, "bytes": c.size} for c in store.checkpoints
             ),
             bytes=dict(store.bytes),
+            timing=_timing(store.timing),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +121,7 @@ class StoreSummary:
             covered += " (a query computes sums over rows anew, Kronecker factors stay those of the rows covered)"
         if self.statistics_superseded:
             covered += f"; {self.statistics_superseded:,} of them superseded, in the Kronecker factors still"
+        yield from self._timed()
         kinds = [f"{name} ({count} modules)" for name, count in self.statistics.items()]
         yield "statistics", (", ".join(kinds) or "none") + covered
         yield "writers", f"{len(self.writers)}:"
@@ -130,6 +136,11 @@ class StoreSummary:
             + ", ".join(f"{name} {size:,}" for name, size in self.bytes.items() if size),
         )
 
+    def _timed(self) -> Iterator[tuple[str, str]]:
+        overhead, seconds = self.timing["overhead"], self.timing["seconds"]
+        if overhead is not None:
+            yield "overhead", f"logging prolonged {seconds:,.1f} seconds of training by {overhead:.1%} (threads aside)"
+
     def _left_out(self) -> str:
         counts = {"not finite": self.nonfinite, "superseded": self.superseded}
         told = [f"{count:,} {what}" for what, count in counts.items() if count]
@@ -141,6 +152,10 @@ def _modules(layout: Layout) -> tuple[dict[str, Any], ...]:
         {"module": b.name, "kind": b.kind, "shape": b.shape, "rank": b.rank, "numbers": b.size, "tied": b.tied}
         for b in layout
     )
+
+
+def _timing(timing: Timing) -> dict[str, float | None]:
+    return {"seconds": timing.seconds, "logging": timing.logging, "overhead": timing.overhead}
 
 
 def _gathered(statistics: Statistics) -> dict[str, int]:

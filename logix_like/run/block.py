@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from logix_like.capture.tracker import Recording
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
+from logix_like.timing import Stopwatch
 
 Reduction = Literal["mean", "sum", "token_mean"]
+Scale = TypeVar("Scale", float, float | Tensor)
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,17 @@ class BlockOptions:
                 raise CaptureError(f"metadata {name!r} has {len(values)} values for {len(ids)} ids")
         return cls(ids, mask=mask, loss=loss, metadata=columns, scale=scale, **others)
 
-    def loss_scale(self) -> float:
+    def loss_scale(self, device: torch.device = _HOST) -> float | Tensor:
         """What the loss of a block that begins now is multiplied by, the scaler's part included."""
-        return self.scale * (1.0 if self.scaler is None else self.scaler.get_scale())
+        if self.scaler is None:
+            return self.scale
+        if device.type == "cpu":
+            return self.scale * float(self.scaler.get_scale())
+        # Its number is asked for on the device: get_scale would wait for all that is being computed there.
+        scaled: Tensor = self.scaler.scale(torch.ones((), device=device))
+        return self.scale * scaled
 
-    def factor(self, loss_scale: float) -> float:
+    def factor(self, loss_scale: Scale) -> Scale:
         """What captured gradients are multiplied by to be those of each sample's own loss."""
         return self._batch_factor() / loss_scale
 
@@ -101,6 +112,10 @@ class BlockOptions:
             return float(len(self.data_id))
         if self.reduction == "sum":
             return 1.0
+        return self._tokens
+
+    @cached_property
+    def _tokens(self) -> float:
         tokens = float(self._required_mask("loss_reduction: token_mean").sum())
         if not tokens > 0:
             raise CaptureError("mask leaves out every token of the block, whose mean loss is then that of nothing")
@@ -125,6 +140,7 @@ class Block:
         on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
         on_drop: Callable[[Block], None],
+        watch: Stopwatch,
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
@@ -132,9 +148,8 @@ class Block:
         self._on_begin = on_begin
         self._on_end = on_end
         self._on_drop = on_drop
+        self._watch = watch
         self._begun = self._ended = False
-        # As it is when the block begins: a scaler that is updated inside it has moved on at the end.
-        self._loss_scale = 1.0
 
     def measured(self, scale: float, divisor: float) -> None:
         """Say before the end what the loss was, where it is known only after the backward pass.
@@ -147,7 +162,7 @@ class Block:
         """
         _require_positive(scale)
         self.options = replace(self.options, scale=scale, divisor=divisor)
-        self._loss_scale = self.options.loss_scale()
+        self._measure()
 
     def drop(self) -> None:
         """Close the block without rows."""
@@ -159,12 +174,19 @@ class Block:
     def __enter__(self) -> Block:
         if self._begun:
             raise CaptureError("this block was entered before; call run(data_id=...) again for each batch")
-        self._on_begin(self)
-        self._begun = True
-        self._loss_scale = self.options.loss_scale()
-        if self.recording is not None:
-            self.recording.__enter__()
+        with self._watch:
+            self._measure()
+            self._on_begin(self)
+            self._begun = True
+            if self.recording is not None:
+                self.recording.__enter__()
         return self
+
+    def _measure(self) -> None:
+        # When the block begins: a scaler that is updated inside it has moved on at the end, and a mask on a device
+        # is counted before there is anything to wait for.
+        if self.recording is not None:
+            self.recording.factor = self.options.factor(self.options.loss_scale(self.recording.device))
 
     def __exit__(
         self,
@@ -174,12 +196,12 @@ class Block:
     ) -> None:
         if self._ended:  # by run.end() or run.abort(), inside the with statement
             return
-        self.drop()
-        if exc_type is None:
-            if self.recording is not None:
-                self.recording.check()
-                self.recording.factor = self.options.factor(self._loss_scale)
-            self._on_end(self)
+        with self._watch:
+            self.drop()
+            if exc_type is None:
+                if self.recording is not None:
+                    self.recording.check()
+                self._on_end(self)
 
 
 def _require_positive(scale: Any) -> None:

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logix_like.capture.batch import ProjectedBatch
+from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
 from logix_like.errors import CaptureError
 from logix_like.query.gradients import QueryGradients
+from logix_like.ranks import Ranks
 from logix_like.run.block import Block, BlockOptions
+from logix_like.run.delivery import Delivery, Streams
 from logix_like.run.overflow import StepGate, overflowed
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 from logix_like.steps import Progress
+from logix_like.timing import Stopwatch, Timing
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A block that is over and not projected yet."""
+
+    recording: Recording
+    options: BlockOptions
+    columns: ProjectedBatch | None
+    """What is stored beside its rows; None when nothing is."""
+    overflow: Tensor | None
+    """Whether its gradients overflowed, ``[]``; None where no step can be skipped."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether its step is taken, as far as is known."""
+        return self.overflow is None or not bool(self.overflow)
 
 
 class Logbook:
@@ -35,9 +55,12 @@ class Logbook:
         self._tracker: Tracker | None = None
         self._open: Block | None = None
         self._gate = StepGate(self._store)
-        self._waiting: list[tuple[Recording, BlockOptions, ProjectedBatch | None]] = []
+        self._streams = Streams()
+        self._waiting: list[_Ended] = []
         self._last: QueryGradients | None = None
         self._compared: Recording | None = None
+        self._watch = Stopwatch()
+        self._untold = Timing()
         self.statistics: frozenset[str] = frozenset(config.statistics)
         """What is gathered beside the rows; fixed by the first batch."""
         self.saving = True
@@ -46,7 +69,7 @@ class Logbook:
         """Whether logging has ended; blocks are then captured for :attr:`last` only."""
         self.blocks = 0
         """Blocks that have ended."""
-        self.on_block: Callable[[BlockOptions, bool | None], None] | None = None
+        self.on_block: Callable[[BlockOptions, bool], None] | None = None
         """Told of each block of the training, stored or not, and whether its step will be skipped."""
         self.on_rows: Callable[[ProjectedBatch], None] | None = None
         """Told of each batch of rows, once it is known whether its step will be skipped."""
@@ -87,6 +110,11 @@ class Logbook:
             raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
         return self._last
 
+    @property
+    def timing(self) -> Timing:
+        """What the training took so far, from its second block on, and logging of it."""
+        return self._watch.total
+
     def options(self, data_id: Any, *, loss_reduction: str | None = None, **given: Any) -> BlockOptions:
         """What a block is told, with the config's defaults."""
         return BlockOptions.of(
@@ -110,8 +138,10 @@ class Logbook:
                 mask=options.mask,
                 moments=self._storing and "kronecker" in self.statistics,
                 detached=detached,
+                watch=self._watch,
             )
-        return Block(recording, options, self._begin, partial(self._ended, detached=detached), self._dropped)
+        ended = partial(self._ended, detached=detached)
+        return Block(recording, options, self._begin, ended, self._dropped, self._watch)
 
     def end(self) -> None:
         """Close the open block.
@@ -144,28 +174,47 @@ class Logbook:
         if force:
             self._gate.release()
 
-    def release(self) -> None:
-        """Hand over the rows of the optimizer step that is still going on, too."""
-        self._gate.release()
+    def settle(self) -> None:
+        """Hand over the rows that were held back, unless a scaler may still skip their step."""
+        self._gate.settle(self._progress.step)
+
+    @property
+    def holds(self) -> bool:
+        """Whether rows are held back, since a scaler may still skip their step."""
+        return self._gate.holds
 
     def _project_waiting(self, force: bool) -> None:
         if self._tracker is None or not self._waiting:
             return
         if self._tracker.needs_warmup:
-            samples = sum(len(options.data_id) for _, options, _ in self._waiting)
+            samples = sum(len(ended.options.data_id) for ended in self._waiting)
             if not force and samples < self._config.projection.warmup:
                 return
-            trained = (r for r, _, columns in self._waiting if columns is None or not columns.overflow)
-            self._tracker.fit(trained)
+            self._tracker.fit(ended.recording for ended in self._waiting if ended.trained)
         waiting, self._waiting = self._waiting, []
-        for recording, options, columns in waiting:
-            rows, moments = recording.project()
-            if recording is self._compared:
-                compare_with_gradients(recording, rows, self._tracker)
-            rows = per_token(rows, options)
-            self._last = QueryGradients(options.data_id, rows, self._tracker.settle())
-            if columns is not None:
-                self._gate.put(replace(columns, rows=rows.cpu(), moments=moments))
+        for ended in waiting:
+            rows, moments = ended.recording.project()
+            if ended.recording is self._compared:
+                compare_with_gradients(ended.recording, rows, self._tracker)
+            rows = per_token(rows, ended.options)
+            self._last = QueryGradients(ended.options.data_id, rows, self._tracker.settle())
+            if ended.columns is not None:
+                self._send(ended.columns, rows, moments, ended.overflow)
+
+    def _send(
+        self, columns: ProjectedBatch, rows: Tensor, moments: FactorMoments | None, overflow: Tensor | None
+    ) -> None:
+        delivery = Delivery(self._streams)
+        batch = replace(
+            columns,
+            rows=delivery.take(rows),
+            loss=None if columns.loss is None else delivery.take(columns.loss),
+            moments=None if moments is None else moments.moved(delivery.take),
+            arrival=delivery,
+        )
+        flag = None if overflow is None else delivery.take(overflow)
+        delivery.sent()
+        self._gate.put(batch, flag)
 
     def warmup_note(self) -> str:
         """What to wait for, when the projections do not exist yet."""
@@ -181,23 +230,28 @@ class Logbook:
     def _begin(self, block: Block) -> None:
         self.require_no_block("blocks are not nested")
         self._open = block
+        if self._storing:
+            self._untold += self._watch.lap()
 
     def _dropped(self, block: Block) -> None:
         if self._open is block:
             self._open = None
 
     def _ended(self, block: Block, *, detached: bool) -> None:
+        if block.recording is not None and self.blocks == 0 and not self.closed:
+            warn_of_coupling(block.recording, self.tracker.model)
+            # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already, nor where
+            # gradients are averaged over processes.
+            if block.options.divisor is None and not self.tracker.needs_warmup and Ranks.here().size == 1:
+                self._compared = block.recording
+        wanted = self._storing and (block.recording is not None or self.on_block is not None)
+        overflow = overflowed(self.tracker.model, block.options.scaler) if wanted else None
         if block.recording is not None:
-            if self.blocks == 0 and not self.closed:
-                warn_of_coupling(block.recording, self.tracker.model)
-                # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already.
-                if block.options.divisor is None and not self.tracker.needs_warmup:
-                    self._compared = block.recording
-            self._waiting.append((block.recording, block.options, self._columns(block.options)))
+            self._waiting.append(_Ended(block.recording, block.options, self._columns(block.options), overflow))
             self.flush()
         self.blocks += 1
         if self.on_block is not None and self._storing and not detached:
-            self.on_block(block.options, overflowed(self.tracker.model, block.options.scaler))
+            self.on_block(block.options, overflow is not None and bool(overflow))
         if not self.closed:
             self._progress.block_ended()
 
@@ -205,25 +259,28 @@ class Logbook:
         """What is stored beside the rows, as it is now; None when nothing is stored."""
         if not self._storing:
             return None
+        timing, self._untold = self._untold, Timing()
         return ProjectedBatch(
             data_id=options.data_id,
             rows=torch.empty(0),
             step=self._progress.step,
             epoch=self._progress.epoch,
             lr=self._progress.lr,
-            loss=None if options.loss is None else options.loss.float().cpu(),
-            overflow=overflowed(self.tracker.model, options.scaler),
+            loss=None if options.loss is None else options.loss.float(),
             metadata=options.metadata,
             weight=1 / options.factor(options.scale),
+            timing=timing,
         )
 
     def _store(self, batch: ProjectedBatch) -> None:
         assert self._session is not None
         tracker = self.tracker
         if not self._session.begun:
-            self._session.begin(tracker.settle(), stored_projections(tracker), self.statistics)
+            projections = stored_projections(tracker)
+            self._session.begin(tracker.settle(), projections, self.statistics, self._progress.optimizer)
         self._session.put(batch)
         if self.on_rows is not None:
+            batch.wait()
             self.on_rows(batch)
 
 

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from logix_like.capture.batch import ProjectedBatch
 
 
-def overflowed(model: nn.Module, scaler: Any) -> bool | None:
+def overflowed(model: nn.Module, scaler: Any) -> Tensor | None:
     """Whether a gradient that ``model`` holds is not finite, so that the scaler will skip the step.
 
-    None without a scaler (or with a disabled one), where nothing is ever skipped.
+    A bool ``[]`` where the gradients are, so that nobody waits for it yet; None without a scaler (or with a disabled
+    one), where nothing is ever skipped.
     """
     if scaler is None or not scaler.is_enabled():
         return None
     gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
     # The largest magnitude is finite exactly if all are, and no sum can overflow on the way.
     largest = [torch.linalg.vector_norm(g, torch.inf) for g in gradients if g.numel()]
-    return not all(bool(norm.isfinite()) for norm in _together(largest))
+    return ~_together(largest).isfinite().all()
 
 
 class StepGate:
@@ -33,23 +34,37 @@ class StepGate:
 
     def __init__(self, deliver: Callable[[ProjectedBatch], None]) -> None:
         self._deliver = deliver
-        self._held: list[ProjectedBatch] = []
+        self._held: list[tuple[ProjectedBatch, Tensor]] = []
 
-    def put(self, batch: ProjectedBatch) -> None:
-        """Take a batch, which goes on at once unless its step may still be skipped."""
-        if self._held and self._held[0].step != batch.step:
-            self.release()
-        self._held.append(batch)
-        if batch.overflow:
-            self._held = [replace(held, overflow=True) for held in self._held]
-        if batch.overflow is not False:
+    @property
+    def holds(self) -> bool:
+        """Whether batches are held back."""
+        return bool(self._held)
+
+    def put(self, batch: ProjectedBatch, overflow: Tensor | None) -> None:
+        """Take a batch with its flag, which arrives with it; it goes on at once if its step cannot be skipped."""
+        self.settle(batch.step)
+        if overflow is None:
+            self._deliver(batch)
+        else:
+            self._held.append((batch, overflow))
+
+    def settle(self, step: int) -> None:
+        """Let go on what is held if the fate of its step is known, when ``step`` is the one that comes next."""
+        if self._held and (self._held[0][0].step != step or self._spoiled()):
             self.release()
 
     def release(self) -> None:
         """Let everything go on that is held."""
+        spoiled = self._spoiled()
         held, self._held = self._held, []
-        for batch in held:
-            self._deliver(batch)
+        for batch, _ in held:
+            self._deliver(replace(batch, overflow=spoiled))
+
+    def _spoiled(self) -> bool:
+        for batch, _ in self._held:
+            batch.wait()
+        return any(bool(flag) for _, flag in self._held)
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -60,4 +75,6 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _together(norms: list[Tensor]) -> Tensor:
-    return torch.stack([norm.float() for norm in norms]).cpu() if norms else torch.zeros(0)
+    if not norms:
+        return torch.zeros(0)
+    return torch.stack([norm.float().to(norms[0].device, non_blocking=True) for norm in norms])

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.errors import CaptureError, ConfigError
+from logix_like.errors import CaptureError
 from logix_like.path import OPTIMIZER, PathBlock, PathStep
 from logix_like.ranks import Ranks
 from logix_like.run.block import BlockOptions
 from logix_like.steps import Progress
-from logix_like.store import PathJournal, Place
+from logix_like.store import PathJournal, Place, next_attempt
 from logix_like.updates import settings_of
 from logix_like.weights import whole
 from logix_like.wrapping import plain_names
@@ -21,8 +21,9 @@ from logix_like.wrapping import plain_names
 class PathRecorder:
     """Writes down each optimizer step with the blocks before it.
 
+    Processes that train together must make it together; each writes its own part of every batch.
+
     Raises:
-        ConfigError: several processes train together.
         CaptureError: the optimizer trains a tensor that is none of the model's.
     """
 
@@ -34,12 +35,9 @@ class PathRecorder:
         progress: Progress,
         checkpoint: Callable[[], None],
     ) -> None:
-        if Ranks.here().size > 1:
-            raise ConfigError(
-                "record: path keeps the steps of one process; with several each sees a part of every batch: train in "
-                "one process, or set record: none"
-            )
         self._store = store
+        self._ranks = Ranks.here()
+        self._attempt = self._ranks.agree(lambda: next_attempt(store))
         self._optimizer = optimizer
         self._names = _parameter_names(model, optimizer)
         self._progress = progress
@@ -47,15 +45,18 @@ class PathRecorder:
         self._journal: PathJournal | None = None
         self._blocks: list[PathBlock] = []
 
-    def block(self, options: BlockOptions, overflow: bool | None) -> None:
+    def block(self, options: BlockOptions, overflow: bool) -> None:
         """A block has ended; with ``overflow`` the scaler will skip its step and all blocks of it."""
         if self._journal is None:
-            self._journal = PathJournal(self._store, type(self._optimizer).__name__, self._groups())
+            kind = type(self._optimizer).__name__
+            self._journal = PathJournal(self._store, self._attempt, kind, self._groups(), self._ranks)
             self._checkpoint()  # where the path begins
         if overflow:
             self._blocks.clear()
         else:
-            self._blocks.append(PathBlock(options.data_id, 1 / options.factor(options.scale)))
+            # The optimizer sees the mean of the processes' gradients.
+            weight = 1 / (options.factor(options.scale) * self._ranks.size)
+            self._blocks.append(PathBlock(options.data_id, weight))
 
     def stepped(self, step: int) -> None:
         """The optimizer has taken a step; ``step`` are taken now."""

@@ -39,6 +39,7 @@ from logix_like.run.session import StoreSession
 from logix_like.run.tracking import describe, new_tracker, tracker_of_store
 from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
+from logix_like.timing import Timing
 from logix_like.weights import frozen
 
 
@@ -260,10 +261,11 @@ class Run(Questions):
     def commit(self) -> None:
         """Everything logged so far is durable when this returns.
 
-        During a projection's warm-up there are no rows yet: the blocks wait in memory.
+        During a projection's warm-up there are no rows yet: the blocks wait in memory. So do those of an optimizer
+        step that is still being accumulated under a gradient scaler, which may skip it.
         """
         if self._session is not None and not self._logbook.closed:
-            self._logbook.release()
+            self._logbook.settle()
             self._session.commit()
 
     def checkpoint(self) -> None:
@@ -282,13 +284,19 @@ class Run(Questions):
         :meth:`commit` in all.
 
         Raises:
-            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up, or a sample has no row.
+            StoreError: the run was loaded for queries, blocks wait for a projection's warm-up or for an optimizer step
+                that a gradient scaler may skip, or a sample has no row.
         """
         if self._session is None:
             raise StoreError("a run that was loaded for queries changes nothing; use init(..., resume=True) to forget")
         if self._logbook.waiting:
             raise StoreError("samples cannot be forgotten while blocks wait" + self._logbook.warmup_note())
         self.commit()
+        if self._logbook.holds:
+            raise StoreError(
+                "samples cannot be forgotten in the midst of an optimizer step that a gradient scaler may skip; forget "
+                "them behind optimizer.step()"
+            )
         return self._session.forget(as_data_ids(data_id))
 
     def finalize(self) -> None:
@@ -336,6 +344,16 @@ class Run(Questions):
     def store(self) -> GradientStore:
         """The store, read-only, with everything committed so far."""
         return open_store(self.path, on_damage=self._on_damage)
+
+    @property
+    def rows(self) -> int:
+        """Rows that this process has handed to the store so far, committed or on their way."""
+        return 0 if self._session is None else self._session.rows
+
+    @property
+    def timing(self) -> Timing:
+        """What this process's training took so far, from its second block on, and logging of it."""
+        return self._logbook.timing
 
     @property
     def training_path(self) -> TrainingPath:

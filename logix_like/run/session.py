@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.config import Config
@@ -32,6 +33,7 @@ from logix_like.store import (
     supersede_samples,
     supersede_steps,
 )
+from logix_like.updates import optimizer_facts
 from logix_like.weights import fingerprint, whole_tensors
 
 DESCRIPTION_SECONDS = 300.0
@@ -78,8 +80,10 @@ class StoreSession:
         last = standing[np.argmax(self.resumed.step[standing])]
         return int(self.resumed.epoch[last]), int(self.resumed.step[last])
 
-    def begin(self, layout: Layout, projections: Projections, statistics: frozenset[str]) -> None:
-        """Write the module table and the projections, and start the writer's thread."""
+    def begin(
+        self, layout: Layout, projections: Projections, statistics: frozenset[str], optimizer: Optimizer | None
+    ) -> None:
+        """Write the module table, the projections and what the optimizer is; start the writer's thread."""
         self._statistics = statistics
         settings = self._config.store
         if not self._ranks.first:
@@ -91,6 +95,7 @@ class StoreSession:
             projections,
             projection=self._config.projection.model_dump(mode="json"),
             fingerprints={"structure": layout.fingerprint()},
+            optimizer=None if optimizer is None else optimizer_facts(optimizer),
             durability=settings.durability,
         )
         self._writer = StoreWriter(
@@ -110,6 +115,11 @@ class StoreSession:
     def begun(self) -> bool:
         """Whether a batch has arrived."""
         return self._writer is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows that were handed to the writer, committed or not."""
+        return 0 if self._writer is None else self._writer.rows
 
     @property
     def nonfinite(self) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from logix_like.config import AtSteps, Config, EverySteps, load_config
+from logix_like.curvature import Curvature
 from logix_like.errors import ConfigError
 from logix_like.run.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run.run import Run
@@ -24,6 +25,7 @@ def init(
     config: str | PathLike[str] | Mapping[str, Any] | Config | None = None,
     *,
     optimizer: Optimizer | None = None,
+    curvature: Curvature | None = None,
     resume: bool = False,
     resume_step: int | None = None,
     overwrite: bool = False,
@@ -37,6 +39,8 @@ def init(
         model: the model to track; may be given later to :meth:`Run.watch`.
         config: a YAML file, a preset's name, a mapping or a :class:`Config`.
         optimizer: lets rows carry optimizer steps and learning rates.
+        curvature: of the model, fitted before (:func:`logix_like.curvature.fit_curvature`): projections of init
+            ``pca`` and ``eigen`` are made from it instead of from a warm-up. Needs ``model``.
         resume: go on behind the last commit of an earlier run in the same place.
         resume_step: how many steps the training's own checkpoint had taken that it goes on from. Rows of steps after
             it, which the training is about to take again, are taken back: they stay on disk and count no more.
@@ -53,6 +57,8 @@ def init(
         raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other")
+    if curvature is not None and model is None:
+        raise ConfigError("curvature= makes the projections of a model: give init(model=...) as well")
     resume_step = require_resume_step(resume_step, resume=resume)
     path = place_of(settings)
     if resume and is_store(path):
@@ -63,7 +69,7 @@ def init(
     if optimizer is None and settings.record == "path":
         raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
     # What is wrong with the choice of modules is said before a store is touched.
-    tracker = None if model is None or resume else new_tracker(model, settings)
+    tracker = None if model is None or resume else new_tracker(model, settings, curvature)
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
     warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)

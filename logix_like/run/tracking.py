@@ -12,6 +12,8 @@ from logix_like.capture.projector import Projector
 from logix_like.capture.selection import Selection, select_modules, select_stored
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
+from logix_like.curvature import Curvature
+from logix_like.errors import ConfigError, ModelMismatchError
 from logix_like.projection import INITS
 from logix_like.store import ENCODINGS, GradientStore
 from logix_like.wrapping import named_modules
@@ -20,9 +22,29 @@ DISAGREEMENT = 0.05
 """Relative difference between summed rows and a weight's gradient from which on it is spoken of; autocast has 0.02."""
 
 
-def new_tracker(model: nn.Module, config: Config) -> Tracker:
-    """A tracker with projections of its own."""
-    return Tracker(model, *chosen_modules(model, config))
+def new_tracker(model: nn.Module, config: Config, curvature: Curvature | None = None) -> Tracker:
+    """A tracker with projections of its own, made from ``curvature`` in place of a warm-up where it is given.
+
+    Raises:
+        ConfigError: the projection's init asks for no curvature.
+        ModelMismatchError: the curvature lacks a tracked module, or has it in another shape.
+    """
+    tracker = Tracker(model, *chosen_modules(model, config))
+    if curvature is not None:
+        if not tracker.needs_warmup:
+            raise ConfigError(
+                f"projection.init {config.projection.init!r} is not made from a curvature; take 'pca' or 'eigen', or "
+                "leave curvature= out"
+            )
+        for block in tracker.layout:
+            known = curvature.layout[block.name].shape if block.name in curvature.layout.names else None
+            if known != block.shape:
+                raise ModelMismatchError(
+                    f"module {block.name!r} has gradients of shape {block.shape}, and the curvature "
+                    f"{'does not have it' if known is None else f'has {known}'}: fit it to this model and these modules"
+                )
+        tracker.fit_to({block.name: curvature.moments(block.name) for block in tracker.layout})
+    return tracker
 
 
 def chosen_modules(model: nn.Module, config: Config, *, meta: bool = False) -> tuple[Selection, Projector]:

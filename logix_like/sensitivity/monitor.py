@@ -69,7 +69,8 @@ class SensitivityMonitor:
         optimizer: its optimizer; None where ``posterior`` is one of Laplace's.
         objective: what it is trained for; a classifier unless told otherwise.
         samples: how many samples it is trained on.
-        posterior: where the covariance comes from: ``optimizer``, its own state (:func:`posterior_of`); or Laplace's
+        posterior: where the covariance comes from: ``optimizer``, its own state (:func:`posterior_of`), which costs
+            nothing and is good for rankings; or, for estimates that are as large as the test loss, Laplace's
             approximation at each look: ``diagonal``, ``kronecker`` (EK-FAC of the linear maps) or ``dense`` (exact,
             for a few thousand parameters).
         strength: of the L2 penalty ``strength / 2 ||theta||^2`` on the *summed* loss; None: ``samples x weight_decay``.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.curvature import Curvature
+from logix_like.curvature import Curvature, default_selection
 from logix_like.errors import ConfigError
 from logix_like.estimators.flat import FlatModel, differentiable
 from logix_like.objective import Batch
@@ -81,7 +81,10 @@ class KroneckerPosterior(Posterior):
         self._flat = flat
         self._samples = samples
         self._strength = strength
-        missing = [f"{b.name}.weight" for b in curvature.layout if f"{b.name}.weight" not in flat.shapes]
+        self._names = {id(parameter): name for name, parameter in flat.model.named_parameters()}
+        known = set(curvature.layout.names)
+        self._modules = [tracked for tracked in default_selection(flat.model).modules if tracked.name in known]
+        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.shapes]
         if missing:
             raise ConfigError(f"the curvature has a module whose {missing[0]!r} is none of the chosen parameters")
 
@@ -96,35 +99,32 @@ class KroneckerPosterior(Posterior):
 
     def _mapped(self, f: Callable[[str, Tensor], Tensor], rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        parts = self._parts(flat)
-        blocks = {
-            b.name: torch.cat([parts[name].reshape(len(flat), b.shape[0], -1) for name in self._names(b.name)], 2)
-            for b in self._curvature.layout
-        }
-        mapped = self._curvature.apply(f, blocks)
-        found = {name: torch.zeros_like(part) for name, part in parts.items()}
-        for block in self._curvature.layout:
-            whole, start = mapped[block.name].to(flat), 0
-            for name in self._names(block.name):
-                width = found[name].shape[1] // block.shape[0]
-                found[name] = whole[:, :, start : start + width].reshape(len(flat), -1)
-                start += width
-        return torch.cat([found[name] for name in self._flat.names], 1).reshape(rows.shape)
+        mapped = self._curvature.apply(f, torch.func.vmap(self._blocks)(flat))
+        # Blocks are the numbers of the flat vector in another order: what pulls derivatives back puts them in place.
+        pull = torch.func.vjp(self._blocks, torch.zeros_like(flat[0]))[1]
+        (found,) = torch.func.vmap(pull)({name: block.to(flat) for name, block in mapped.items()})
+        restored: Tensor = found.reshape(rows.shape)
+        return restored
 
-    def _names(self, module: str) -> list[str]:
-        names = [f"{module}.weight", f"{module}.bias"]
-        return [name for name in names if name in self._flat.shapes]
+    def _blocks(self, row: Tensor) -> dict[str, Tensor]:
+        """``[d_out, d_in]`` by block of one vector ``[parameters]``; 0 for parameters that are not chosen."""
+        tensors = self._flat.tensors(row)
 
-    def _parts(self, flat: Tensor) -> Mapping[str, Tensor]:
-        sizes = [torch.Size(shape).numel() for shape in self._flat.shapes.values()]
-        return dict(zip(self._flat.names, flat.split(sizes, 1), strict=True))
+        def told(parameter: nn.Parameter) -> Tensor:
+            chosen = tensors.get(self._names[id(parameter)])
+            return row.new_zeros(parameter.shape) if chosen is None else chosen
+
+        matrices = {tracked.name: tracked.matrix(told) for tracked in self._modules}
+        return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
 
 def posterior_of(optimizer: Optimizer, flat: FlatModel, samples: int, strength: float | None = None) -> Posterior:
     """The covariance that an optimizer keeps anyway (table 1 of the paper).
 
     SGD: ``lr / n``, the same for all (one step's perturbation: good for rankings, too small for estimates of the
-    leave-one-out loss). Adam, AdamW, RMSprop: ``1 / (n sqrt(v) + strength)`` with their average of squared gradients v.
+    leave-one-out loss). Adam, AdamW, RMSprop: ``1 / (n sqrt(v) + strength)`` with their average of squared gradients v
+    (of whole batches, hence too small: the estimate follows the test loss from far above; Laplace's posteriors
+    have its size).
     IVON (``pip install ivon-opt``): its own, ``1 / (ess (h + weight decay))``.
 
     Args:

@@ -17,7 +17,7 @@ from logix_like.store.encoding import ENCODINGS, Encoding
 from logix_like.store.export import export_rows
 from logix_like.store.files import Place, as_place
 from logix_like.store.gradients import RowChunk
-from logix_like.store.journal import PathJournal
+from logix_like.store.journal import PathJournal, next_attempt
 from logix_like.store.merging import MergeReport, merge_parts
 from logix_like.store.reader import GradientStore, OnDamage, build_view, open_store
 from logix_like.store.repair import RepairReport, repair
@@ -56,6 +56,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "merge_parts",
+    "next_attempt",
     "open_store",
     "projections_digest",
     "read_manifest",

@@ -11,6 +11,7 @@ from logix_like.store.damage import IntactRows
 from logix_like.store.files import Place, names_in
 from logix_like.store.pipeline import parse_writer_name
 from logix_like.store.schema import WRITERS
+from logix_like.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class WriterInfo:
     def cursor(self) -> tuple[int, int]:
         """``(epoch, step)`` of the last committed row, -1 unknown."""
         return (self.commits.rows[-1].epoch, self.commits.rows[-1].step) if self.commits.rows else (-1, -1)
+
+    @property
+    def timing(self) -> Timing:
+        """What the training took for its rows, and logging of it."""
+        return sum((record.timing for record in self.commits.rows), Timing())
 
     @property
     def statistics_rows(self) -> int:

@@ -14,6 +14,7 @@ only tear the last line; a bad line before the last is damage.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from typing import Any
 from logix_like.errors import StoreDamagedError
 from logix_like.store.files import Place, checksum, exists, files_of, is_out_of_reach, out_of_reach
 from logix_like.store.schema import COMMITS, GRADIENTS, TAILS
+from logix_like.timing import NOTHING, Timing
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _PART = re.compile(rf"({TAILS}/[0-9]{{1,12}})?", re.ASCII)
@@ -50,6 +52,8 @@ class RowsRecord:
     """Step of the last row (-1 unknown)."""
     codec: str = "none"
     """How the gradients are compressed."""
+    timing: Timing = NOTHING
+    """What the training took since the record before, and logging of it; nothing in records of early versions."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +277,15 @@ def _rows_record(entry: Mapping[str, Any], number: int) -> RowsRecord:
         raise ValueError("it has no rows")
     crc = {name: int(value) for name, value in arrays.items()}
     epoch, step, codec = int(entry["epoch"]), int(entry["step"]), str(entry["codec"])
-    return RowsRecord(number, part, crc=crc, epoch=epoch, step=step, codec=codec, **counts)
+    timing = _timing(entry.get("timing", {}))
+    return RowsRecord(number, part, crc=crc, epoch=epoch, step=step, codec=codec, timing=timing, **counts)
+
+
+def _timing(entry: Mapping[str, Any]) -> Timing:
+    seconds, logging = (float(entry.get(name, 0)) for name in ("seconds", "logging"))
+    if not 0 <= logging <= seconds < math.inf:
+        raise ValueError(f"its timing is {entry!r}")
+    return Timing(seconds, logging)
 
 
 def _count(entry: Mapping[str, Any], key: str) -> int:

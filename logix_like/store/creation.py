@@ -84,6 +84,7 @@ def describe(
     *,
     projection: Mapping[str, Any] | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
     durability: Literal["process", "commit"] = "process",
 ) -> StoreManifest:
     """Tell a store what its rows are, at the first batch; returns the manifest.
@@ -100,6 +101,7 @@ def describe(
             share the input one, which is stored under the group's name.
         projection: How the projections were made, plain data.
         fingerprints: Of the model, by name.
+        optimizer: Its ``name`` and the settings of its ``groups``, plain data.
         durability: ``commit`` forces the projections to the disk, file by file.
     """
     store, sync = as_place(path), durability == "commit"
@@ -119,6 +121,7 @@ def describe(
                 for side in SIDES
             },
             fingerprints=dict(fingerprints or {}),
+            optimizer=_plain(optimizer or {}),
         )
         write_manifest(store, manifest)
     return manifest

@@ -1,41 +1,47 @@
 """The journal of a recorded training: one checksummed line for each optimizer step, a file for each attempt.
 
 A kill can tear only the last line of a file, and the next attempt writes a file of its own. Where an attempt goes on
-from before the end of the last one, its steps take the place of those.
+from before the end of the last one, its steps take the place of those. Of processes that train together each writes its
+part of every batch into a file of its own; a step counts once it is in all of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.path import Checkpoint, PathBlock, PathStep, StoredCheckpoint, TrainingPath
+from logix_like.ranks import Ranks
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.files import checksum, files_of, make_folder, names_in
 from logix_like.store.retractions import read_retractions, standing_checkpoints
 from logix_like.store.schema import JOURNAL
 from logix_like.store.storage import Place
 
+_FILE = re.compile(r"(\d+)(?:-(\d+))?\.jsonl")
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class PathJournal:
-    """Writes one attempt's steps; a line is on its way to the disk when a method returns."""
+    """Writes the steps of one attempt, as one of ``size`` processes; a line is on its way to the disk on return."""
 
-    def __init__(self, store: Place, optimizer: str, groups: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, store: Place, attempt: int, optimizer: str, groups: Sequence[Sequence[str]], ranks: Ranks
+    ) -> None:
         folder = store / JOURNAL
         make_folder(folder)
-        self._file = folder / f"{1 + max((number for number, _ in _attempts(store)), default=0)}.jsonl"
+        self._file = folder / (f"{attempt}.jsonl" if ranks.size == 1 else f"{attempt}-{ranks.rank}.jsonl")
         self._records = files_of(folder).records(self._file)
         # A training may break off anywhere; nothing is left open by it.
         weakref.finalize(self, self._records.close)
         self._settings: object = None
-        self._write({"optimizer": optimizer, "groups": [list(group) for group in groups]})
+        self._write({"optimizer": optimizer, "groups": [list(group) for group in groups], "processes": ranks.size})
 
     def append(self, step: PathStep) -> None:
         """Write one step; settings that have not changed since the last one are left out."""
@@ -63,13 +69,12 @@ def read_path(store: Place) -> TrainingPath:
     """
     header: dict[str, Any] = {}
     steps: list[PathStep] = []
-    for _, file in _attempts(store):
-        attempt = read_journal(file)
-        if attempt is None:
-            continue
-        header, found = attempt
-        if found:
-            steps = [step for step in steps if step.step < found[0].step] + found
+    for files in _attempts(store).values():
+        parts = [part for file in files if (part := read_journal(file)) is not None]
+        if parts and len(parts) == parts[0][0]["processes"]:  # else one was killed before its first line
+            header, found = parts[0][0], _joined([part for _, part in parts])
+            if found:
+                steps = [step for step in steps if step.step < found[0].step] + found
     if not steps:
         raise StoreError(
             f"{store} holds no recorded path; train with 'record: path' in the config and init(optimizer=...)"
@@ -81,7 +86,12 @@ def read_path(store: Place) -> TrainingPath:
 
 def journals(store: Place) -> list[Place]:
     """The files of a store's journal in order."""
-    return [file for _, file in _attempts(store)]
+    return [file for files in _attempts(store).values() for file in files]
+
+
+def next_attempt(store: Place) -> int:
+    """The number of an attempt that begins now."""
+    return 1 + max(_attempts(store), default=0)
 
 
 def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
@@ -101,7 +111,8 @@ def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
             steps.append(PathStep(int(entry["step"]), int(entry["epoch"]), blocks, settings))
     except _UNREADABLE as error:
         raise StoreDamagedError(f"{file} lacks or garbles a field ({error!r}); restore it from a copy") from error
-    return {"optimizer": str(header["optimizer"]), "groups": header["groups"]}, steps
+    known = {"optimizer": str(header["optimizer"]), "groups": header["groups"]}
+    return {**known, "processes": int(header.get("processes", 1))}, steps
 
 
 def _entry(file: Place, number: int, line: bytes, *, last: bool) -> dict[str, Any] | None:
@@ -118,10 +129,23 @@ def _entry(file: Place, number: int, line: bytes, *, last: bool) -> dict[str, An
         ) from error
 
 
-def _attempts(store: Place) -> list[tuple[int, Place]]:
+def _attempts(store: Place) -> dict[int, list[Place]]:
+    """The files of each attempt, in the order of its processes."""
     folder = store / JOURNAL
-    files = [folder / name for name in names_in(folder) if name.endswith(".jsonl")]
-    return sorted((int(file.stem), file) for file in files if file.stem.isdecimal())
+    found: dict[int, dict[int, Place]] = {}
+    for name in names_in(folder):
+        if match := _FILE.fullmatch(name):
+            found.setdefault(int(match[1]), {})[int(match[2] or 0)] = folder / name
+    return {attempt: [files[rank] for rank in sorted(files)] for attempt, files in sorted(found.items())}
+
+
+def _joined(parts: Sequence[Sequence[PathStep]]) -> list[PathStep]:
+    """Steps that all processes took, each with the samples of all."""
+    by_step = [{step.step: step for step in part} for part in parts]
+    common = [step for step in parts[0] if all(step.step in part for part in by_step)]
+    return [
+        replace(step, blocks=tuple(block for part in by_step for block in part[step.step].blocks)) for step in common
+    ]
 
 
 def _require_no_gap(store: Place, steps: Sequence[PathStep]) -> None:

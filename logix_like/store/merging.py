@@ -156,8 +156,9 @@ def _write(store: GradientStore, kept: np.ndarray, folder: Path, old: list[str],
         for start, stored in _chunks(table, kept, rows):
             numbers = kept[start : start + len(stored)]
             last = start + len(stored) == len(kept)
+            timing = store.timing if last else None
             epoch, step = cursor if last else (int(table.epoch[numbers[-1]]), int(table.step[numbers[-1]]))
-            out.write(_encoded(table, numbers, stored), epoch=epoch, step=step)
+            out.write(_encoded(table, numbers, stored), epoch=epoch, step=step, timing=timing)
             told(start + len(stored))
         statistics = _statistics(store, kept)
         if statistics.rows:

@@ -27,6 +27,7 @@ from logix_like.store.schema import (
 )
 from logix_like.store.staging import StagedChunk
 from logix_like.store.sums import save_statistics
+from logix_like.timing import Timing
 
 MERGED = "merged"
 """Part of a writer's name that stands for the rank where parts were merged into one."""
@@ -95,6 +96,7 @@ class RowPipeline:
         self._statistics_folder = self._rows.folder / STATISTICS_FOLDER
         self._generation = 0
         self._cursor = (-1, -1)
+        self._timing = Timing()
         self._saved_at = -1
         self.committed = 0
         """Rows that are committed."""
@@ -108,6 +110,7 @@ class RowPipeline:
 
     def add(self, batch: ProjectedBatch) -> None:
         """Take in the rows of one batch; each chunk that gets full is flushed."""
+        self._timing += batch.timing
         first = 0
         while first < len(batch.data_id):
             first += self._staged.fill(batch, first)
@@ -132,16 +135,17 @@ class RowPipeline:
             given = self._staged.rows
             self._accumulator.update(given if valid.all() else given[valid], covered=len(rows))
         nonfinite = int((flags & int(Flag.NONFINITE) != 0).sum())
-        self._behind.run(partial(self._write, rows, *self._cursor, nonfinite))
+        timing, self._timing = self._timing, Timing()
+        self._behind.run(partial(self._write, rows, *self._cursor, nonfinite, timing))
         self._staged.clear()
 
     def wait(self) -> None:
         """Return once everything that was flushed is committed."""
         self._behind.wait()
 
-    def _write(self, rows: EncodedRows, epoch: int, step: int, nonfinite: int) -> None:
+    def _write(self, rows: EncodedRows, epoch: int, step: int, nonfinite: int, timing: Timing) -> None:
         self._guard()
-        self._rows.write(rows, epoch=epoch, step=step)
+        self._rows.write(rows, epoch=epoch, step=step, timing=timing)
         self.committed += len(rows)
         self.nonfinite += nonfinite
 

@@ -45,6 +45,7 @@ from logix_like.store.sums import load_latest_statistics
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.views import SampleViews
+from logix_like.timing import Timing
 
 if TYPE_CHECKING:
     import zarr
@@ -318,6 +319,15 @@ class GradientStore:
         sizes[STATISTICS_FOLDER] = sum(folder_size(w.folder / STATISTICS_FOLDER) for w in self.writers)
         sizes["rows"] = folder_size(self.path / WRITERS) - sizes[STATISTICS_FOLDER]
         return sizes | {"other": total - sum(sizes.values())}
+
+    @property
+    def timing(self) -> Timing:
+        """What the training took so far, from each start's second block on, and logging of it.
+
+        Restarts count one after another; of processes side by side it is the mean.
+        """
+        processes = len({writer.rank for writer in self.writers})
+        return sum((writer.timing for writer in self.writers), Timing()) / max(1, processes)
 
     def as_zarr(self) -> zarr.Group:
         """The store as a read-only Zarr group, for tools of that world.

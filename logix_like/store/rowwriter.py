@@ -13,6 +13,7 @@ from logix_like.store.encoding import Encoding
 from logix_like.store.files import Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
 from logix_like.store.schema import TAILS
+from logix_like.timing import Timing
 
 
 class RowWriter:
@@ -45,7 +46,7 @@ class RowWriter:
         self._log = CommitLog(self.folder, sync=sync)
         self._chunks = self._tails = 0
 
-    def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1) -> None:
+    def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing | None = None) -> None:
         """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk.
 
         Raises :class:`StoreWriteError` when the part is no longer the one that this was made for.
@@ -59,8 +60,9 @@ class RowWriter:
             self._tails += 1
         crc = part.write(chunk, rows)
         start = chunk * self._chunk_rows
-        codec = self._codec.name
-        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec))
+        codec, timing = self._codec.name, timing or Timing()
+        record = RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec, timing)
+        self._log.append(record)
 
     def record_replaced(self, parts: Sequence[str]) -> None:
         """Say that this part, once it is sealed, stands in the place of others."""

@@ -16,7 +16,7 @@ This is the only place that spells a path or the format's version::
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
       retractions/<digest>.json              rows taken back after their commit
-      path/<attempt>.jsonl                   a recorded training: one checksummed line for each optimizer step
+      path/<attempt>[-<rank>].jsonl          a recorded training: one checksummed line for each optimizer step
       quarantine/<n>/                        what repair and compact took out, by its old path
 """
 
@@ -117,6 +117,8 @@ class StoreManifest:
     """By side (``input``, ``output``) and module: shape of the stored matrix, None for the identity."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the model, by name."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """``name`` (its class) and ``groups`` (each group's settings at the first batch); empty if none was told."""
 
     def described(self, **changes: Any) -> StoreManifest:
         """A copy with some fields set."""
@@ -139,6 +141,8 @@ class StoreManifest:
                 "projection_shapes": {side: dict(s) for side, s in self.projection_shapes.items()},
                 "fingerprints": dict(self.fingerprints),
             }
+            if self.optimizer:  # a later addition to the format
+                attributes["optimizer"] = dict(self.optimizer)
         attributes = json.loads(json.dumps(attributes))  # as a reader will see it: keys are text
         return attributes | {"digest": _digest(attributes)}
 
@@ -222,6 +226,7 @@ def _manifest(attributes: Mapping[str, Any], where: Place) -> StoreManifest:
             projection=dict(attributes["projection"]),
             projection_shapes=_shapes(attributes["projection_shapes"]),
             fingerprints={str(k): str(v) for k, v in attributes["fingerprints"].items()},
+            optimizer=dict(attributes.get("optimizer", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreDamagedError(f"{where} lacks or garbles a field: {error!r}; restore it") from error

@@ -146,6 +146,7 @@ class _Worker:
             # Full chunks in between do not put the timed commit off: it also writes the statistics.
             if not self._pipeline.staged:
                 self._waiting_since = time.monotonic()
+            item.wait()
             self._pipeline.add(item)
         if self._pipeline.staged and self._patience() == 0:
             self._timed_commit()

@@ -6,25 +6,34 @@ machine may fail where a quiet one passes: look at the quartiles.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import logix_like as logix
+from logix_like.capture.recorder import CallReader
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.run.block import Block
+from logix_like.run.run import Run
 from logix_like.weights import frozen
 from tests.bench import w1
 
 ROOT = Path(__file__).parents[2]
+OURS: list[tuple[type, str]] = [
+    (CallReader, "__call__"), (CallReader, "_gradient"), (Block, "__enter__"), (Block, "__exit__"), (Run, "__call__"),
+]  # fmt: skip
+"""Where the training thread enters our code."""
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +82,38 @@ def test_b1_a_logged_step(tmp_path: Path) -> None:
     show(ratio)
     assert len(run.store) == 43 * w1.BATCH
     assert ratio.quartiles[1] <= 1.05
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("statistics", [["covariance"], ["covariance", "kronecker"]], ids="+".join)
+def test_b1_time_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: list[str]) -> None:
+    """What the training thread spends in our code, clocked there: less noisy than a difference of whole steps."""
+    spent = [0.0]
+    for owner, name in OURS:
+        monkeypatch.setattr(owner, name, clocked(getattr(owner, name), spent))
+    network, ours, others = w1.model(), [], []
+    settings = {**w1.CONFIG, "statistics": statistics, "root": str(tmp_path)}
+    with logix.init("inside", network, settings, verbose=False) as run:
+        for number, tokens in enumerate(w1.batches()[:27]):
+            spent[0], start = 0.0, time.perf_counter()
+            network.zero_grad()
+            with run(data_id=range(number * w1.BATCH, (number + 1) * w1.BATCH)):
+                w1.loss(network, tokens).backward()
+            ours.append(spent[0])
+            others.append(time.perf_counter() - start - spent[0])
+    show(w1.ratio_of(f"B1 inside our code ({' and '.join(statistics)}) / rest of the step", ours[3:], others[3:]))
+
+
+def clocked(act: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    @functools.wraps(act)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return act(*args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - start
+
+    return timed
 
 
 @pytest.mark.timeout(900)

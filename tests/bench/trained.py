@@ -44,6 +44,18 @@ def pieces(count: int) -> Tensor:
     return torch.stack([torch.frombuffer(bytearray(text[s : s + LENGTH]), dtype=torch.uint8) for s in starts]).long()
 
 
+def trained(rows: int) -> tuple[nn.Module, Tensor]:
+    """The model after training on ``rows`` pieces, and these."""
+    network = model()
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    known = pieces(rows)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        w1.loss(network, known[torch.randint(rows, (BATCH,))]).backward()
+        optimizer.step()
+    return network, known
+
+
 def make(rows: int, asked: int) -> tuple[logix.Run, QueryGradients]:
     """A run with the gradients of ``rows`` pieces by the trained model, and those of ``asked`` pieces from between."""
     folder = CACHE / f"trained-{rows}-{asked}"
@@ -56,13 +68,8 @@ def make(rows: int, asked: int) -> tuple[logix.Run, QueryGradients]:
 
 
 def _make(folder: Path, rows: int, asked: int) -> None:
-    network = model()
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    known = pieces(rows)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        w1.loss(network, known[torch.randint(rows, (BATCH,))]).backward()
-        optimizer.step()
+    """Train, then log ``rows`` pieces with the finished model; queries are further pieces, from between them."""
+    network, known = trained(rows)
     run = logix.init("trained", network, w1.CONFIG, root=str(folder), verbose=False)
     run.extract(known.split(BATCH), w1.loss, progress=False)
     run.finalize()

@@ -16,6 +16,9 @@ import pytest
 from torch import nn
 
 from tests.explorer import stores
+from tests.explorer.fixtures import pictures, texts
+
+__all__ = ["pictures", "texts"]
 
 SCREENSHOTS = "LOGIX_LIKE_SCREENSHOTS"
 """Environment variable: a folder to keep the screenshots in (default: pytest's own temporary one)."""
@@ -142,17 +145,6 @@ def served(explorer: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(30)
-
-
-@pytest.fixture(scope="package")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    return stores.text_store(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="package")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    pytest.importorskip("sklearn")
-    return stores.picture_store(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="package")

@@ -20,7 +20,7 @@ def test_samples_are_shown_searched_filtered_and_sorted(browser: Browser, text_e
     browser.open(text_explorer)
     assert "token" not in browser.driver.current_url
     assert len(browser.texts(".list li")) == 25
-    scores = [float(score) for score in browser.texts(".list .score")]
+    scores = [float(score) for score in browser.texts(".list .score span")]
     assert scores == sorted(scores, reverse=True)
     browser.keep("explorer-texts")
     browser.choose('[name="is:class"]', "kitchen")

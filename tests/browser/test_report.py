@@ -104,7 +104,8 @@ def test_the_page_is_used_by_keyboard(browser: Browser, text_report: Path) -> No
 def test_tokens_are_marked(browser: Browser, text_report: Path) -> None:
     browser.open(text_report.as_uri())
     marks = browser(
-        "return [...document.querySelector('mark').parentElement.children].map(m => [m.textContent, m.className])"
+        "return [...document.querySelector('.sample mark').parentElement.children]"
+        ".map(mark => [mark.textContent, mark.className])"
     )
     assert marks == [["small ", "p2"], ["goat ", "p9"], ["new ", "n1"], ["cat", "n7"]]
 

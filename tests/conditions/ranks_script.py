@@ -41,7 +41,8 @@ def train(name: str, root: str) -> None:
     rank, (x, y) = dist.get_rank(), data()
     model = wrapped(name, network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = logix.init("run", model, full(root, checkpoints="every_epoch"), optimizer=optimizer, verbose=False)
+    config = full(root, checkpoints="every_epoch", record="path")
+    run = logix.init("run", model, config, optimizer=optimizer, verbose=False)
     for epoch in range(2):
         run.epoch(epoch)
         for number, index in enumerate(shares(rank)):

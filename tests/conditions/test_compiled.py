@@ -134,9 +134,11 @@ def test_a_loss_inside_the_compiled_region(tmp_path: Path) -> None:
 def test_rows_and_no_recompilation_by_inductor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[nn.Module, str], nn.Module]
 ) -> None:
+    from torch._inductor import config as inductor_config
+
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes that outlives the test
-    run, again = log_between_compiled_steps(tmp_path, wrap(network(), "inductor"))
+    with inductor_config.patch(compile_threads=1):  # no pool of processes that outlives the test
+        run, again = log_between_compiled_steps(tmp_path, wrap(network(), "inductor"))
     assert again == 0
     expected = own_gradients(network(), *data())
     assert float((run.store.gradients[:] - expected).norm() / expected.norm()) < EXACT

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import logix_like as logix
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, StoreError
+from logix_like.estimators import ExactUnrolling
+from logix_like.objective import Objective
 from logix_like.ranks import Ranks
+from logix_like.store.journal import journals
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
 
@@ -28,15 +34,15 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests" / "conditions" / "ranks_script.py")
     return subprocess.run(
-        [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=100, check=False
+        [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
 
 
-def single_process(root: Path) -> logix.GradientStore:
+def single_process(root: Path, **config: Any) -> logix.GradientStore:
     """The same training: each step's gradient is the mean of the processes' means."""
     model, (x, y) = network(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = logix.init("run", model, full(root), optimizer=optimizer, verbose=False)
+    run = logix.init("run", model, full(root, **config), optimizer=optimizer, verbose=False)
     for epoch in range(2):
         run.epoch(epoch)
         for indices in zip(*map(shares, range(SIZE)), strict=True):
@@ -55,9 +61,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     ended = torchrun(str(root), "ddp", "fsdp")
     assert ended.returncode == 0, ended.stderr
+    assert "do not add up" not in ended.stderr  # averaged gradients are no sums of one process's rows
     return root
 
 
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
 def test_the_merged_store_is_that_of_one_process(tmp_path: Path, two_processes: Path, wrapping: str) -> None:
     expected, model = single_process(tmp_path), network()
@@ -86,7 +94,7 @@ def assert_same_statistics(found: logix.GradientStore, expected: logix.GradientS
 
 def assert_answers(run: logix.Run, expected: logix.GradientStore) -> None:
     x, y = data()
-    assert len(run.store.checkpoints) == 2
+    assert len(run.store.checkpoints) == 3  # where the path begins, and after each epoch
     for model in run.at_checkpoints("last"):
         with run.query(data_id=["q"]) as query:
             F.cross_entropy(model(x[:1]), y[:1]).backward()
@@ -94,7 +102,37 @@ def assert_answers(run: logix.Run, expected: logix.GradientStore) -> None:
     assert scores.scores.shape == (1, SAMPLES)
 
 
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
+def test_the_path_holds_what_all_processes_used(tmp_path: Path, two_processes: Path, wrapping: str) -> None:
+    """Its replay ends at the recorded weights, so that samples and weights are those of the training."""
+    found = logix.open_store(two_processes / wrapping / "run").training_path
+    expected = single_process(tmp_path, record="path").training_path
+    assert (found.steps, found.optimizer, found.groups) == (expected.steps, expected.optimizer, expected.groups)
+    x, y = data()
+
+    def batch_of(ids: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[list(ids)], y[list(ids)]
+
+    scores, wanted = (
+        ExactUnrolling(path, network(), Objective(), batch_of).scores((x[:2], y[:2])) for path in (found, expected)
+    )
+    torch.testing.assert_close(scores, wanted, rtol=REORDERED, atol=1e-12)
+
+
+def test_a_step_that_one_process_did_not_write_is_no_step(two_processes: Path, tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    shutil.copytree(two_processes / "ddp" / "run", store)
+    first, second = journals(store)
+    assert [file.name for file in (first, second)] == ["1-0.jsonl", "1-1.jsonl"]
+    second.write_bytes(second.read_bytes()[:-10])
+    assert len(logix.open_store(store).training_path.steps) == 5
+    second.unlink()
+    with pytest.raises(StoreError, match="holds no recorded path"):
+        _ = logix.open_store(store).training_path
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_a_killed_process_leaves_a_store_that_opens(tmp_path: Path) -> None:
     ended = torchrun(str(tmp_path), "killed")
     assert ended.returncode != 0

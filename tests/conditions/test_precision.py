@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import logix_like as logix
+from logix_like.errors import StoreError
 from logix_like.store import Flag
 from tests.training import SAMPLES, batches, data, full, network, own_gradients
 
@@ -111,12 +112,32 @@ def test_without_an_optimizer_only_the_batch_itself_is_known(tmp_path: Path) -> 
     assert flagged(scaled_run(tmp_path, spoiled=2, accumulate=1, optimizer_known=False)) == list(range(10, 15))
 
 
-def test_a_commit_keeps_the_step_that_is_going_on(tmp_path: Path) -> None:
+def test_a_commit_holds_a_step_back_that_may_still_be_skipped(tmp_path: Path) -> None:
     model, (x, y) = network(torch.float32), data(torch.float32)
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
     run = logix.init("run", model, full(tmp_path), optimizer=optimizer, verbose=False)
-    with run(data_id=range(5), scaler=scaler):
-        scaler.scale(F.cross_entropy(model(x[:5]), y[:5])).backward()
-    run.commit()
-    assert len(run.store) == 5
+
+    def accumulate(index: range, factor: float = 1.0) -> None:
+        with run(data_id=index, scaler=scaler, scale=0.5):
+            scaler.scale(factor * F.cross_entropy(model(x[index]), y[index]) / 2).backward()
+        run.commit()
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        run.commit()
+
+    accumulate(range(5))
+    assert len(run.store) == 0
+    with pytest.raises(StoreError, match="in the midst of an optimizer step"):
+        run.forget([1])
+    accumulate(range(5, 10), torch.inf)
+    step()
+    assert flagged(run.store) == list(range(10))
+    accumulate(range(10, 15))
+    step()
+    assert len(run.store) == 15
+    assert run.forget([12]) == 1
     run.finalize()
+    assert flagged(run.store) == list(range(10))

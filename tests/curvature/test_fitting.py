@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader
 
 import logix_like as logix
 from logix_like.capture.selection import select_modules
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, partial, save_curvature
+from logix_like.curvature.fitting import default_selection
+from logix_like.curvature.gradients import Gradients
+from logix_like.curvature.sweep import Sweep
 from logix_like.errors import (
     CaptureError,
     ConfigError,
@@ -296,3 +301,65 @@ def test_what_is_refused() -> None:
     huge = [(x * 1e200, y) for x, y in batches]
     with pytest.raises(StatisticsError, match="not finite"):
         fit_curvature(model, huge, progress=False)
+
+
+def test_a_seed_draws_its_own_labels_and_the_same_ones_again() -> None:
+    model, batches = network(), data()
+    first, again, other = (fit_curvature(model, batches, seed=seed, progress=False) for seed in (0, 0, 1))
+    assert same(first, again) and not same(first, other)
+
+
+def test_a_split_fit_takes_factors_and_eigenvalues_from_batches_in_turn() -> None:
+    model, batches = network(), data()
+    split = fit_curvature(model, batches, labels="empirical", split=True, progress=False)
+    factors = fit_curvature(model, batches[::2], labels="empirical", progress=False)
+    gradients = {}
+    for name, shape in ((block.name, block.shape) for block in split.layout):
+        for basis, expected in zip(split.bases[name], factors.bases[name], strict=True):
+            assert torch.equal(basis.parts[0], expected.parts[0])
+        gradients[name] = torch.zeros(0, *shape, dtype=torch.float64)
+    sweep = Sweep(model, Objective(), default_selection(model))
+    for batch in batches[1::2]:
+        sink = Gradients()
+        sweep.run(batch, Objective().losses, sink)
+        gradients = {name: torch.cat([found, sink.blocks[name]]) for name, found in gradients.items()}
+    for name, found in split.rotate(gradients).items():
+        assert torch.allclose(split.eigenvalues[name], found.square().mean(0), rtol=1e-10)
+    assert split.fisher.samples == 20
+    with pytest.raises(StatisticsError, match="split=True needs at least two batches"):
+        fit_curvature(model, batches[:1], split=True, progress=False)
+
+
+def test_sums_and_eigenvectors_on_disk_are_the_same_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SAVE_SECONDS", 0.0)
+    model, batches = network(), data()
+    with pytest.raises(InterruptedFitError):
+        fit_curvature(model, Stopping(batches, 6), resume_from=tmp_path / "p", scratch=tmp_path, progress=False)
+    found = fit_curvature(model, batches, resume_from=tmp_path / "p", scratch=tmp_path, progress=False)
+    assert same(found, fit_curvature(model, batches, progress=False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shuffled_loader_gives_the_same_curvature_and_starts_its_pass_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SAVE_SECONDS", 0.0)
+    model, batches = network(), data()
+    samples = [(x, y) for batch in batches for x, y in zip(*batch, strict=True)]
+    shuffled: DataLoader[Any] = DataLoader(samples, batch_size=5, shuffle=True)
+    whole = fit_curvature(model, batches, labels="empirical", progress=False)
+    seen = 0
+
+    def stop(batch: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 7:  # in the second pass
+            raise InterruptedFitError
+
+    with pytest.raises(InterruptedFitError):
+        fit_curvature(model, shuffled, labels="empirical", resume_from=tmp_path, mask=stop, progress=False)
+    resumed = fit_curvature(model, shuffled, labels="empirical", resume_from=tmp_path, mask=stop, progress=False)
+    assert same(whole, resumed)
+    assert seen == 7 + 4  # the first pass was finished, the second made whole

@@ -16,6 +16,7 @@ from logix_like.estimators.tracin import TracIn
 from logix_like.estimators.tracin_rows import TracInRP
 from logix_like.query.gradients import QueryGradients
 from logix_like.store.journal import journals
+from logix_like.store.schema import write_manifest
 from tests.path_runs import BATCH, OBJECTIVE, batch_of, network, queries, train
 
 FLOAT32 = 1e-5
@@ -70,6 +71,37 @@ def test_without_a_recorded_path_rows_of_a_step_are_a_mean(tmp_path: Path) -> No
     expected = 0.1 * query.gradients.gradients.float() @ run.store.gradients[:].T
     found = TracInRP(run.store).scores(query.gradients)
     torch.testing.assert_close(found, expected, rtol=FLOAT32, atol=1e-7)
+
+
+def test_without_a_recorded_path_the_optimizer_is_known_all_the_same(tmp_path: Path) -> None:
+    def logged(kind: str, **settings: float) -> logix.GradientStore:
+        model = network()
+        optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.2, **settings)
+        run = logix.init(f"{kind}-{settings}", model, root=str(tmp_path), optimizer=optimizer, verbose=False)
+        with run(data_id=["a", "b"]):
+            _loss(model, batch_of([0, 1])).backward()
+        run.finalize()
+        return run.store
+
+    plain, momentum = TracInRP(logged("SGD")), TracInRP(logged("SGD", momentum=0.75))
+    torch.testing.assert_close(momentum.self_influence(), 4 * plain.self_influence())
+    with pytest.raises(ConfigError, match=r"used AdamW, .* use TracIn or TracInCP"):
+        TracInRP(logged("AdamW"))
+    with pytest.raises(ConfigError, match="'Rprop' has no known update rule; known are SGD"):
+        TracInRP(logged("Rprop"))
+    store = logged("SGD", weight_decay=0.1)
+    write_manifest(store.path, store.manifest.described(optimizer={}))  # as an earlier version left it
+    with pytest.warns(RuntimeWarning, match="does not know which optimizer trained"):
+        TracInRP(logix.open_store(store.path))
+
+
+def test_a_query_is_taken_as_the_run_gave_it(tmp_path: Path) -> None:
+    train(tmp_path, steps=2)
+    run = logix.load(tmp_path / "run", network())
+    query = run.query_fn(queries(), _loss)
+    found = TracInRP(run.store)
+    assert torch.equal(found.scores(query), found.scores(query.gradients))
+    assert torch.equal(found.scores({0: query}), found.scores(query))
 
 
 def test_what_cannot_be_told_from_rows_is_said(tmp_path: Path) -> None:

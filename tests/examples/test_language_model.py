@@ -49,7 +49,9 @@ def test_padding_leaves_a_passage_s_gradient_as_it_is(tmp_path: Path) -> None:
     words = Words(["a b c d e f"], 20)
     passages = {name: words.encode(name, TINY.length) for name in ("a b", "a b c d e f")}
     model = LanguageModel(words.size, TINY)
-    run = logix.init("padding", model, "language_model", root=tmp_path, verbose=False)
+    run = logix.init(
+        "padding", model, "language_model", root=tmp_path, verbose=False, projection={"init": "orthogonal"}
+    )
     rows = []
     for names in (["a b"], ["a b", "a b c d e f"]):
         batch = batch_of(names, passages)

@@ -32,9 +32,10 @@ def number(pattern: str, text: str) -> float:
 
 @pytest.mark.usefixtures("small_images")
 def test_a_small_demo_prints_everything_and_keeps_its_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(tmp_path, settings=SMALL)
+    outcome = main(tmp_path, settings=SMALL)
     printed = capsys.readouterr().out
-    assert number(r"AUROC (\S+)", printed) > 0.8
+    assert number(r"AUROC (\S+)", printed) == pytest.approx(outcome.wrong_labels_auroc, abs=1e-3)
+    assert outcome.wrong_labels_auroc > 0.8 and outcome.rows == 3000
     assert printed.count("for that answer (proponents)") == 3
     assert number(r"Logged: (\S+) rows", printed) == 3000
     assert number(r"a logged step takes (\S+) x", printed) > 0

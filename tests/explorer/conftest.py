@@ -1,27 +1,15 @@
-"""Stores to be looked at, made once."""
+"""The explorer's tests."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
 
-from tests.explorer import stores
+from tests.explorer.fixtures import pictures, texts
+
+__all__ = ["pictures", "texts"]
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="package")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    return stores.text_store(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="package")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    pytest.importorskip("sklearn")
-    return stores.picture_store(tmp_path_factory.mktemp("pictures"))

@@ -106,6 +106,16 @@ def test_auto_makes_no_pass_when_factors_are_there(rows: Tensor) -> None:
     assert store.scans == 0
 
 
+def test_auto_brings_corrected_eigenvalues_up_to_date(rows: Tensor) -> None:
+    known = ensure_statistics(
+        MemoryStore(LAYOUT, rows[:12], statistics=_statistics(rows[:12], "kronecker")), {"corrected_eigval"}
+    )
+    store = MemoryStore(LAYOUT, rows, statistics=known)
+    counts = {int(fields["corrected_rows"]) for fields in statistics_for("auto", store).sums.values()}
+    assert counts == {len(rows)}
+    assert store.scans == 1
+
+
 def test_auto_computes_the_covariance_when_nothing_was_gathered(rows: Tensor) -> None:
     store = MemoryStore(LAYOUT, rows)
     query = QueryGradients(("q",), rows[:1].clone(), LAYOUT)

@@ -129,7 +129,9 @@ def test_contents_stand_beside_their_scores(tmp_path: Path) -> None:
     page = page_of(result().report(tmp_path / "a.html", k=4, data=data, queries={"q1": "what was asked"}))
     text = " ".join(page.text)
     assert "first words" in text and "label sport" in text and "loss 0.25" in text and "what was asked" in text
-    assert page.tags.count("mark") == 2 * 2 * 2  # two tokens of one sample, on both sides of two queries
+    assert (
+        page.tags.count("mark") == 2 * 2 * 2 + 2
+    )  # two tokens of one sample, on both sides of two queries; two that explain
     assert page.of_class("p9") == page.of_class("n4") == 4
     assert "lacks 2 samples" in text and "no data for this id" in text
 

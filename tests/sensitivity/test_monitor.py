@@ -44,6 +44,29 @@ def _trained(optimizer: str, **hyper: Any) -> tuple[nn.Sequential, torch.optim.O
     return model, taker
 
 
+def test_a_kronecker_posterior_knows_how_a_layer_keeps_its_weight() -> None:
+    """Transformers' Conv1D holds the transpose of a linear layer's weight; a convolution of one pixel has more axes."""
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    x, y = classes_of_noise(40)
+    plain, transposed = _network(), _network()
+    pixels = nn.Sequential(
+        nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 5, 1), nn.Flatten(), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+    pixels.load_state_dict({"1.weight": plain[0].weight[:, :, None], "1.bias": plain[0].bias, **_named("4", plain[2])})
+    transposed[0] = pytorch_utils.Conv1D(5, 6).double()
+    transposed[0].load_state_dict({"weight": plain[0].weight.T, "bias": plain[0].bias})
+    looks = [
+        SensitivityMonitor(model, samples=40, posterior="kronecker", strength=1.0).measure([(x, y)])
+        for model in (plain, transposed, pixels)
+    ]
+    for look in looks[1:]:
+        torch.testing.assert_close(look.shift, looks[0].shift, rtol=1e-6, atol=1e-9)
+
+
+def _named(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+
+
 @pytest.mark.parametrize("posterior", ["diagonal", "kronecker", "dense"])
 def test_a_look_is_the_same_whatever_the_batches(posterior: Any) -> None:
     model, _ = _trained("SGD")

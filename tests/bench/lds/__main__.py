@@ -1,7 +1,8 @@
 """LDS of every estimator on one truth: ``python -m tests.bench.lds --problem images --rows main``.
 
-The truth (models really retrained on random halves) is computed once and kept in the cache folder; an interrupted
-run goes on where it was. Prints a line for each estimator as soon as it is known.
+The truth (models really retrained on random halves) is shipped; where it is not, or no longer holds, it is computed
+once and kept in the cache folder, and an interrupted run goes on where it was. Prints a line for each estimator as soon
+as it is known, and all problems side by side at the end: ``--rows compact`` is the README's table, ``--rows all`` all.
 """
 
 from __future__ import annotations
@@ -12,38 +13,20 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from logix_like.errors import LogixError
-from logix_like.evaluation import LDS, lds, subset_truth
+from logix_like.evaluation import LDS, lds
 from logix_like.evaluation.lds import noise_ceiling
-from logix_like.retraining import Measurements, SubsetOracle
+from logix_like.retraining import Measurements
 from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.problems import PROBLEMS, Problem
 from tests.bench.lds.rows import SETS
-
-
-def truth_of(problem: Problem, options: argparse.Namespace) -> Measurements:
-    """Retrained models' measurements, from the cache as far as they are there."""
-    torch.manual_seed(0)
-    problem.model()  # what is pretrained is made once, before the workers ask for it
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        oracle = SubsetOracle(
-            problem.train,
-            problem.measure,
-            problem.samples,
-            seeds=options.seeds,
-            cache=options.cache / problem.name,
-            name=problem.name,
-            executor=pool,
-        )
-        return subset_truth(oracle, subsets=options.subsets)
+from tests.bench.lds.truth import retrained, save_truth, truth_of
 
 
 @contextmanager
@@ -51,6 +34,10 @@ def benches(problem: Problem, runs: int) -> Iterator[list[Bench]]:
     """The problem trained with several seeds."""
     with tempfile.TemporaryDirectory(prefix="lds-", ignore_cleanup_errors=True) as root:
         yield [Bench(problem, seed, Path(root) / str(seed)) for seed in range(runs)]
+
+
+CEILING = "noise ceiling"
+say = partial(print, flush=True)
 
 
 def measured(row: Row, trained: list[Bench], truth: Measurements) -> tuple[list[LDS], float]:
@@ -69,43 +56,70 @@ def line(name: str, found: list[LDS], seconds: float) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.lds", description=__doc__)
     parser.add_argument("--problem", choices=PROBLEMS, action="append", help="default: all")
-    parser.add_argument("--rows", choices=SETS, action="append", help="default: main")
+    parser.add_argument("--rows", choices=[*SETS, "all"], nargs="+", default=["main"], help="default: main")
     parser.add_argument("--only", default="*", help="glob on the rows' names")
     parser.add_argument("--subsets", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2, help="retrainings of each subset")
     parser.add_argument("--runs", type=int, default=2, help="trainings that are logged and scored; the mean is shown")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lds-cache")
+    parser.add_argument("--ship", action="store_true", help="write the truth to the repository, and measure nothing")
     parser.add_argument("--json", type=Path, help="append figures to this file, a line each")
     return parser.parse_args()
+
+
+def figures_of(problem: Problem, truth: Measurements, options: argparse.Namespace) -> dict[str, float]:
+    """LDS of every row that is asked for, each printed as soon as it is known."""
+    chosen = list(SETS) if "all" in options.rows else options.rows
+    rows = {name: row for kind in chosen for name, row in SETS[kind].items() if fnmatch.fnmatch(name, options.only)}
+    figures = {}
+    say(f"\n{problem.name}: {len(truth.masks)} halves x {options.seeds} seeds; {options.runs} logged trainings")
+    say(f"| {'scores':<58} | LDS    | 95 % interval    | s      |")
+    say(f"|{'-' * 60}|--------|------------------|--------|")
+    with benches(problem, options.runs) as trained:
+        for name, row in rows.items():
+            try:
+                found, seconds = measured(row, trained, truth)
+            except LogixError as error:
+                say(f"| {name:<58} | {type(error).__name__}: {error}")
+                continue
+            say(line(name, found, seconds))
+            values = [one.value for one in found]
+            figures[name] = sum(values) / len(values)
+            if options.json:
+                with options.json.open("a") as file:
+                    record = {"problem": problem.name, "row": name, "lds": values, "ceiling": found[0].ceiling}
+                    file.write(json.dumps(record) + "\n")
+    figures[CEILING] = noise_ceiling(truth)
+    say(f"{CEILING} {figures[CEILING]:.3f}")
+    return figures
+
+
+def summary(figures: dict[str, dict[str, float]]) -> str:
+    """All problems side by side, a column each."""
+    lines = [f"| scores | {' | '.join(figures)} |", f"|---|{'---|' * len(figures)}"]
+    for row in dict.fromkeys(name for one in figures.values() for name in one):
+        cells = (f"{one[row]:.3f}".removeprefix("0") if row in one else "-" for one in figures.values())
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
+    found = {}
     for name in options.problem or PROBLEMS:
         problem = PROBLEMS[name]
-        truth = truth_of(problem, options)
-        say = partial(print, flush=True)
-        with benches(problem, options.runs) as trained:
-            say(f"\n{problem.name}: {len(truth.masks)} halves x {options.seeds} seeds; {options.runs} logged trainings")
-            say(f"| {'scores':<58} | LDS    | 95 % interval    | s      |")
-            say(f"|{'-' * 60}|--------|------------------|--------|")
-            for kind in options.rows or ["main"]:
-                for row, score in SETS[kind].items():
-                    if not fnmatch.fnmatch(row, options.only):
-                        continue
-                    try:
-                        found, seconds = measured(score, trained, truth)
-                    except LogixError as error:
-                        say(f"| {row:<58} | {type(error).__name__}: {error}")
-                        continue
-                    say(line(row, found, seconds))
-                    if options.json:
-                        figures = {"problem": problem.name, "row": row, "lds": [one.value for one in found]}
-                        with options.json.open("a") as file:
-                            file.write(json.dumps(figures | {"ceiling": found[0].ceiling}) + "\n")
-            say(f"noise ceiling {noise_ceiling(truth):.3f}")
+        make = retrained if options.ship else truth_of
+        truth = make(
+            problem, subsets=options.subsets, seeds=options.seeds, cache=options.cache, workers=options.workers
+        )
+        if options.ship:
+            say(f"wrote {save_truth(problem, truth)}")
+        else:
+            found[name] = figures_of(problem, truth, options)
+    if len(found) > 1:
+        say("\n" + summary(found))
 
 
 if __name__ == "__main__":

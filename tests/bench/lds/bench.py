@@ -51,13 +51,16 @@ class Bench:
         """Trained on all samples."""
         return self.problem.train(range(self.problem.samples), self.seed)
 
-    def training(self, rank: Any = "auto", init: str = "orthogonal", dtype: str = "float32", **config: Any) -> Logged:
-        """Logged while training, with a checkpoint after every epoch."""
-        return self._run("training", self._log_training, rank, init, dtype, config)
+    def training(self, **settings: Any) -> Logged:
+        """Logged while training, with a checkpoint after every epoch; ``settings`` as for :meth:`posthoc`."""
+        return self._run("training", self._log_training, settings)
 
-    def posthoc(self, rank: Any = "auto", init: str = "orthogonal", dtype: str = "float32", **config: Any) -> Logged:
-        """Logged by one pass at the final weights."""
-        return self._run("posthoc", self._log_pass, rank, init, dtype, config)
+    def posthoc(self, **settings: Any) -> Logged:
+        """Logged by one pass at the final weights; ``rank``, ``init``, ``dtype`` or a section of the config.
+
+        What is not named is as in the problem's preset.
+        """
+        return self._run("posthoc", self._log_pass, settings)
 
     def estimated(self, kind: Callable[..., Estimator], **options: Any) -> Tensor:
         """Scores of an estimator made from a model, batches and an objective; ``at`` is :attr:`at_all` or nothing."""
@@ -83,18 +86,14 @@ class Bench:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _run(
-        self,
-        kind: str,
-        log: Callable[[str, Mapping[str, Any]], tuple[logix.Run, nn.Module]],
-        rank: Any,
-        init: str,
-        dtype: str,
-        config: Any,
+        self, kind: str, log: Callable[[str, Mapping[str, Any]], tuple[logix.Run, nn.Module]], given: Mapping[str, Any]
     ) -> Logged:
-        name = f"{kind}-{rank}-{init}-{dtype}-{config}".replace("/", "_").replace("*", "all")
+        name = f"{kind} {given}"
         if name not in self._runs:
-            projection = {"rank": rank, "init": init, **config.pop("projection", {})}
-            settings = {"projection": projection, "store": {"dtype": dtype}, "checkpoints": "every_epoch", **config}
+            projection = {key: given[key] for key in ("rank", "init") if key in given}
+            settings = {key: value for key, value in given.items() if key not in ("rank", "init", "dtype")}
+            settings |= {"projection": projection} if projection else {}
+            settings |= {"store": {"dtype": given["dtype"]}} if "dtype" in given else {}
             self._runs[name] = Logged(self.problem, *log(f"run-{len(self._runs)}", settings))
         return self._runs[name]
 
@@ -107,7 +106,7 @@ class Bench:
 
         def started(model: nn.Module) -> logix.Run:
             nonlocal run
-            run = self._init(name, model, settings)
+            run = self._init(name, model, {"checkpoints": "every_epoch", **settings})
             return run
 
         model = self.problem.train(range(self.problem.samples), self.seed, started)
@@ -116,7 +115,7 @@ class Bench:
         return run, model
 
     def _log_pass(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
-        run = self._init(name, self.model, {**settings, "checkpoints": "none"})
+        run = self._init(name, self.model, settings)
         batches = self.batches()
         numbers = {id(batch): part for part, batch in batches}
         mask = None if self.problem.mask(batches[0][1]) is None else self.problem.mask

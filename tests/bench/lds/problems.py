@@ -62,8 +62,12 @@ class Problem(ABC):
         """What is trained for; batches are those of :meth:`training` and :meth:`asked`."""
 
     @abstractmethod
-    def model(self) -> nn.Module:
+    def untrained(self) -> nn.Module:
         """A new model, by torch's seed."""
+
+    def model(self) -> nn.Module:
+        """What training begins with."""
+        return self.untrained()
 
     @abstractmethod
     def optimizer(self, model: nn.Module) -> Optimizer:
@@ -144,7 +148,7 @@ class Images(Problem):
     preset = ""  # the library's defaults
     objective = Objective()
 
-    def model(self) -> nn.Module:
+    def untrained(self) -> nn.Module:
         return nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def optimizer(self, model: nn.Module) -> Optimizer:
@@ -164,6 +168,31 @@ class Images(Problem):
 
 
 @dataclass(frozen=True)
+class Small(Images):
+    """A small perceptron on the same images, 7 x 7 pixels: for what carries derivatives through every step."""
+
+    samples: int = 300
+    queries: int = 50
+    epochs: int = 15
+    batch: int = 30
+    lr: float = 0.2
+
+    def model(self) -> nn.Module:
+        shrunk = (nn.Unflatten(1, (1, 28, 28)), nn.AvgPool2d(4), nn.Flatten())
+        return nn.Sequential(*shrunk, nn.Linear(49, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+@dataclass(frozen=True)
+class SmallAdam(Small):
+    """The same with Adam."""
+
+    lr: float = 0.01
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return torch.optim.Adam(model.parameters(), lr=self.lr)
+
+
+@dataclass(frozen=True)
 class Convolutions(Images):
     """A small convolutional network on the same images."""
 
@@ -173,7 +202,7 @@ class Convolutions(Images):
     batch: int = 32
     lr: float = 0.1
 
-    def model(self) -> nn.Module:
+    def untrained(self) -> nn.Module:
         return nn.Sequential(
             nn.Unflatten(1, (1, 28, 28)),
             nn.Conv2d(1, 8, 5, stride=2),
@@ -249,11 +278,14 @@ class Verses(Problem):
         """Loaded once a process."""
         return _corpus(self.samples, self.queries, self.length)
 
-    def model(self) -> nn.Module:
+    def untrained(self) -> nn.Module:
         settings = Settings(width=self.width, heads=4, layers=2, length=self.length)
-        model = LanguageModel(self.corpus.words, settings)
+        return LanguageModel(self.corpus.words, settings)
+
+    def model(self) -> nn.Module:
+        model = self.untrained()
         if self.pretraining:
-            model.load_state_dict(_pretrained(self, model))
+            model.load_state_dict(_pretrained(self))
         return model
 
     def pretrain(self, model: nn.Module) -> None:
@@ -283,10 +315,13 @@ class Verses(Problem):
         return F.cross_entropy(logits, batch["targets"], ignore_index=PADDING)
 
 
-def _pretrained(problem: Verses, model: nn.Module) -> Mapping[str, Tensor]:
+def _pretrained(problem: Verses) -> Mapping[str, Tensor]:
     """Weights after pretraining, kept in a file, since every retraining begins with them."""
     file = Path(tempfile.gettempdir()) / "lds-cache" / f"pretrained-{problem.pretraining}-{problem.width}.safetensors"
     if not file.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = problem.untrained()
         problem.pretrain(model)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
@@ -297,6 +332,8 @@ def _pretrained(problem: Verses, model: nn.Module) -> Mapping[str, Tensor]:
 
 PROBLEMS: Mapping[str, Problem] = {
     "images": Images(),
+    "small": Small(),
+    "small-adam": SmallAdam(),
     "convolutions": Convolutions(),
     "verses": Verses(),
     "finetuning": Verses(samples=400, lr=1e-3, pretraining=800),

@@ -3,49 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from logix_like.estimators import EKFAC, TRAK
+from tests.bench.lds import peers
 from tests.bench.lds.bench import Row
+from tests.bench.lds.path_rows import PATH, UNROLLED
+
+LOGRA = {"init": "orthogonal", "rank": 16, "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
+"""What LoGra keeps: 256 numbers a module, 512 bytes, in a random basis."""
+LOGRA_PCA = {**LOGRA, "init": "pca"}
+AT_EQUAL_BYTES = {"init": "pca", "rank": 64, "dtype": "sign", "statistics": ["kronecker", "corrected_eigval"]}
+"""4,096 numbers a module as signs: 512 bytes too."""
+
+COMPACT: Mapping[str, Row] = {
+    "default: rows of training": lambda b: b.training().scores(),
+    "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
+    "256 numbers a module, random": lambda b: b.training(**LOGRA).scores(),
+    "256 numbers a module, PCA": lambda b: b.training(**LOGRA_PCA).scores(),
+    "4,096 signs a module, PCA": lambda b: b.training(**AT_EQUAL_BYTES).scores(),
+    "4,096 signs a module, PCA, query averaged": lambda b: b.training(**AT_EQUAL_BYTES).scores("all"),
+    "LoGra, post-hoc, random": lambda b: b.posthoc(**LOGRA).scores(preconditioner="covariance"),
+    "LoGra, post-hoc, PCA": lambda b: b.posthoc(**LOGRA_PCA).scores(preconditioner="covariance"),
+    "post-hoc, random, K-FAC": lambda b: b.posthoc(**LOGRA).scores(preconditioner="kfac"),
+    "post-hoc GradDot": lambda b: b.posthoc(**LOGRA).scores(preconditioner="identity"),
+    "EK-FAC, full size, final weights": lambda b: b.estimated(EKFAC, mask=b.problem.mask),
+    "EK-FAC, full size, averaged over checkpoints": lambda b: b.estimated(EKFAC, mask=b.problem.mask, at=b.at_all),
+    "TRAK, one model": lambda b: b.estimated(TRAK),
+    **peers.rows(),
+}
+"""What the README shows, and the libraries that are installed beside it."""
 
 MAIN: Mapping[str, Row] = {
-    "default: rows of training, mean over visits": lambda b: b.training().scores(),
-    "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
-    "rows of the last epoch": lambda b: b.training().scores(reduce="last"),
+    **COMPACT,
+    "default, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
     "default, cosine": lambda b: b.training().scores(mode="cosine"),
     "default, RelatIF": lambda b: b.training().scores(mode="relatif"),
+    "default, damping as the shrinkage says": lambda b: b.training().scores(damping="auto"),
     "GradDot: default, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
     "TracIn-like: both averaged, no preconditioner": lambda b: b.training().scores("all", preconditioner="identity"),
-    "LoGra, post-hoc": lambda b: b.posthoc().scores(),
-    "LoGra, post-hoc, PCA": lambda b: b.posthoc(init="pca").scores(),
-    "LoGra, post-hoc, K-FAC": lambda b: b.posthoc().scores(preconditioner="kfac"),
-    "EK-FAC, full size, final weights": lambda b: b.estimated(EKFAC, mask=b.problem.mask),
-    "EK-FAC, full size, all averaged over checkpoints": lambda b: b.estimated(EKFAC, mask=b.problem.mask, at=b.at_all),
-    "TRAK, one model": lambda b: b.estimated(TRAK),
-    "post-hoc GradDot": lambda b: b.posthoc().scores(preconditioner="identity"),
 }
-"""One line for each way of scoring, at the default rank."""
+"""One line for each way of scoring."""
 
 RANKS = (4, 8, 16, 32)
 DAMPINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
 
 
 def _rank(rank: int, init: str, where: str, checkpoints: str | None = None) -> Row:
-    return lambda b: getattr(b, where)(rank=rank, init=init).scores(checkpoints)
+    return lambda b: getattr(b, where)(rank=rank, init=init, dtype="float32").scores(checkpoints)
 
 
 def _preconditioned(name: str, damping: float, where: str, checkpoints: str | None = None) -> Row:
     statistics = ("covariance", "kronecker", "corrected_eigval", "variance")
-    return lambda b: getattr(b, where)(statistics=statistics).scores(checkpoints, preconditioner=name, damping=damping)
+    logged = {"rank": 16, "init": "orthogonal", "dtype": "float32", "statistics": statistics}
+    return lambda b: getattr(b, where)(**logged).scores(checkpoints, preconditioner=name, damping=damping)
 
 
-def _stored(dtype: str, rank: int) -> Row:
-    return lambda b: b.training(rank=rank, dtype=dtype).scores("all")
+def _stored(dtype: str, init: str, rank: Any) -> Row:
+    return lambda b: b.training(rank=rank, init=init, dtype=dtype).scores("all")
 
 
 PROJECTION: Mapping[str, Row] = {
     f"{where}, {init}, rank {rank}{', queries averaged' if checkpoints else ''}": _rank(rank, init, where, checkpoints)
     for where, checkpoints in (("training", None), ("training", "all"), ("posthoc", None))
-    for init in ("orthogonal", "gaussian", "pca")
+    for init in ("orthogonal", "gaussian", "pca", "eigen")
     for rank in RANKS
 }
 """Rank x kind of projection."""
@@ -59,15 +80,26 @@ CURVATURE: Mapping[str, Row] = {
 """Preconditioner x damping."""
 
 BYTES: Mapping[str, Row] = {
-    f"{dtype}, rank {rank}": _stored(dtype, rank)
+    f"{dtype}, {init}, rank {rank}": _stored(dtype, init, rank)
+    for init in ("orthogonal", "pca", "eigen")
     for dtype in ("float32", "bfloat16", "int8", "int4", "sign")
-    for rank in RANKS
+    for rank in (*RANKS, 64)
 }
-"""Type of the stored numbers x rank."""
+"""Type of the stored numbers x basis x rank."""
+
+PER_MODULE: Mapping[str, Row] = {
+    f"rank by module: {ranks}": _stored("bfloat16", "pca", ranks)
+    for ranks in ({"*": 16}, {"*up": 32, "*down": 32, "*": 8}, {"*up": 8, "*down": 8, "*": 32}, {"*0*": 32, "*": 8})
+}
+"""Much or little rank for the wide layers, or for the first."""
 
 SETS: Mapping[str, Mapping[str, Row]] = {
+    "compact": COMPACT,
     "main": MAIN,
     "projection": PROJECTION,
     "curvature": CURVATURE,
     "bytes": BYTES,
+    "path": PATH,
+    "unrolled": UNROLLED,
+    "ranks": PER_MODULE,
 }

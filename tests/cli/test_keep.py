@@ -6,16 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from typer.testing import CliRunner, Result
 
-from logix_like.cli import app
 from logix_like.store import open_store
+from tests.cli.calling import call
 from tests.store.test_store_merging import scattered
 from tests.store.test_store_verify import flip
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
 
 
 def test_verify_and_repair_name_what_is_damaged(tmp_path: Path) -> None:
@@ -49,7 +44,9 @@ def test_compact_and_export(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "parts 3 -> 1" in done.stdout
     assert json.loads(call("compact", store, "--json").stdout)["rows"] == 92
     saved = call("export", store, tmp_path / "rows.npz")
-    assert saved.exit_code == 0 and "92 rows saved" in saved.stderr
+    assert saved.exit_code == 0 and saved.stderr == f"saved to {tmp_path / 'rows.npz'}\n"
+    told = json.loads(call("export", store, tmp_path / "again.npz", "--reduce", "mean", "--json").stdout)
+    assert told["rows"] == 92 and told["file"] == str(tmp_path / "again.npz") and told["bytes"] > 0
     with np.load(tmp_path / "rows.npz") as archive:
         np.testing.assert_array_equal(archive["gradients"], before.numpy())
     assert call("export", store, tmp_path / "rows.npz", "--reduce", "median").exit_code == 2

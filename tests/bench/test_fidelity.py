@@ -1,0 +1,118 @@
+"""Bar B15: how far scores of projected rows rank samples as exact ones do, on a trained language model.
+
+``python -m pytest tests/bench/test_fidelity.py -s`` prints Spearman correlations with scores of full gradients, means
+over queries: of inner products at 224, 896 and 3,584 numbers a sample (16, 64 and 256 a module), of full-size K-FAC at
+256 a module, and of a two-pass EK-FAC fit with one of other drawn labels, a split fit, and queries of low rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import logix_like as logix
+from logix_like.capture.selection import select_modules
+from logix_like.curvature import fit_curvature
+from logix_like.curvature.gradients import Gradients, InnerProducts
+from logix_like.curvature.sweep import Sweep
+from logix_like.estimators import EKFAC, KFAC
+from logix_like.objective import Objective
+from tests.bench import trained, w1
+
+ROWS, QUERIES = 1024, 32
+OBJECTIVE = Objective.language_model()
+INITS = ("orthogonal", "pca", "eigen")
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Mean over queries of the rank correlation over samples."""
+    ranks = [scores.argsort(1).argsort(1).double() for scores in (a, b)]
+    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
+    return float((centred[0] * centred[1]).sum(1).div(centred[0].norm(dim=1) * centred[1].norm(dim=1)).mean())
+
+
+class Problem:
+    """The trained model, its samples and its queries."""
+
+    def __init__(self) -> None:
+        self.network, tokens = trained.trained(ROWS)
+        self.samples = [{"input_ids": batch} for batch in tokens.split(trained.BATCH)]
+        self.queries = {"input_ids": trained.pieces(QUERIES + 2)[1:-1]}
+        self.selection = select_modules(self.network, include=["model.layers.*"], types=["Linear"])
+        self.fitted: dict[str, Any] = {"selection": self.selection, "progress": False}
+
+    def dots(self) -> Tensor:
+        """``[queries, samples]`` of full gradients."""
+        sweep, asked = Sweep(self.network, OBJECTIVE, self.selection), Gradients()
+        sweep.run(self.queries, OBJECTIVE.losses, asked)
+        inner, found = InnerProducts(asked.blocks), []
+        for batch in self.samples:
+            sweep.run(batch, OBJECTIVE.losses, inner)
+            found.append(torch.stack(list(inner.modules.values())).sum(0))
+        return torch.cat(found, 1)
+
+    def ekfac(self, rank: int | None = None, **options: Any) -> Tensor:
+        """Full-size EK-FAC."""
+        curvature = fit_curvature(self.network, self.samples, OBJECTIVE, **self.fitted, **options)
+        asked = EKFAC(self.network, self.samples, OBJECTIVE, curvature=curvature, rank=rank, **self.fitted)
+        return asked.scores(self.queries)
+
+    def kfac(self) -> Tensor:
+        """Full-size K-FAC of the data's own labels, as statistics of a store are."""
+        options: dict[str, Any] = {"kind": "kfac", "labels": "empirical"}
+        curvature = fit_curvature(self.network, self.samples, OBJECTIVE, **self.fitted, **options)
+        return KFAC(self.network, self.samples, OBJECTIVE, curvature=curvature, **self.fitted).scores(self.queries)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem()
+
+
+def projected(problem: Problem, folder: Path, init: str, rank: int, preconditioners: list[str]) -> dict[str, Tensor]:
+    """Scores from a store of projected rows, by preconditioner."""
+    config = {**w1.CONFIG, "projection": {"init": init, "rank": rank, "warmup": 256}, "store": {"dtype": "float32"}}
+    config["statistics"] = ["covariance", "kronecker"]
+    run = logix.init(f"{init}{rank}", problem.network, config, root=str(folder), verbose=False)
+    run.extract([batch["input_ids"] for batch in problem.samples], w1.loss, progress=False)
+    run.finalize()
+    with run.query(data_id=range(QUERIES)) as query:
+        w1.loss(problem.network, problem.queries["input_ids"]).backward()
+    answers = {name: run.compute_influence_all(query, preconditioner=name).scores for name in preconditioners}
+    return {name: torch.as_tensor(scores) for name, scores in answers.items()}
+
+
+@pytest.mark.timeout(900)
+def test_b15_inner_products(problem: Problem, tmp_path: Path) -> None:
+    exact = problem.dots()
+    for init in INITS:
+        found = [spearman(exact, projected(problem, tmp_path, init, r, ["identity"])["identity"]) for r in (4, 8, 16)]
+        sys.stdout.write(f"\nB15 inner products, {init:<10} 224/896/3,584: " + " / ".join(f"{f:.3f}" for f in found))
+    sys.stdout.write("  (bars .90/.98/.99)\n")
+
+
+@pytest.mark.timeout(900)
+def test_b15_preconditioned(problem: Problem, tmp_path: Path) -> None:
+    exact = problem.kfac()
+    for init in INITS:
+        found = projected(problem, tmp_path, init, 16, ["kfac", "ekfac", "covariance"])
+        listed = ", ".join(f"{name} {spearman(exact, scores):.3f}" for name, scores in found.items())
+        sys.stdout.write(f"\nB15 full-size K-FAC, 256 a module, {init:<10} {listed}")
+    sys.stdout.write("  (bar .85)\n")
+
+
+@pytest.mark.timeout(900)
+def test_what_a_split_fit_and_narrow_queries_cost(problem: Problem) -> None:
+    exact = problem.ekfac()
+    found = {
+        "other labels": problem.ekfac(seed=1),
+        "split": problem.ekfac(split=True),
+        "queries of rank 8": problem.ekfac(rank=8),
+    }
+    listed = ", ".join(f"{name} {spearman(exact, scores):.5f}" for name, scores in found.items())
+    sys.stdout.write(f"\nfull-size EK-FAC of two passes against {listed}\n")

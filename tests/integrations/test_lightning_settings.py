@@ -1,0 +1,98 @@
+"""Settings of Lightning's Trainer that change which batches are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+pytest.importorskip("lightning")
+
+from logix_like.integrations.lightning import LogixCallback
+
+from logix_like.errors import CaptureError
+from tests.integrations.test_lightning import FLOAT32, Classifier, logged, quiet, relative_error, trainer
+from tests.training import SAMPLES, data
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning.*", "ignore:.*LeafSpec.*")
+__all__ = ["quiet"]
+
+SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
+    "a development run": ({"fast_dev_run": 2}, 10),
+    "some of the batches": ({"limit_train_batches": 3}, 30),
+    "a number of steps": ({"max_steps": 7}, 33),
+    "a sanity check": (
+        {"num_sanity_val_steps": 2, "validation": DataLoader(TensorDataset(*data(torch.float32)), 5)},
+        46,
+    ),
+    "batches to be overfitted": ({"overfit_batches": 2}, 20),
+    "inference mode off": ({"inference_mode": False}, 46),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rows_are_those_that_were_trained_on(tmp_path: Path, name: str) -> None:
+    settings, rows = SETTINGS[name]
+    seen: list[int] = []
+    x = data(torch.float32)[0]
+
+    class Watched(Classifier):
+        def training_step(self, batch: list[Tensor], number: int) -> dict[str, Tensor]:  # type: ignore[override]
+            seen.extend(int((x == row).all(1).nonzero()) for row in batch[0])
+            return {"loss": self.loss(batch)}
+
+    module = Watched()
+    store = logged(tmp_path, module, **settings)
+    assert list(store.data_id) == seen
+    assert len(store) == rows
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_a_batch_that_is_not_trained_on_is_not_logged(tmp_path: Path) -> None:
+    class Skipping(Classifier):
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor | None:
+            return None if number == 1 else self.loss(batch)
+
+    module = Skipping()
+    store = logged(tmp_path, module, max_epochs=1)
+    assert len(store) == SAMPLES - 5
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_several_loaders_need_a_function(tmp_path: Path) -> None:
+    class Several(Classifier):
+        def train_dataloader(self) -> Any:
+            return {"a": DataLoader(self.dataset, batch_size=5), "b": DataLoader(self.dataset, batch_size=5)}
+
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            return self.loss(batch["a"])
+
+    with pytest.raises(CaptureError, match="from a dict, not from one DataLoader"):
+        logged(tmp_path, Several())
+
+    def numbers(batch: Any) -> Iterator[int]:
+        return iter(range(len(batch["a"][0])))
+
+    store = logged(tmp_path, Several(), max_epochs=1, callback={"data_id": numbers, "overwrite": True})
+    assert len(store) == SAMPLES
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_rows_before_it_was_broken_off_are_kept(tmp_path: Path, error: type[BaseException]) -> None:
+    class Broken(Classifier):
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+            if number == 2:
+                raise error("broken")
+            return self.loss(batch)
+
+    kept, module = LogixCallback("run", root=tmp_path, verbose=False), Broken()
+    with pytest.raises((error, SystemExit)):
+        trainer(tmp_path, kept).fit(module)
+    assert len(kept.run.store) == 10
+    module.loss([*data(torch.float32)]).backward()
+    assert not any(layer._forward_hooks for layer in module.modules())
