@@ -116,12 +116,16 @@ class Curvature:
         ):
             self.layout.require_same(layout)
             raise ModelMismatchError(f"the curvature has the modules {self.layout.names}, the model {layout.names}")
+        self.compare_weights(model)
+
+    def compare_weights(self, model: nn.Module) -> None:
+        """Warn if the model's weights are not those of the fit."""
         if self.fisher.weights and self.fisher.weights != fingerprint(model):
             warnings.warn(
                 "the model's weights are not those that the curvature was fitted at: load the weights that belong to "
                 "it, or fit it again",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _apply(self, name: str, weights: Tensor, vector: Tensor) -> Tensor:
