@@ -138,7 +138,7 @@ class KroneckerInfluence(Estimator, ABC):
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples)
+        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
         sink = QuadraticForms(curvature.bases, curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
@@ -213,12 +213,16 @@ class KroneckerInfluence(Estimator, ABC):
     def _inverse(self) -> Callable[[str, Tensor], Tensor]:
         # The damping of all samples, also where some are taken out.
         whole = self.curvature
-        inverse = damped_inverse_of(0.0)
-        return lambda name, values: inverse(name, values + whole.shift(name, self.damping))
+
+        def inverse(name: str, values: Tensor) -> Tensor:
+            shift = {"absolute": whole.shift(name, self.damping)}
+            return damped_inverse_of(shift, dtype=self._sweep.dtype)(name, values)
+
+        return inverse
 
     def _preconditioned(self, queries: Batch, losses: Losses | None) -> dict[str, Tensor | LowRank]:
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples)
+        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
         vectors = curvature.apply(inverse, self.gradients(queries, losses))
         if self._rank is None:
             return dict(vectors)

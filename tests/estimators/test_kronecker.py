@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from transformers import BatchEncoding
 
 from logix_like.capture.selection import select_modules
 from logix_like.curvature import fit_curvature
@@ -29,7 +30,7 @@ from logix_like.errors import (
     UnsupportedModuleError,
 )
 from logix_like.estimators import EKFAC, KFAC
-from logix_like.objective import Objective
+from logix_like.objective import Gaussian, Objective
 from tests.curvature.cases import dense_gradients, objective_of
 from tests.models import ZOO, Case, build
 
@@ -298,6 +299,36 @@ def test_singular_curvature_without_damping_is_refused() -> None:
     model, data, queries = classifier()
     with pytest.raises(StatisticsError, match=r"singular with damping 0.*larger damping"):
         EKFAC(model, [data[2]], damping=0.0, progress=False).scores(queries)
+
+
+def test_rounding_in_single_precision_does_not_pass_for_curvature() -> None:
+    model, x, y = nn.Linear(60, 2), torch.randn(40, 60), torch.randn(40, 2)
+    data = list(zip(x.split(8), y.split(8), strict=True))
+    for estimator in (KFAC, EKFAC):
+        influence = estimator(model, data, Objective(Gaussian()), damping=0.0, progress=False)
+        for question in (lambda: influence.scores((x[:2], y[:2])), influence.self_influence):  # noqa: B023
+            with pytest.raises(StatisticsError, match="singular with damping 0"):
+                question()
+        influence.damping = 0.1
+        assert bool(influence.scores((x[:2], y[:2])).isfinite().all())
+    wide = torch.randn(200, 6)
+    full = EKFAC(nn.Linear(6, 2), [(wide, torch.randn(200, 2))], Objective(Gaussian()), damping=0.0, progress=False)
+    assert bool((full.self_influence() > 0).all())
+
+
+class Pair(NamedTuple):
+    """A batch whose parts are called by name."""
+
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda x, y: BatchEncoding({"x": x, "y": y})])
+def test_batches_keep_their_kind(kind: Callable[[Tensor, Tensor], Any]) -> None:
+    model, data, queries = classifier()
+    objective = Objective(outputs=lambda model, batch: model(batch.x), targets=lambda batch: batch.y)
+    influence = EKFAC(model, [kind(*batch) for batch in data], objective, progress=False)
+    assert torch.allclose(influence.scores(kind(*queries)), EKFAC(model, data, progress=False).scores(queries))
 
 
 def test_the_objective_decides_what_a_sample_is() -> None:
