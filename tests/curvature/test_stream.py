@@ -128,8 +128,8 @@ def test_every_second_block_and_what_is_refused() -> None:
         CurvatureStream(model, widest=0)
     with (
         pytest.raises(ConfigError, match="unknown loss_reduction 'Mean'; known: mean, sum"),
-        stream(5, loss_reduction="Mean"),
-    ):  # type: ignore[arg-type]
+        stream(5, loss_reduction="Mean"),  # type: ignore[arg-type]
+    ):
         pass
     for scale in (0.0, float("nan")):
         with pytest.raises(ConfigError, match="what the loss was multiplied by"), stream(5, scale=scale):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from logix_like.curvature.operators import Flattener, GaussNewton, Hessian
 from logix_like.errors import ConfigError, ModelMismatchError, QueryError, StatisticsError
 from logix_like.estimators import InfluenceFunction
 from logix_like.estimators.influence import SOLVERS, cycled
-from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa
+from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa, Solver
 from logix_like.objective import Objective
 from tests.estimators.convex import FEATURES, Convex, prediction, residuals, ridge, softmax
 
@@ -262,15 +263,16 @@ def test_what_is_refused_or_warned_of() -> None:
         influence(convex, theta, parameters=("*weight", "head.*"))
     with pytest.raises(ConfigError, match="must be one of exact, cg"):
         influence(convex, theta, ConjugateGradient)
-    for solver, options in (
-        (Arnoldi, {"rank": 0}),
-        (Arnoldi, {"steps": 0}),
-        (Lissa, {"scale": -1.0}),
-        (Exact, {"tolerance": 0.0}),
-        (ConjugateGradient, {"most": 0}),
-    ):
+    bad: list[Callable[[], Solver]] = [
+        lambda: Arnoldi(rank=0),
+        lambda: Arnoldi(steps=0),
+        lambda: Lissa(scale=-1.0),
+        lambda: Exact(tolerance=0.0),
+        lambda: ConjugateGradient(most=0),
+    ]
+    for build in bad:
         with pytest.raises(ConfigError, match="must be above 0"):
-            solver(**options)
+            build()
     with pytest.raises(StatisticsError, match="limit 5"):
         influence(convex, theta, Exact(most=5)).scores(queries)
     with pytest.warns(RuntimeWarning, match="after 2 steps"):
