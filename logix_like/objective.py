@@ -68,6 +68,7 @@ class Categorical(Likelihood):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, summed over positions; those with the target -100 do not count."""
+        _require_classes(outputs, targets)
         losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
         return losses.view(len(targets), -1).sum(1)
 
@@ -91,6 +92,7 @@ class Categorical(Likelihood):
         self, outputs: Tensor, targets: Tensor, *, draw: bool = False, generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """One softmax for the draw, the losses and the residual: with many classes each costs much of a step."""
+        _require_classes(outputs, targets)
         logarithms = outputs.detach().log_softmax(-1, dtype=_wide(outputs))
         if draw:
             p = logarithms.exp_()
@@ -114,6 +116,7 @@ class Bernoulli(Likelihood):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Binary cross entropy, summed over a sample's outputs."""
+        _same_shape(outputs, targets)
         losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
         return losses.reshape(len(targets), -1).sum(1)
 
@@ -139,6 +142,10 @@ class Gaussian(Likelihood):
     variance: float = 1.0
     """Of the noise."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.variance < math.inf:
+            raise ConfigError(f"the variance is {self.variance!r}; it must be a finite number above 0")
+
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``sum (outputs - targets)^2 / (2 variance)`` over a sample's outputs."""
         _same_shape(outputs, targets)
@@ -163,8 +170,17 @@ def _same_shape(outputs: Tensor, targets: Tensor) -> None:
     if outputs.shape != targets.shape:
         # Broadcasting [batch, 1] against [batch] would silently compare every sample with every other.
         raise ConfigError(
-            f"outputs have the shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}; a Gaussian "
+            f"outputs have the shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}; this "
             "likelihood needs the same: squeeze or unsqueeze one of them"
+        )
+
+
+def _require_classes(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape[:-1] != targets.shape or targets.is_floating_point():
+        raise ConfigError(
+            f"outputs have the shape {tuple(outputs.shape)} and targets {tuple(targets.shape)} of {targets.dtype}; "
+            "classes need whole numbers, one for each row of logits [batch, ..., classes]: squeeze the targets, move "
+            "the classes to the end, or take another likelihood (Bernoulli, Gaussian)"
         )
 
 

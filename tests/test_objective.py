@@ -149,3 +149,19 @@ def test_what_cannot_be_read_is_said() -> None:
         Objective().losses(lambda x: (x, x), (torch.zeros(2, 2), torch.zeros(2)))
     with pytest.raises(ConfigError, match=r"shape \(4, 1\) and targets \(4,\)"):
         Objective(Gaussian()).losses(nn.Linear(3, 1), (torch.zeros(4, 3), torch.zeros(4)))
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(4, 1, dtype=torch.long), torch.zeros(4), torch.zeros(2, dtype=torch.long)]
+)
+def test_targets_that_are_no_classes_of_the_outputs_are_said(targets: Tensor) -> None:
+    for question in (Categorical().losses, Categorical().with_residual):
+        with pytest.raises(ConfigError, match="classes need whole numbers, one for each row of logits"):
+            question(torch.zeros(4, 3), targets)
+
+
+def test_a_likelihood_of_other_shapes_or_without_noise_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"\(4, 1\) and targets \(4,\)"):
+        Bernoulli().losses(torch.zeros(4, 1), torch.zeros(4))
+    with pytest.raises(ConfigError, match=r"the variance is 0\.0"):
+        Gaussian(0.0)

@@ -116,12 +116,16 @@ class Curvature:
         ):
             self.layout.require_same(layout)
             raise ModelMismatchError(f"the curvature has the modules {self.layout.names}, the model {layout.names}")
+        self.compare_weights(model)
+
+    def compare_weights(self, model: nn.Module) -> None:
+        """Warn if the model's weights are not those of the fit."""
         if self.fisher.weights and self.fisher.weights != fingerprint(model):
             warnings.warn(
                 "the model's weights are not those that the curvature was fitted at: load the weights that belong to "
                 "it, or fit it again",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _apply(self, name: str, weights: Tensor, vector: Tensor) -> Tensor:
@@ -129,17 +133,19 @@ class Curvature:
         return self.restore({name: rotated.mul_(weights.to(rotated))})[name]
 
 
-def damped_inverse_of(damping: DampingSetting, samples: int = 0) -> Function:
+def damped_inverse_of(damping: DampingSetting, samples: int = 0, dtype: torch.dtype = torch.float64) -> Function:
     """``1 / (Lambda + lambda)`` with ``lambda`` = ``damping`` times the mean eigenvalue of the block.
 
     The other settings of :mod:`logix_like.damping` are taken too; ``"auto"`` needs to know of how many ``samples``.
     A block that was never used has only zeros and gets zeros: it takes no part. The function raises
-    :class:`StatisticsError` where a block is singular.
+    :class:`StatisticsError` where a block is singular, so far as gradients of ``dtype`` can tell.
     """
     checked = Damping.of(damping)
 
     def inverse(block: str, values: Tensor) -> Tensor:
-        return damped_reciprocal(values, _shift(values, checked, samples), block).to(values.device)
+        # A coordinate of rounding alone is a sum of some eps of its gradient, and eigenvalues are its square.
+        noise = sum(values.shape) * torch.finfo(dtype).eps ** 2
+        return damped_reciprocal(values, _shift(values, checked, samples), block, noise).to(values.device)
 
     return inverse
 

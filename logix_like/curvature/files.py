@@ -92,10 +92,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
             os.fsync(written.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second where the disk is full
         raise StoreError(f"{path} could not be written: {error}; see to the disk, or name another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
     return path
 
 

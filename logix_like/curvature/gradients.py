@@ -95,7 +95,10 @@ class EigenSink(Sink):
         """Coordinates ``[samples, positions, d_in]`` and ``[samples, positions, d_out]`` of a block."""
 
     def begin(self, samples: int, mask: Tensor | None) -> None:
+        # Whatever a batch that was broken off has left here is not of this one.
         self._taken.clear()
+        self._waiting.clear()
+        self._last = None
 
     def add_factors(self, block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
         with products(self._precision):

@@ -27,16 +27,22 @@ class Flattener:
     Args:
         model: Whose parameters they are; at its present weights.
         include: Globs on parameter names, among those that are trained.
+
+    Raises:
+        ConfigError: a glob fits none of them.
     """
 
     def __init__(self, model: nn.Module, include: Sequence[str] = ("*",)) -> None:
-        self.parameters = {
-            name: p.detach()
-            for name, p in model.named_parameters()
-            if p.requires_grad and any(fnmatchcase(name, pattern) for pattern in include)
-        }
+        globs = (include,) if isinstance(include, str) else tuple(include)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in trained):
+                raise ConfigError(
+                    f"no trained parameter of the model fits {glob!r}; there are {', '.join(trained) or 'none'}"
+                )
+        self.parameters = {name: p for name, p in trained.items() if any(fnmatchcase(name, glob) for glob in globs)}
         if not self.parameters:
-            raise ConfigError(f"no trained parameter of the model fits {list(include)}")
+            raise ConfigError("no parameters were named; leave parameters out to take all that are trained")
         self.sizes = [p.numel() for p in self.parameters.values()]
         self.size = sum(self.sizes)
 

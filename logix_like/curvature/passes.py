@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from logix_like.curvature.curvature import Curvature, Fisher, Kind, Labels
@@ -27,6 +27,8 @@ from logix_like.linalg.finite import require_finite
 from logix_like.linalg.kronecker import product_eigenvalues
 from logix_like.linalg.products import PRECISIONS, Precision
 from logix_like.objective import Batch
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 At = Callable[[], Iterable[object]]
 """Each call yields once for each set of weights, after loading it into the model."""
@@ -66,6 +68,14 @@ class Settings:
         return {**chosen, "weights": weights, "modules": modules, "batches": batches}
 
 
+def shuffles(loader: Iterable[Batch]) -> bool:
+    """Whether ``loader`` draws another order for each pass, as torch's random samplers do."""
+    if not isinstance(loader, DataLoader):
+        return False
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, RANDOM) for sampler in samplers)
+
+
 class Batches:
     """The batches of a pass, numbered; at each set of weights all of them again."""
 
@@ -73,7 +83,7 @@ class Batches:
         self._loader = loader
         self._at = at
         self._bar = bar
-        self.ordered = not (isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler))
+        self.ordered = not shuffles(loader)
         """Whether the next pass will see them in the same order."""
 
     def numbered(self, description: str) -> Iterator[tuple[int, Batch]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
@@ -17,10 +18,12 @@ from logix_like.curvature.curvature import Curvature, Fisher, Kind
 from logix_like.curvature.fitting import WIDEST, default_selection
 from logix_like.curvature.gradients import SquareSums
 from logix_like.curvature.moments import FactorSums
-from logix_like.curvature.passes import kronecker, with_squares
+from logix_like.curvature.passes import Settings, kronecker, with_squares
 from logix_like.curvature.sums import MEMORY, Sums
 from logix_like.errors import CaptureError, ConfigError, StatisticsError
 from logix_like.projection import INITS
+
+Reduction = Literal["mean", "sum"]
 
 
 class CurvatureStream:
@@ -60,8 +63,9 @@ class CurvatureStream:
         every: int = 1,
         widest: int = WIDEST,
     ) -> None:
+        Settings(kind, "empirical", False, 0, widest, "highest")  # refuses what is none
         for name, value in (("basis_samples", basis_samples), ("every", every)):
-            if value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         self._selection = selection or default_selection(model)
         self._projector = Projector(self._selection.blocks, INITS["identity"], rank=1, seed=0)
@@ -80,7 +84,7 @@ class CurvatureStream:
         *,
         mask: Tensor | None = None,
         scale: float = 1.0,
-        loss_reduction: Literal["mean", "sum"] = "mean",
+        loss_reduction: Reduction = "mean",
     ) -> Iterator[None]:
         """Around the forward and backward pass of one batch.
 
@@ -89,7 +93,17 @@ class CurvatureStream:
             mask: ``[samples, positions]``, true where a position counts.
             scale: What the loop multiplied its loss by (1 / accumulated batches, a scaler's scale).
             loss_reduction: Whether the loss is the mean of the samples' losses or their sum.
+
+        Raises:
+            ConfigError: ``scale`` or ``loss_reduction`` is none of these.
+            CaptureError: no gradient reached a tracked module.
         """
+        if loss_reduction not in get_args(Reduction):
+            raise ConfigError(f"unknown loss_reduction {loss_reduction!r}; known: {', '.join(get_args(Reduction))}")
+        if not 0 < scale < math.inf:
+            raise ConfigError(
+                f"scale is {scale!r}; it must be a finite number above 0: what the loss was multiplied by"
+            )
         self._blocks += 1
         if (self._blocks - 1) % self._every:
             yield

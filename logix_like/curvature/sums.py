@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from logix_like.errors import ConfigError
+
 SETTLE = 16
 """Batches whose terms are added in their own precision before they go into the float64 sum, which costs much more."""
 
@@ -19,6 +21,8 @@ class Scratch:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
+        if self._folder is not None and self._folder.exists() and not self._folder.is_dir():
+            raise ConfigError(f"scratch is {self._folder}, a file; it must be a folder, which is made if missing")
 
     def keep(self, tensor: Tensor) -> Tensor:
         """``tensor``, or a copy of it that lies on disk; its file has no name and goes when the tensor does."""

@@ -98,6 +98,11 @@ class Sweep:
         """Where the model computes."""
         return next(self.selection.modules[0].module.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which factors are multiplied."""
+        return widened(torch.empty(0, dtype=next(self.selection.modules[0].module.parameters()).dtype)).dtype
+
     def samples(self, batch: Batch) -> int:
         """How many samples ``batch`` has."""
         return len(self.objective.labels(batch))
@@ -136,13 +141,18 @@ class Sweep:
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with its tensors (in mappings, tuples and lists) on ``device``."""
-    if isinstance(batch, Tensor):
+    """``batch`` with its tensors on ``device``.
+
+    Mappings, tuples (named ones too) and lists are looked into; whatever else can be moved (``.to(device)``, as
+    transformers' batches) moves itself.
+    """
+    if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: on_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [on_device(value, device) for value in batch]
+        moved = [on_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 

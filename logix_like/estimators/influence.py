@@ -80,6 +80,10 @@ class InfluenceFunction(Estimator):
     ) -> None:
         if isinstance(solver, str) and solver not in SOLVERS:
             raise ConfigError(f"unknown solver {solver!r}; known: {', '.join(SOLVERS)}")
+        if not isinstance(solver, str | Solver):
+            raise ConfigError(
+                f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}, or a solver: Exact(), ..."
+            )
         if matrix not in OPERATORS:
             raise ConfigError(f"unknown matrix {matrix!r}; known: {', '.join(OPERATORS)}")
         self._model = model
@@ -187,10 +191,11 @@ class InfluenceFunction(Estimator):
     def _solve(self, b: Tensor, system: System) -> Tensor:
         self.solution = self._solver.solve(system, b)
         if not self.solution.converged:
+            more = "a wider type of the weights" if isinstance(self._solver, Exact) else "more steps, or use 'ekfac-cg'"
             warnings.warn(
                 f"solver {self._solver.name!r} has not converged: the relative residual is "
                 f"{float(self.solution.residual.max()):.2g} after {self.solution.steps} steps (tolerance "
-                f"{self.solution.tolerance:.2g}); allow more steps, a larger damping, or use 'ekfac-cg'",
+                f"{self.solution.tolerance:.2g}); allow a larger damping, {more}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -68,8 +68,8 @@ class KroneckerInfluence(Estimator, ABC):
         at: At = once,
         progress: bool = True,
     ) -> None:
-        if rank is not None and rank < 1:
-            raise QueryError(f"rank is {rank}; it must be at least 1, or None for whole matrices")
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise QueryError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for whole matrices")
         self._objective = objective or Objective()
         self._sweep = Sweep(model, self._objective, selection or default_selection(model), mask=mask)
         self._samples = Samples(loader, self._objective, data_id=data_id, at=at, progress=progress)
@@ -137,8 +137,9 @@ class KroneckerInfluence(Estimator, ABC):
 
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
-        inverse = damped_inverse_of(self.damping, self.curvature.fisher.samples)
-        sink = QuadraticForms(self.curvature.bases, self.curvature.weights(inverse), self._precision)
+        curvature = self._present_curvature()
+        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
+        sink = QuadraticForms(curvature.bases, curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
             self._sweep.run(batch, self._objective.backward_losses, sink)
@@ -154,11 +155,9 @@ class KroneckerInfluence(Estimator, ABC):
         """
         if order not in (1, 2):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (Newton step)")
-        require_samples(self._objective, group)
-        sink = Gradients()
-        self._sweep.run(group, self._objective.backward_losses, sink)
-        total = {name: blocks.sum(0, keepdim=True) for name, blocks in sink.blocks.items()}
-        curvature = self.curvature if order == 1 else self._without(group)
+        total = {name: blocks.sum(0, keepdim=True) for name, blocks in self.gradients(group).items()}
+        whole = self._present_curvature()
+        curvature = whole if order == 1 else self._without(group)
         moved = curvature.apply(self._inverse(), total)
         gradients = self.gradients(queries, losses)
         found = [(gradients[name] * moved[name]).flatten(1).sum(1) for name in gradients if name in moved]
@@ -176,8 +175,14 @@ class KroneckerInfluence(Estimator, ABC):
             count += 1
         for name, block in sums.items():
             if not bool(block.isfinite().all()):
-                raise QueryError(f"a query's gradient of module {name!r} is not finite: it cannot be scored")
+                raise QueryError(f"a gradient of module {name!r} is not finite: what was asked about cannot be scored")
         return {name: block / count for name, block in sums.items()}
+
+    def _present_curvature(self) -> Curvature:
+        curvature = self.curvature
+        if self._at is once:
+            curvature.compare_weights(self._sweep.model)
+        return curvature
 
     def _require_kind(self, curvature: Curvature) -> None:
         if curvature.kind != self.kind:
@@ -192,10 +197,13 @@ class KroneckerInfluence(Estimator, ABC):
         squares = SquareSums(whole.bases, self._precision)
         generator = Generator(self._sweep.device).manual_seed(0)
         losses = partial(self._objective.backward_losses, draw=whole.fisher.labels == "sampled", generator=generator)
-        self._sweep.run(group, losses, squares)
+        for sets in self._samples.weights():  # noqa: B007 (how many there were is told below)
+            self._sweep.run(group, losses, squares)
         sums = squares.sums.all()
+        # Not the curvature's own number, in which a sample counts once for each visit or set of weights.
+        count = len(self.data_id) * sets
         eigenvalues = {
-            name: (values - sums[f"squares/{name}"].to(values) / whole.fisher.samples).clamp_min(0)
+            name: (values - sums[f"squares/{name}"].to(values) / count).clamp_min(0)
             if f"squares/{name}" in sums
             else values
             for name, values in whole.eigenvalues.items()
@@ -205,12 +213,16 @@ class KroneckerInfluence(Estimator, ABC):
     def _inverse(self) -> Callable[[str, Tensor], Tensor]:
         # The damping of all samples, also where some are taken out.
         whole = self.curvature
-        inverse = damped_inverse_of(0.0)
-        return lambda name, values: inverse(name, values + whole.shift(name, self.damping))
+
+        def inverse(name: str, values: Tensor) -> Tensor:
+            shift = {"absolute": whole.shift(name, self.damping)}
+            return damped_inverse_of(shift, dtype=self._sweep.dtype)(name, values)
+
+        return inverse
 
     def _preconditioned(self, queries: Batch, losses: Losses | None) -> dict[str, Tensor | LowRank]:
-        curvature = self.curvature
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples)
+        curvature = self._present_curvature()
+        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
         vectors = curvature.apply(inverse, self.gradients(queries, losses))
         if self._rank is None:
             return dict(vectors)

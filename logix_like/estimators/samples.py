@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
-from logix_like.curvature.passes import At, once
+from logix_like.curvature.passes import At, once, shuffles
 from logix_like.errors import ConfigError, EmptyStoreError, QueryError
 from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective
@@ -19,6 +18,11 @@ from logix_like.query.result import Ids
 
 DataIds = Sequence[Any] | Callable[[Batch], Any] | None
 """One id for each sample; or what takes them from a batch; or None for running numbers."""
+
+NO_BATCH = (
+    "there are no samples to score: the loader yielded no batch (a generator is spent after one pass: give a list or a "
+    "DataLoader)"
+)
 
 
 def require_samples(objective: Objective, queries: Batch) -> None:
@@ -47,7 +51,7 @@ class Samples:
         at: At = once,
         progress: bool = True,
     ) -> None:
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        if shuffles(loader):
             raise ConfigError("the loader shuffles, so that scores would lose their samples; give one that does not")
         self._loader = loader
         self._objective = objective
@@ -58,7 +62,12 @@ class Samples:
 
     @property
     def data_id(self) -> Ids:
-        """``[samples]``: their names, found by going over the loader once."""
+        """``[samples]``: their names, found by going over the loader once.
+
+        Raises:
+            ConfigError: they are not one for each sample.
+            EmptyStoreError: the loader yields no batch.
+        """
         if self._ids is None:
             names: list[Any] = []
             count = 0
@@ -66,6 +75,8 @@ class Samples:
                 count += len(self._objective.labels(batch))
                 if callable(self._given):
                     names += as_data_ids(self._given(batch))
+            if not count:
+                raise EmptyStoreError(NO_BATCH)
             if not callable(self._given):
                 names = list(range(count) if self._given is None else as_data_ids(self._given))
             if len(names) != count:
@@ -85,7 +96,7 @@ class Samples:
                 else:
                     sums[position] += found
         if not sums:
-            raise EmptyStoreError("there are no samples to score: the loader yielded no batch")
+            raise EmptyStoreError(NO_BATCH)
         return torch.cat(sums, -1) / number
 
     def weights(self) -> Iterator[int]:

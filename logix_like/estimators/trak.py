@@ -22,6 +22,7 @@ from logix_like.linalg.inverse import damped_inverse
 from logix_like.objective import Batch, Objective
 from logix_like.projection import INITS
 from logix_like.query.result import Ids
+from logix_like.weights import fingerprint
 
 
 class TRAK(Estimator):
@@ -66,7 +67,7 @@ class TRAK(Estimator):
         projector = Projector(selection.blocks, INITS["gaussian"], rank=rank, seed=seed)
         self._sweep = Sweep(model, self._objective, selection, projector=projector)
         self._samples = Samples(loader, self._objective, data_id=data_id, at=at, progress=progress)
-        self._inverses: dict[int, Tensor] = {}
+        self._inverses: dict[int, tuple[str, Tensor]] = {}
         self._damping = require_amount(damping)
 
     @property
@@ -119,7 +120,9 @@ class TRAK(Estimator):
 
     def _inverse(self, number: int) -> Tensor:
         """``(Phi^T Phi + lambda I)^-1`` of the model's present weights, found once for each set of them."""
-        if number not in self._inverses:
+        weights = fingerprint(self._sweep.model)
+        known = self._inverses.get(number)
+        if known is None or known[0] != weights:
             gram: Tensor | None = None
             for batch in self._samples.batches("TRAK features"):
                 features = self._features(batch)[0].double()
@@ -127,8 +130,9 @@ class TRAK(Estimator):
             if gram is None:
                 raise EmptyStoreError("there are no samples to score: the loader yielded no batch")
             shift = self._damping * float(gram.diagonal().mean())
-            self._inverses[number] = damped_inverse(gram, shift, "all modules together")
-        return self._inverses[number]
+            known = weights, damped_inverse(gram, shift, "all modules together")
+            self._inverses[number] = known
+        return known[1]
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``[n, width]`` gradients of the margins and ``[n]`` margins."""

@@ -31,10 +31,11 @@ def damped_inverse(matrix: Tensor, damping: float, name: str) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def damped_reciprocal(values: Tensor, damping: float, name: str) -> Tensor:
+def damped_reciprocal(values: Tensor, damping: float, name: str, noise: float = 0.0) -> Tensor:
     """``1 / (values + damping)`` elementwise for eigenvalues ``values``, none negative, in float64.
 
-    Values that are all zero, without damping, have the reciprocal 0, as in :func:`damped_inverse`.
+    Values that are all zero, without damping, have the reciprocal 0, as in :func:`damped_inverse`. Without damping,
+    ``noise`` is the share of the largest below which a value says nothing.
 
     Raises:
         StatisticsError: a damped value is 0 to working precision, or not finite; names the module ``name``.
@@ -43,7 +44,7 @@ def damped_reciprocal(values: Tensor, damping: float, name: str) -> Tensor:
     damped = values.to(torch.float64) + damping
     if not damped.any():
         return damped
-    if _negligible(damped.min(), damped.max()):
+    if _negligible(damped.min(), damped.max()) or (damping == 0 and not damped.min() > noise * damped.max()):
         raise _singular(name, values.numel(), damping)
     return damped.reciprocal()
 

@@ -10,20 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 import logix_like as logix
 from logix_like.capture.selection import select_modules
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, partial, save_curvature
+from logix_like.curvature.files import write_tensors
 from logix_like.curvature.fitting import default_selection
 from logix_like.curvature.gradients import Gradients
+from logix_like.curvature.sums import Scratch
 from logix_like.curvature.sweep import Sweep
 from logix_like.errors import (
     CaptureError,
     ConfigError,
     StatisticsError,
     StoreDamagedError,
+    StoreError,
     StoreNotFoundError,
 )
 from logix_like.objective import Categorical, Gaussian, Objective
@@ -363,3 +367,25 @@ def test_a_shuffled_loader_gives_the_same_curvature_and_starts_its_pass_anew(
     resumed = fit_curvature(model, shuffled, labels="empirical", resume_from=tmp_path, mask=stop, progress=False)
     assert same(whole, resumed)
     assert seen == 7 + 4  # the first pass was finished, the second made whole
+
+
+@pytest.mark.parametrize("failure", [OSError("no space left"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"torn")
+        raise failure
+
+    monkeypatch.setattr("logix_like.curvature.files.save_file", full)
+    with pytest.raises(StoreError, match=r"could not be written: .*; see to the disk"):
+        write_tensors(tmp_path / "curvature.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_a_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="could not be written"):
+        write_tensors(tmp_path / "file" / "curvature.safetensors", {}, {})
+    with pytest.raises(ConfigError, match=r"scratch is .*, a file; it must be a folder"):
+        Scratch(tmp_path / "file")

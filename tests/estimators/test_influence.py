@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from logix_like.curvature.operators import Flattener, GaussNewton, Hessian
 from logix_like.errors import ConfigError, ModelMismatchError, QueryError, StatisticsError
 from logix_like.estimators import InfluenceFunction
 from logix_like.estimators.influence import SOLVERS, cycled
-from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa
+from logix_like.linalg.solvers import Arnoldi, ConjugateGradient, Exact, Lissa, Solver
 from logix_like.objective import Objective
 from tests.estimators.convex import FEATURES, Convex, prediction, residuals, ridge, softmax
 
@@ -156,6 +157,25 @@ def test_conjugate_gradients_need_at_most_as_many_steps_as_parameters() -> None:
     assert float(estimator.solution.residual.max()) <= 1e-9
 
 
+def test_single_precision_is_solved_without_alarm(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(60, 20) * torch.logspace(-1, 1, 20)
+    batches = [(x, torch.randint(4, (60,)))]
+    found = {}
+    for solver in ("exact", "cg"):
+        estimator = InfluenceFunction(model, batches, solver=solver, damping=1e-3, progress=False)
+        found[solver] = estimator.scores((x[:4], torch.tensor([0, 1, 2, 3])))
+        assert estimator.solution is not None
+        assert estimator.solution.converged
+    assert torch.allclose(found["exact"], found["cg"], rtol=1e-2, atol=1e-3 * float(found["exact"].abs().max()))
+    assert not recwarn.list
+
+
+def test_a_single_glob_names_its_own_parameters_only() -> None:
+    assert set(Flattener(classifier()[0], "0.*").parameters) == {"0.weight", "0.bias"}
+
+
 def test_ekfac_makes_conjugate_gradients_shorter() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 3)).double()
@@ -239,6 +259,20 @@ def test_what_is_refused_or_warned_of() -> None:
         influence(convex, theta, matrix="fisher")
     with pytest.raises(ConfigError, match="no trained parameter"):
         influence(convex, theta, parameters=("head.*",))
+    with pytest.raises(ConfigError, match=r"no trained parameter of the model fits 'head\.\*'; there are .*weight"):
+        influence(convex, theta, parameters=("*weight", "head.*"))
+    with pytest.raises(ConfigError, match="must be one of exact, cg"):
+        influence(convex, theta, ConjugateGradient)
+    bad: list[Callable[[], Solver]] = [
+        lambda: Arnoldi(rank=0),
+        lambda: Arnoldi(steps=0),
+        lambda: Lissa(scale=-1.0),
+        lambda: Exact(tolerance=0.0),
+        lambda: ConjugateGradient(most=0),
+    ]
+    for build in bad:
+        with pytest.raises(ConfigError, match="must be above 0"):
+            build()
     with pytest.raises(StatisticsError, match="limit 5"):
         influence(convex, theta, Exact(most=5)).scores(queries)
     with pytest.warns(RuntimeWarning, match="after 2 steps"):

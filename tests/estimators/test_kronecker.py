@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from transformers import BatchEncoding
 
 from logix_like.capture.selection import select_modules
 from logix_like.curvature import fit_curvature
-from logix_like.errors import ConfigError, ModelMismatchError, QueryError, StatisticsError, UnsupportedModuleError
+from logix_like.errors import (
+    ConfigError,
+    EmptyStoreError,
+    ModelMismatchError,
+    QueryError,
+    StatisticsError,
+    UnsupportedModuleError,
+)
 from logix_like.estimators import EKFAC, KFAC
-from logix_like.objective import Objective
+from logix_like.objective import Gaussian, Objective
 from tests.curvature.cases import dense_gradients, objective_of
 from tests.models import ZOO, Case, build
 
@@ -158,6 +174,55 @@ def test_averages_over_several_weights() -> None:
         {name: (ends[0][name] + ends[1][name]) / 2 for name in ends[0]},
     )
     assert torch.allclose(averaged.scores(queries), torch.stack(list(expected.values())).sum(0), rtol=1e-8)
+    group = averaged.group_influence(queries, data[0], order=1)
+    assert torch.allclose(group, averaged.scores(queries)[:, :5].sum(1), rtol=1e-8)
+
+
+def test_a_group_is_taken_out_of_the_curvature_once_however_often_its_samples_were_counted() -> None:
+    model, data, queries = classifier()
+
+    def twice() -> Iterator[nn.Module]:
+        yield from (model, model)
+
+    once, repeated = (fit_curvature(model, part, labels="empirical", progress=False) for part in (data, [*data, *data]))
+    expected = EKFAC(model, data, curvature=once, progress=False).group_influence(queries, data[0])
+    found = EKFAC(model, data, curvature=repeated, progress=False).group_influence(queries, data[0])
+    assert torch.allclose(found, expected, rtol=1e-8)
+    averaged = EKFAC(model, data, curvature=once, at=twice, progress=False)
+    assert torch.allclose(averaged.group_influence(queries, data[0]), expected, rtol=1e-8)
+
+
+def test_weights_that_change_between_questions_are_spoken_of() -> None:
+    model, data, queries = classifier()
+    influence = EKFAC(model, data, progress=False)
+    influence.scores(queries)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    for question in (influence.self_influence, lambda: influence.scores(queries)):
+        with pytest.warns(RuntimeWarning, match="not those that the curvature was fitted at"):
+            question()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": SubsetRandomSampler(range(4))},
+        {"sampler": WeightedRandomSampler(torch.ones(4), 4)},
+        {"batch_sampler": BatchSampler(RandomSampler(range(4)), 2, False)},
+    ],
+)
+def test_a_loader_of_random_order_is_refused(options: dict[str, Any]) -> None:
+    model, _, queries = classifier()
+    with pytest.raises(ConfigError, match="shuffles"):
+        EKFAC(model, DataLoader(TensorDataset(*queries), **options), progress=False)
+    EKFAC(model, DataLoader(TensorDataset(*queries), batch_size=2), progress=False)
+
+
+def test_a_generator_that_is_spent_is_said() -> None:
+    model, data, queries = classifier()
+    influence = EKFAC(model, iter(data), curvature=fit_curvature(model, data, progress=False), progress=False)
+    with pytest.raises(EmptyStoreError, match="a generator is spent after one pass"):
+        influence.influence(queries)
 
 
 def test_nothing_of_the_model_changes() -> None:
@@ -234,6 +299,36 @@ def test_singular_curvature_without_damping_is_refused() -> None:
     model, data, queries = classifier()
     with pytest.raises(StatisticsError, match=r"singular with damping 0.*larger damping"):
         EKFAC(model, [data[2]], damping=0.0, progress=False).scores(queries)
+
+
+def test_rounding_in_single_precision_does_not_pass_for_curvature() -> None:
+    model, x, y = nn.Linear(60, 2), torch.randn(40, 60), torch.randn(40, 2)
+    data = list(zip(x.split(8), y.split(8), strict=True))
+    for estimator in (KFAC, EKFAC):
+        influence = estimator(model, data, Objective(Gaussian()), damping=0.0, progress=False)
+        for question in (lambda: influence.scores((x[:2], y[:2])), influence.self_influence):  # noqa: B023
+            with pytest.raises(StatisticsError, match="singular with damping 0"):
+                question()
+        influence.damping = 0.1
+        assert bool(influence.scores((x[:2], y[:2])).isfinite().all())
+    wide = torch.randn(200, 6)
+    full = EKFAC(nn.Linear(6, 2), [(wide, torch.randn(200, 2))], Objective(Gaussian()), damping=0.0, progress=False)
+    assert bool((full.self_influence() > 0).all())
+
+
+class Pair(NamedTuple):
+    """A batch whose parts are called by name."""
+
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda x, y: BatchEncoding({"x": x, "y": y})])
+def test_batches_keep_their_kind(kind: Callable[[Tensor, Tensor], Any]) -> None:
+    model, data, queries = classifier()
+    objective = Objective(outputs=lambda model, batch: model(batch.x), targets=lambda batch: batch.y)
+    influence = EKFAC(model, [kind(*batch) for batch in data], objective, progress=False)
+    assert torch.allclose(influence.scores(kind(*queries)), EKFAC(model, data, progress=False).scores(queries))
 
 
 def test_the_objective_decides_what_a_sample_is() -> None:

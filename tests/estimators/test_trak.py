@@ -91,6 +91,16 @@ def test_an_ensemble_averages_both_parts_before_they_are_multiplied() -> None:
     assert torch.allclose(trak.scores(positive(queries)), expected, rtol=1e-6)
 
 
+def test_other_weights_get_an_inverse_of_their_own() -> None:
+    case, queries = logistic(), torch.randn(4, 6, dtype=torch.float64)
+    model, other = (case.model(case.fit((torch.rand(100) < 0.5).double())) for _ in range(2))
+    trak = TRAK(model, case.batches, case.objective, rank=FULL, progress=False)
+    trak.scores(positive(queries))
+    model.load_state_dict(other.state_dict())
+    expected = TRAK(other, case.batches, case.objective, rank=FULL, progress=False).scores(positive(queries))
+    assert torch.allclose(trak.scores(positive(queries)), expected)
+
+
 def test_self_influence_is_the_diagonal() -> None:
     case = logistic()
     model = case.model(case.fit(torch.ones(100, dtype=torch.float64)))
