@@ -128,6 +128,13 @@ class TrainingPath:
                 f"the path was recorded with a model that has a parameter {missing!r}, this one has none; use "
                 "the model that was trained"
             )
+        regrouped = next((step.step for step in self.steps if len(step.settings) != len(self.groups)), None)
+        if regrouped is not None:
+            raise StoreError(
+                f"at step {regrouped} the optimizer had other parameter groups than when the path began "
+                f"({len(self.groups)} are recorded): give it all groups from the first step on (with a learning rate "
+                "of 0 for those that wait), or record each stage as a run of its own"
+            )
         if not self.checkpoints:
             raise StoreError("the path holds no checkpoint; record with 'record: path' from the first step on")
         weights = self.checkpoints[0].read().weights

@@ -141,3 +141,24 @@ def test_momentum_of_a_step_at_rate_0_goes_on(tmp_path: Path) -> None:
     expected = TracIn(run.training_path, network(), OBJECTIVE, batch_of).scores(queries()).float()
     assert expected[:, 0].abs().min() > 0
     torch.testing.assert_close(live.scores, expected, rtol=5e-3, atol=2e-3 * expected.abs().max().item())
+
+
+def test_an_optimizer_may_have_taken_steps_before_the_run(tmp_path: Path) -> None:
+    """Adam makes its own first steps larger, not the run's (several times too large was seen)."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    parts = [[(BATCH * step + j) % SAMPLES for j in range(BATCH)] for step in range(43)]
+    for ids in parts[:40]:
+        optimizer.zero_grad()
+        _loss(model, batch_of(ids)).backward()
+        optimizer.step()
+    run = logix.init("run", model, IDENTITY, root=str(tmp_path), record="path", optimizer=optimizer, verbose=False)
+    live = run.track(queries(), _loss, every=1, order=1)
+    for ids in parts[40:]:
+        optimizer.zero_grad()
+        with run(data_id=ids):
+            _loss(model, batch_of(ids)).backward()
+        optimizer.step()
+    run.finalize()
+    exact = TracIn(run.training_path, network(), OBJECTIVE, batch_of).scores(queries()).float()
+    assert float((live.scores * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.05)

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 import logix_like as logix
 from logix_like.errors import CaptureError, ConfigError, ModelMismatchError, StoreDamagedError, StoreError
+from logix_like.estimators.checkpointed import TracInCP
+from logix_like.estimators.unrolling import ExactUnrolling
 from logix_like.store import verify
 from logix_like.store.journal import journals
-from tests.path_runs import batch_of, network, train
+from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
 
 
 def test_every_step_is_recorded_as_it_was_taken(tmp_path: Path) -> None:
@@ -159,3 +161,60 @@ def test_the_path_of_another_model_is_refused(tmp_path: Path) -> None:
     shapes = dict.fromkeys(path.parameters, (1,))
     with pytest.raises(ModelMismatchError, match=r"shape \(1,\) in this model and \(8, 5\) on the path"):
         path.require_parameters(shapes)
+
+
+def test_frozen_weights_given_to_the_optimizer_are_no_part_of_the_path(tmp_path: Path) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, weight_decay=0.1)
+    run = logix.init("run", model, root=str(tmp_path), record="path", optimizer=optimizer, verbose=False)
+    for step in range(3):
+        x, y = batch_of([step, step + 1])
+        optimizer.zero_grad()
+        with run(data_id=[step, step + 1]):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    run.finalize()
+    path = run.training_path
+    assert path.groups == (("2.weight", "2.bias"),)
+    scores = ExactUnrolling(path, network(), OBJECTIVE, batch_of).scores(queries())  # refused if it led elsewhere
+    assert scores.shape == (4, 4) and bool(scores.any())
+
+
+def test_checkpoints_of_steps_that_were_taken_again_are_no_part_of_the_path(tmp_path: Path) -> None:
+    train(tmp_path, steps=5, checkpoints={"every_steps": 1})
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    run = logix.init(
+        "run", model, root=str(tmp_path), record="path", optimizer=optimizer, resume=True, verbose=False,
+        projection={"init": "identity"}, store={"dtype": "float64"},
+    )  # fmt: skip
+    run.step(2)
+    model.load_state_dict(run.at(3).weights)
+    for ids in ([7], [8]):
+        x, y = batch_of(ids)
+        optimizer.zero_grad()
+        with run(data_id=ids):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    run.finalize()
+    path = run.training_path
+    assert [c.step for c in path.checkpoints] == [0, 1, 2, 4]
+    assert torch.equal(path.checkpoints[-1].read().weights["0.weight"], model[0].weight.detach())
+
+
+def test_groups_that_came_later_are_named(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    run = logix.init("run", model, root=str(tmp_path), record="path", optimizer=optimizer, verbose=False)
+    for step in range(2):
+        x, y = batch_of([step])
+        with run(data_id=[step]):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if not step:
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+    run.finalize()
+    for estimator in (TracInCP, ExactUnrolling):
+        with pytest.raises(StoreError, match=r"at step 1 the optimizer had other parameter groups .* \(1 are recorded"):
+            estimator(run.training_path, network(), OBJECTIVE, batch_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,10 +24,10 @@ class TracInCP(Estimator):
     """TracInCP (Pruthi et al. 2020, section 3.3): ``sum_k rate_k g_q(theta_k) . g_i(theta_k)`` over checkpoints.
 
     ``rate_k`` is the learning rate there; under Adam, AdamW or RMSprop it is the optimizer's own step size of each
-    weight, from its recorded state, and under momentum the sum of an impulse's effects. A checkpoint stands for the
-    steps up to the next one, each of which holds a sample with the chance ``1 / steps of an epoch``, so that
-    scores are in units of the query's loss: with a checkpoint at every step of full-batch training it is
-    :class:`TracIn` without memory of earlier steps.
+    weight, from its recorded state (a checkpoint before its first step has none and is left out), and under momentum
+    the sum of an impulse's effects. A checkpoint stands for the steps up to the next one, each of which holds a sample
+    with the chance ``1 / steps of an epoch``, so that scores are in units of the query's loss: with a checkpoint at
+    every step of full-batch training it is :class:`TracIn` without memory of earlier steps.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). A query is a batch of data.
@@ -41,7 +41,7 @@ class TracInCP(Estimator):
         chunk: samples whose gradients are held together.
 
     Raises:
-        StoreError: there is no checkpoint, or not those asked for.
+        StoreError: there is no checkpoint, not those asked for, or none with an adaptive optimizer's state.
         ModelMismatchError: the path was recorded with another model.
         ConfigError: the optimizer has no known update rule (lists the known).
     """
@@ -75,9 +75,8 @@ class TracInCP(Estimator):
         total = None
         require_queries(queries)
         with differentiable(self._flat.model):
-            for checkpoint, visits in self._each():
-                theta = self._flat.flatten(checkpoint.weights)
-                wanted = self._flat.sample_gradients(theta, queries) * self._rates.at(checkpoint)
+            for theta, rate, visits in self._each():
+                wanted = self._flat.sample_gradients(theta, queries) * rate
                 part = torch.cat([wanted @ rows.T for rows in self._rows(theta)], 1) * visits
                 total = part if total is None else total + part
         assert total is not None
@@ -87,14 +86,26 @@ class TracInCP(Estimator):
         """``[samples]``."""
         total = torch.zeros(len(self._ids))
         with differentiable(self._flat.model):
-            for checkpoint, visits in self._each():
-                theta, rate = self._flat.flatten(checkpoint.weights), self._rates.at(checkpoint)
+            for theta, rate, visits in self._each():
                 own = torch.cat([(rows * rate * rows).sum(1) for rows in self._rows(theta)])
                 total = total.to(own) + own * visits
         return total
 
-    def _each(self) -> Iterable[tuple[Checkpoint, float]]:
-        return ((stored.read(), visits) for stored, visits in self._visits)
+    def _each(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Weights, step sizes and visits at each checkpoint that counts."""
+        known = False
+        for stored, visits in self._visits:
+            checkpoint = stored.read()
+            rate = self._rates.at(checkpoint)
+            if rate is not None:
+                known = True
+                yield self._flat.flatten(checkpoint.weights), rate, visits
+        if not known:
+            raise StoreError(
+                f"the checkpoints of steps {', '.join(str(c.step) for c, _ in self._visits)} hold no state of the "
+                "optimizer, which is adaptive and has no step size without one; set 'checkpoints' in the config, so "
+                "that some are taken in the midst of the training"
+            )
 
     def _rows(self, theta: Tensor) -> Iterable[Tensor]:
         for start in range(0, len(self._ids), self._chunk):
@@ -180,12 +191,13 @@ class Rates:
         self._rule = rule_of(path.optimizer)
         require_descent(path.settings(path.first))
 
-    def at(self, checkpoint: Checkpoint) -> Tensor:
+    def at(self, checkpoint: Checkpoint) -> Tensor | None:
         """``[parameters]``; the learning rate is that of the step behind the checkpoint.
 
-        An adaptive optimizer has no state before its first step; the first checkpoint is then given the step size of
-        an optimizer that has seen nothing, 0: it counts for nothing.
+        None where an adaptive optimizer has no state, as before its first step.
         """
+        if self._rule.adaptive and not checkpoint.moments:
+            return None
         own = self._flat.tensors(self._flat.theta)
         group_of = {name: number for number, group in enumerate(self._path.groups) for name in group}
         settings = self._path.settings(checkpoint.step)

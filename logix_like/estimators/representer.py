@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from logix_like.errors import QueryError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.last_layer import LastLayer
-from logix_like.layout import DataId
+from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective
 from logix_like.query.result import Ids
 
@@ -50,7 +50,7 @@ class RepresenterPoints(Estimator):
         objective: what it was trained for; its outputs are the last layer's.
         batches: the training data; samples are numbered unless ``data_id`` names them.
         decay: strength of the penalty; small values need more iterations.
-        data_id: one id for each sample, in the order of ``batches``.
+        data_id: one id for each sample, in the order of ``batches``: a sequence, an array or a tensor.
         layer: the last layer's name (None: the last ``nn.Linear``).
         iterations: most iterations of the fit.
     """
@@ -64,7 +64,7 @@ class RepresenterPoints(Estimator):
         batches: Iterable[Batch],
         *,
         decay: float = 1e-3,
-        data_id: Sequence[DataId] | None = None,
+        data_id: Any = None,
         layer: str | None = None,
         iterations: int = 1000,
     ) -> None:
@@ -73,7 +73,7 @@ class RepresenterPoints(Estimator):
         self._layer = LastLayer(model, objective, layer)
         self._likelihood = objective.likelihood
         self._features, self._targets = self._read(batches)
-        self._ids = tuple(range(len(self._features))) if data_id is None else tuple(data_id)
+        self._ids = as_data_ids(range(len(self._features)) if data_id is None else data_id)
         if len(self._ids) != len(self._features):
             raise QueryError(f"{len(self._ids)} data ids were given for {len(self._features)} samples")
         self._decay = decay

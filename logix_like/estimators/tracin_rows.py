@@ -42,6 +42,7 @@ class TracInRP(Estimator):
     between checkpoints: give it at one moment, or at several (each row then takes the latest one before its step). The
     weight ``w_t`` in the optimizer's gradient is that of the recorded path (``record: path``); without one it is taken
     as ``1 / rows of the step``, a mean over the batch. Under momentum a gradient counts with the sum of its effects.
+    Where gradients are clipped, a step's scores are too large by that factor: rows are what came before.
     A store of an earlier version does not know its optimizer, which is then taken for SGD, with a warning.
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);

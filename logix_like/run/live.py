@@ -55,7 +55,15 @@ class LiveScores:
 
     Sign: a positive score means that training on the sample lowered the query's loss (a proponent, helpful);
     negative, that it raised it (an opponent, harmful). Over all samples scores add up to the fall of the query's loss
-    through the tracked modules. Under a gradient scaler a step is seen one step late.
+    through the tracked modules. Under a gradient scaler a step is seen one step late. What happens to a gradient
+    between block and step is not seen: where it is clipped, the step's scores are too large by the factor of clipping.
+
+    Args:
+        tracker, optimizer: of the run.
+        batch, loss_fn, options: the queries, as :meth:`logix_like.Run.track` takes them.
+        every: steps between two turns of the queries' gradients.
+        order: 1 or 2.
+        step: how many steps the run has counted so far; the optimizer may have taken others before.
 
     Raises:
         ConfigError: the optimizer has no known update rule (lists the known), or an option makes no sense.
@@ -71,6 +79,7 @@ class LiveScores:
         *,
         every: int = 20,
         order: int = 2,
+        step: int = 0,
     ) -> None:
         if every < 1 or order not in (1, 2):
             raise ConfigError(
@@ -96,6 +105,7 @@ class LiveScores:
         self._visits: deque[_Visits] = deque()
         self._gradients: Tensor | None = None
         self._since = 0
+        self._before = _steps_taken(optimizer) - step
         self._settings: dict[int, Hyper] = {}
 
     def add(self, batch: ProjectedBatch) -> None:
@@ -156,7 +166,7 @@ class LiveScores:
         self._grow()
         for visits in self._visits:
             factor = sum(
-                self._rule.impulse(step - visits.step, step, settings)
+                self._rule.impulse(step - visits.step, step + self._before, settings)
                 for step, settings in self._settings.items()
                 if visits.step <= step < end
             )
@@ -168,7 +178,8 @@ class LiveScores:
     def _is_spent(self, visits: _Visits, step: int) -> bool:
         # Whatever the learning rate was: after a step of rate 0 momentum moves the weights all the same.
         unit = {**visits.settings, "lr": 1.0}
-        return self._rule.impulse(step - visits.step, step, unit) <= FORGOTTEN * self._rule.impulse(0, step, unit)
+        taken = step + self._before
+        return self._rule.impulse(step - visits.step, taken, unit) <= FORGOTTEN * self._rule.impulse(0, taken, unit)
 
     def _grow(self) -> None:
         missing = len(self._columns) - self._scores.shape[1]
@@ -213,6 +224,11 @@ class LiveScores:
                 "a tracked module shares its weight in a way that tracked queries do not know; exclude it"
             )
         return torch.cat([blocks[name].reshape(1, -1) for name in self._tracker.layout.names], 1).float().cpu()
+
+
+def _steps_taken(optimizer: Optimizer) -> int:
+    """How many steps the optimizer itself has counted, also before the run; 0 for one that does not count."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def _common_settings(optimizer: Optimizer) -> Hyper:

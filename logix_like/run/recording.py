@@ -12,7 +12,7 @@ from logix_like.path import OPTIMIZER, PathBlock, PathStep
 from logix_like.ranks import Ranks
 from logix_like.run.block import BlockOptions
 from logix_like.steps import Progress
-from logix_like.store import PathJournal, Place, next_attempt
+from logix_like.store import PathJournal, Place, last_checkpoint, next_attempt
 from logix_like.updates import settings_of
 from logix_like.weights import whole
 from logix_like.wrapping import plain_names
@@ -49,7 +49,8 @@ class PathRecorder:
         """A block has ended; with ``overflow`` the scaler will skip its step and all blocks of it."""
         if self._journal is None:
             kind = type(self._optimizer).__name__
-            self._journal = PathJournal(self._store, self._attempt, kind, self._groups(), self._ranks)
+            earlier = self._ranks.agree(lambda: last_checkpoint(self._store))
+            self._journal = PathJournal(self._store, self._attempt, kind, self._groups(), self._ranks, earlier)
             self._checkpoint()  # where the path begins
         if overflow:
             self._blocks.clear()
@@ -76,7 +77,9 @@ class PathRecorder:
         }
 
     def _groups(self) -> list[list[str]]:
-        return [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups]
+        # An optimizer is often given all parameters, and passes over those that are frozen.
+        groups = self._optimizer.param_groups
+        return [[self._names[p] for p in group["params"] if p.requires_grad] for group in groups]
 
 
 def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:

@@ -211,7 +211,8 @@ class Run(Questions):
         if optimizer is None or self._logbook.closed or self.config.every != 1:
             raise ConfigError("queries are tracked while every block is logged; give init(optimizer=..., every=1)")
         options = self._logbook.options(batch_ids(batch, 0) if data_id is None else data_id, mask=mask)
-        live = LiveScores(self._logbook.tracker, optimizer, batch, loss_fn, options, every=every, order=order)
+        step, tracker = self._progress.step, self._logbook.tracker
+        live = LiveScores(tracker, optimizer, batch, loss_fn, options, every=every, order=order, step=step)
         self._live.append(live)
         self._logbook.on_rows = self._followed
         return live

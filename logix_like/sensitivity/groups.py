@@ -42,7 +42,7 @@ def leave_groups_out(
     effects, not their size.
 
     Raises:
-        ConfigError: not every sample has a group.
+        ConfigError: not every sample has a group, or there is none at the second pass.
     """
     theta = flat.theta
     with differentiable(flat.model):
@@ -56,6 +56,11 @@ def leave_groups_out(
                 outputs = flat.outputs(theta, batch) + along
                 after = flat.objective.likelihood.losses(outputs, flat.objective.labels(batch))
                 found[name].append((now[own], after[own]))
+    if not found or not all(found.values()):
+        raise ConfigError(
+            "the loader yielded no sample, or not the same ones twice; give the training samples, as something that "
+            "can be read more than once (a generator cannot)"
+        )
     effects = []
     for name, parts in found.items():
         before, after = (torch.cat([part[side] for part in parts]) for side in (0, 1))

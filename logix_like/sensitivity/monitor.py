@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from logix_like.curvature import fit_curvature
 from logix_like.curvature.sweep import on_device
@@ -34,6 +34,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 Source = Literal["optimizer", "diagonal", "kronecker", "dense"]
 SOURCES: tuple[Source, ...] = ("optimizer", "diagonal", "kronecker", "dense")
+
+SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Samplers after which a sample's place in the loader does not say which it is."""
 
 MEBIBYTE = 2**20
 
@@ -108,6 +111,8 @@ class SensitivityMonitor:
         _require(chosen, tuple(FORMS), "form")
         if samples < 1:
             raise ConfigError(f"samples is {samples}; it is the number of training samples, 1 or more")
+        if draws < 1:
+            raise ConfigError(f"draws is {draws}; it is how many samples of the posterior are taken, 1 or more")
         if strength is not None and not strength >= 0:
             raise ConfigError(f"strength is {strength}; the L2 penalty must be a number, 0 or more")
         if posterior == "optimizer" and optimizer is None:
@@ -147,7 +152,7 @@ class SensitivityMonitor:
         Raises:
             ConfigError: the loader shuffles and no ids are given; or a Jacobian is too large.
         """
-        if data_id is None and isinstance(getattr(loader, "sampler", None), RandomSampler):
+        if data_id is None and isinstance(getattr(loader, "sampler", None), SHUFFLING):
             raise ConfigError(
                 "the loader shuffles, so that numbers would name other samples at each look; give data_id=..., or a "
                 "loader over the same data with shuffle=False"

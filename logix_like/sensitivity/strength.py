@@ -38,7 +38,7 @@ class StrengthSweep:
 def choose_strength(
     model: nn.Module,
     batches: Iterable[Batch],
-    strengths: Sequence[float],
+    strengths: Iterable[float],
     objective: Objective | None = None,
     *,
     parameters: Sequence[str] = ("*",),
@@ -57,16 +57,17 @@ def choose_strength(
     objective = objective or Objective()
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-    if not strengths or not all(strength >= 0 for strength in strengths):
-        raise ConfigError(f"strengths are {tuple(strengths)}; give at least one number, 0 or more")
+    chosen = tuple(float(strength) for strength in strengths)
+    if not chosen or not all(strength >= 0 for strength in chosen):
+        raise ConfigError(f"strengths are {chosen}; give at least one number, 0 or more")
     linear = _Linearised(FlatModel(model, objective, trained_parameters(model, parameters)), batches)
     train, left_out = [], []
     theta = linear.start
-    for strength in strengths:
+    for strength in chosen:
         theta = linear.optimum(theta, strength)
         train.append(float(linear.losses(linear.outputs(theta)).mean()))
         left_out.append(linear.loo_loss(theta, strength, form))
-    return StrengthSweep(tuple(strengths), tuple(train), tuple(left_out))
+    return StrengthSweep(chosen, tuple(train), tuple(left_out))
 
 
 class _Linearised:

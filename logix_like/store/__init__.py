@@ -8,6 +8,7 @@ Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`sa
 from logix_like.store.attempts import WriterInfo
 from logix_like.store.checkpoints import (
     CheckpointRecord,
+    last_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -53,6 +54,7 @@ __all__ = [
     "describe",
     "export_rows",
     "is_store",
+    "last_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "merge_parts",

@@ -69,7 +69,7 @@ def save_checkpoint(
     tensors = {name: _plain(name, value) for name, value in state.items()}
     try:
         write_group(folder)
-        number = 1 + _highest_number(as_place(path))
+        number = 1 + last_checkpoint(as_place(path))
         size, crc = _write_weights(folder / f"{number}.safetensors", tensors)
         record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)
         write_file(folder / f"{number}.json", [_seal(record.__dict__)], sync=True)
@@ -78,8 +78,11 @@ def save_checkpoint(
     return record
 
 
-def _highest_number(store: Place) -> int:
-    """The highest number that a checkpoint has had, also of those that a repair took out: none is given again."""
+def last_checkpoint(store: Place) -> int:
+    """The highest number that a checkpoint has had, also of those that a repair took out; 0: there was none.
+
+    No number is given again.
+    """
     repairs = [store / QUARANTINE / name for name in names_in(store / QUARANTINE)]
     names = [name for place in (store, *repairs) for name in names_in(place / CHECKPOINTS) if _RECORD.fullmatch(name)]
     return max((int(name.partition(".")[0]) for name in names), default=0)

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,10 +29,13 @@ _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 
 class PathJournal:
-    """Writes the steps of one attempt, as one of ``size`` processes; a line is on its way to the disk on return."""
+    """Writes the steps of one attempt, as one of ``size`` processes; a line is on its way to the disk on return.
+
+    ``earlier`` is the number of the last checkpoint before the attempt (0: there was none).
+    """
 
     def __init__(
-        self, store: Place, attempt: int, optimizer: str, groups: Sequence[Sequence[str]], ranks: Ranks
+        self, store: Place, attempt: int, optimizer: str, groups: Sequence[Sequence[str]], ranks: Ranks, earlier: int
     ) -> None:
         folder = store / JOURNAL
         make_folder(folder)
@@ -41,7 +44,8 @@ class PathJournal:
         # A training may break off anywhere; nothing is left open by it.
         weakref.finalize(self, self._records.close)
         self._settings: object = None
-        self._write({"optimizer": optimizer, "groups": [list(group) for group in groups], "processes": ranks.size})
+        told = {"optimizer": optimizer, "groups": [list(group) for group in groups]}
+        self._write({**told, "processes": ranks.size, "earlier": earlier})
 
     def append(self, step: PathStep) -> None:
         """Write one step; settings that have not changed since the last one are left out."""
@@ -69,19 +73,22 @@ def read_path(store: Place) -> TrainingPath:
     """
     header: dict[str, Any] = {}
     steps: list[PathStep] = []
+    checkpoints = standing_checkpoints(store, read_retractions(store))
     for files in _attempts(store).values():
         parts = [part for file in files if (part := read_journal(file)) is not None]
         if parts and len(parts) == parts[0][0]["processes"]:  # else one was killed before its first line
             header, found = parts[0][0], _joined([part for _, part in parts])
             if found:
-                steps = [step for step in steps if step.step < found[0].step] + found
+                begin, earlier = found[0].step, header["earlier"]
+                steps = [step for step in steps if step.step < begin] + found
+                checkpoints = tuple(c for c in checkpoints if c.number > earlier or c.step <= begin)
     if not steps:
         raise StoreError(
             f"{store} holds no recorded path; train with 'record: path' in the config and init(optimizer=...)"
         )
     _require_no_gap(store, steps)
     groups = tuple(tuple(group) for group in header["groups"])
-    return TrainingPath(header["optimizer"], groups, tuple(steps), _checkpoints(store))
+    return TrainingPath(header["optimizer"], groups, tuple(steps), _by_step(store, checkpoints))
 
 
 def journals(store: Place) -> list[Place]:
@@ -112,7 +119,8 @@ def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
     except _UNREADABLE as error:
         raise StoreDamagedError(f"{file} lacks or garbles a field ({error!r}); restore it from a copy") from error
     known = {"optimizer": str(header["optimizer"]), "groups": header["groups"]}
-    return {**known, "processes": int(header.get("processes", 1))}, steps
+    numbers = {"processes": int(header.get("processes", 1)), "earlier": int(header.get("earlier", 0))}
+    return {**known, **numbers}, steps
 
 
 def _entry(file: Place, number: int, line: bytes, *, last: bool) -> dict[str, Any] | None:
@@ -157,11 +165,11 @@ def _require_no_gap(store: Place, steps: Sequence[PathStep]) -> None:
             )
 
 
-def _checkpoints(store: Place) -> tuple[StoredCheckpoint, ...]:
+def _by_step(store: Place, records: Iterable[CheckpointRecord]) -> tuple[StoredCheckpoint, ...]:
     def reader(record: CheckpointRecord) -> StoredCheckpoint:
         return StoredCheckpoint(record.number, record.step, lambda: load_state(store, record))
 
-    by_step = {record.step: reader(record) for record in standing_checkpoints(store, read_retractions(store))}
+    by_step = {record.step: reader(record) for record in records}
     return tuple(by_step[step] for step in sorted(by_step))
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logix_like as logix
+from logix_like.errors import ConfigError
 from tests.training import SAMPLES, data, full, network
 
 SIZE = 2
@@ -43,6 +44,7 @@ def train(name: str, root: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = full(root, checkpoints="every_epoch", record="path")
     run = logix.init("run", model, config, optimizer=optimizer, verbose=False)
+    require_tracking_refused(run, (x, y))
     for epoch in range(2):
         run.epoch(epoch)
         for number, index in enumerate(shares(rank)):
@@ -56,6 +58,16 @@ def train(name: str, root: str) -> None:
                 if rank == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
     run.finalize()
+
+
+def require_tracking_refused(run: logix.Run, queries: tuple[Tensor, Tensor]) -> None:
+    """Queries are tracked in one process only; several are told so before anything is computed."""
+    try:
+        run.track(queries, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    except ConfigError as error:
+        assert "queries are tracked in one process" in str(error), error
+    else:
+        raise AssertionError("tracking queries in several processes was not refused")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,12 @@ def _last_gradients(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def test_checkpoints_without_the_optimizers_state_are_no_zeros(tmp_path: Path) -> None:
+    path, _ = train(tmp_path, "Adam", steps=3)  # its first checkpoint is of before the first step
+    with pytest.raises(StoreError, match="checkpoints of steps 0 hold no state of the optimizer"):
+        TracInCP(path, network(), OBJECTIVE, batch_of).scores(queries())
+
+
 def test_checkpoints_that_are_not_there_are_named(tmp_path: Path) -> None:
     path, _ = train(tmp_path, steps=4, checkpoints={"at_steps": [2]})
     with pytest.raises(StoreError, match="no checkpoint of step 3; there are those of steps 0, 2"):
@@ -130,6 +136,8 @@ def test_regression_has_representer_points_too() -> None:
     asked = (x[:3], x[:3, :1])
     torch.testing.assert_close(points.values(asked).sum(1), points.outputs(asked), rtol=1e-7, atol=1e-7)
     assert points.data_id[3] == "s3"
+    numbered = RepresenterPoints(model, objective, [(x, x[:, :1] * 2)], decay=0.1, data_id=torch.arange(SAMPLES) + 7)
+    assert numbered.data_id.tolist() == list(range(7, SAMPLES + 7))
 
 
 def test_a_fit_that_did_not_arrive_is_said() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from logix_like.errors import ConfigError, QueryError
 from logix_like.estimators.flat import FlatModel
@@ -218,6 +218,13 @@ def test_the_strength_is_chosen_as_retraining_would() -> None:
         choose_strength(_network(), _batches(), [-1.0])
 
 
+@pytest.mark.parametrize("given", [np.array([1.0, 10.0]), torch.tensor([1.0, 10.0]), iter([1.0, 10.0])])
+def test_strengths_come_in_any_form(given: Any) -> None:
+    assert choose_strength(_network(), _batches(), given, parameters=["2.*"]) == choose_strength(
+        _network(), _batches(), [1.0, 10.0], parameters=["2.*"]
+    )
+
+
 def test_regression_is_watched_too() -> None:
     x, _ = classes_of_noise(40)
     monitor = SensitivityMonitor(
@@ -290,8 +297,18 @@ def test_what_cannot_be_measured_is_said() -> None:
     with pytest.raises(ConfigError, match=r"'Adadelta' .* known are SGD, Adam, AdamW, RMSprop, IVON"):
         other.measure(_batches())
     monitor = SensitivityMonitor(model, samples=40, posterior="diagonal", strength=1.0)
-    with pytest.raises(ConfigError, match="the loader shuffles"):
-        monitor.measure(DataLoader(TensorDataset(x, y), shuffle=True))
+    samplers: tuple[Any, ...] = (
+        RandomSampler(x),
+        SubsetRandomSampler(range(40)),
+        WeightedRandomSampler([1.0] * 40, 40),
+    )
+    for sampler in samplers:
+        with pytest.raises(ConfigError, match="the loader shuffles"):
+            monitor.measure(DataLoader(TensorDataset(x, y), sampler=sampler))
+    with pytest.raises(ConfigError, match="draws is 0"):
+        SensitivityMonitor(model, samples=40, posterior="diagonal", strength=1.0, draws=0)
+    with pytest.raises(ConfigError, match=r"not the same ones twice.*a generator cannot"):
+        SensitivityMonitor(model, torch.optim.SGD(model.parameters()), samples=40).leave_out(iter(_batches()))
     with pytest.raises(ConfigError, match="2 ids for 40 samples"):
         monitor.measure([(x, y)], data_id=lambda batch: ["a", "b"])
     with pytest.raises(ConfigError, match="yielded no batch"):
