@@ -1,6 +1,6 @@
 """The command ``logix-like``: a demo, a look into a store, and questions to one.
 
-Each module adds its group of commands to :data:`app`; the help shows them in the order of the imports here.
+Each module adds its group of commands to :data:`app`.
 """
 
 from logix_like.cli import ask, keep, look, plan, show

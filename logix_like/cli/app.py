@@ -10,9 +10,16 @@ from typer.core import TyperGroup
 from logix_like import __version__
 from logix_like.errors import LogixError
 
+COMMANDS = ("demo", "info", "query", "report", "serve", "plan", "verify", "repair", "compact", "export")
+"""In the order in which somebody meets them."""
+
 
 class OneLineErrors(TyperGroup):
     """Ends with one line on stderr and exit code 1 where the library or the disk refuses."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Name the commands in the order of :data:`COMMANDS`."""
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand."""

@@ -20,6 +20,7 @@ from logix_like.cli.options import (
     StorePath,
     answer,
     given,
+    writable,
 )
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import InfluenceResult, Ranking
@@ -55,7 +56,7 @@ OUTPUTS = (".json", ".npz", ".html")
 def _known_suffix(path: Path | None) -> Path | None:
     if path is not None and path.suffix not in OUTPUTS:
         raise typer.BadParameter(f"{path.name!r} ends in none of {', '.join(OUTPUTS)}")
-    return path
+    return writable(path)
 
 
 @app.command(

@@ -58,13 +58,21 @@ DampingOption = Annotated[
 ]
 Mode = Annotated[str | None, choice("How two gradients are compared", MODES)]
 Reduce = Annotated[str | None, choice("How a sample's visits are combined", REDUCTIONS)]
-Engine = Annotated[str | None, choice("What searches the rows", ENGINES)]
+Engine = Annotated[str | None, choice("What searches the rows", [one for one in ENGINES if one != "dask"])]
+"""Dask needs a client, which only a Python process can give."""
 
 
 def given(damping: str | None, **options: str | None) -> dict[str, Any]:
     """The options that were given, as ``compute_influence_all`` takes them."""
     setting = None if damping is None else Damping.parse(damping).setting
     return {name: value for name, value in (options | {"damping": setting}).items() if value is not None}
+
+
+def writable(path: Path | None) -> Path | None:
+    """A check for a file to be written, before anything is computed: its folder is there."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}; create it first")
+    return path
 
 
 def answer(text: object, plain: Mapping[str, Any], *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import typer
 from torch import nn
 
 from logix_like.cli.app import app, example
-from logix_like.cli.loading import load_function
+from logix_like.cli.loading import call_function
 from logix_like.cli.options import AsJson, answer
 from logix_like.config import load_config
 
@@ -31,7 +31,7 @@ def plan(
     """Tell what logging a model will take: bytes on disk, memory, time."""
     from logix_like.planning import plan as make_plan
 
-    made = load_function(model)()
+    made = call_function(model)
     made = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(made, nn.Module):
         raise typer.BadParameter(f"{model} returned a {type(made).__name__}; it must return the model")

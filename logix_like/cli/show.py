@@ -10,7 +10,7 @@ import typer
 from logix_like import load
 from logix_like.cli.app import app, example
 from logix_like.cli.ask import GradientsFile
-from logix_like.cli.loading import load_function, load_object
+from logix_like.cli.loading import call_function, load_object
 from logix_like.cli.options import (
     AsJson,
     DampingOption,
@@ -22,6 +22,7 @@ from logix_like.cli.options import (
     answer,
     given,
     saved,
+    writable,
 )
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
@@ -44,7 +45,9 @@ DataOption = Annotated[
 def report(
     store: StorePath,
     queries: GradientsFile,
-    output: Annotated[Path, typer.Option(metavar="FILE.html", help="The page's file.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(metavar="FILE.html", callback=writable, help="The page's file.")] = Path(
+        "report.html"
+    ),
     k: Annotated[int, typer.Option("-k", min=1, help="Samples on each side of a query.")] = 10,
     data: DataOption = None,
     query_data: Annotated[
@@ -123,7 +126,7 @@ def _model(name: str | None) -> Any:
     """The model and the loss of a text that the user's function returns."""
     if name is None:
         return None
-    made = load_function(name)()
+    made = call_function(name)
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
         raise typer.BadParameter(f"{name} returned a {type(made).__name__}; it must return (model, loss_fn)")
     return made

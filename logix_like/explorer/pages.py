@@ -64,7 +64,7 @@ def options_of(asked: Mapping[str, str], defaults: Options) -> Options:
     try:
         k = int(asked.get("k") or defaults.k)
     except ValueError as error:
-        raise QueryError(f"the number of samples must be a whole one: {error}") from error
+        raise QueryError(f"the number of samples is {asked['k'][:20]!r}; it must be a whole number") from error
     return Options(
         k=max(1, min(100, k)),
         mode=asked.get("mode") or defaults.mode,

@@ -103,12 +103,15 @@ class Explorer:
         self._lock = threading.RLock()
         self._asking = threading.Lock()
         self._seen: list[tuple[float, int]] = [(time.monotonic(), len(self.store))]
+        self._closing = threading.Event()
         self.scoring: Job | None = None
         self._listing = Job(self._list).start()
 
     def close(self) -> None:
-        """Wait until nothing runs in the background any more."""
-        for job in (self._listing, self.scoring, self.verification):
+        """Begin nothing more, break off what can be, and wait until nothing runs in the background any more."""
+        self._closing.set()
+        self._listing.wait()  # it may have begun the scoring
+        for job in (self.scoring, self.verification):
             if job is not None:
                 job.wait()
 
@@ -137,7 +140,8 @@ class Explorer:
     def score(self, catalogue: Catalogue) -> None:
         """Begin to compute all self-influences, if that was not begun."""
         with self._lock:
-            if self.scoring is None or (self.scoring.error and not self.scoring.running):
+            wanted = self.scoring is None or (self.scoring.error and not self.scoring.running)
+            if wanted and not self._closing.is_set():
                 self.scoring = Job(lambda job: self._score(catalogue)).start()
 
     def _score(self, catalogue: Catalogue) -> bool:
@@ -233,6 +237,8 @@ class Explorer:
     def _verify(self, job: Job) -> VerifyReport:
         def progress(done: int, total: int) -> None:
             job.done, job.total = done, total
+            if self._closing.is_set():
+                raise QueryError("the check was broken off: the explorer is closing")
 
         return verify(self.store.path, progress)
 

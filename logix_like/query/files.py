@@ -259,6 +259,9 @@ def _write_npz(parts: Parts, file: BinaryIO) -> None:
 
 
 def _read_npz(file: BinaryIO) -> Parts:
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no npz file, or only a part of one")
+    file.seek(0)
     with np.load(file, allow_pickle=False) as packed:
         arrays = dict(packed)
     header = json.loads(arrays.pop("header").tobytes()) if "header" in arrays else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -191,7 +192,7 @@ def test_options_and_filters_reach_the_engine(explorer: Explorer, client: TestCl
         ({"sample": "stext-3", "damping": "much"}, "it must be a number of at least 0"),
         ({"sample": "stext-3", "damping": "-1"}, "it must be a number of at least 0"),
         ({"sample": "stext-3", "damping": "nan"}, "it must be a number of at least 0"),
-        ({"sample": "stext-3", "k": "many"}, "must be a whole one"),
+        ({"sample": "stext-3", "k": "many"}, "is 'many'; it must be a whole number"),
     ],
 )
 def test_what_cannot_be_asked_is_said(client: TestClient, asked: dict[str, str], message: str) -> None:
@@ -301,3 +302,19 @@ def test_pictures_are_shown(pictures: tuple[Path, nn.Module], explorers: Callabl
         assert text.count("background-image:url(data:image/png;base64,") == 25
         answer = page(client, "/ask", sample="i7")
         assert 'aria-label="picture of sample 7"' in answer and "digit 7" in answer
+
+
+def test_closing_leaves_nothing_running(texts: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Catalogue.ids.func  # type: ignore[attr-defined]
+
+    def ids(self: Catalogue) -> list[Any]:
+        time.sleep(0.2)  # closed while it lists, which the scoring would follow
+        listed: list[Any] = slow(self)
+        return listed
+
+    monkeypatch.setattr(Catalogue, "ids", property(ids))
+    explorer = Explorer(texts[0])
+    explorer.verify()
+    explorer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "logix-explorer"]
+    assert explorer.scoring is None or not explorer.scoring.running

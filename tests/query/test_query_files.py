@@ -133,3 +133,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_file_of_before_has_no_projections(tmp_path: Path) -> None:
     path = write(tmp_path / "queries.npz", data_id=np.arange(2), gradients=np.zeros((2, 10)), header=header())
     assert QueryGradients.load(path).projections == ""
+
+
+def test_another_kind_of_file_is_named_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "queries.npz").write_text("not at all")
+    with pytest.raises(QueryError, match="it is no npz file") as raised:
+        QueryGradients.load(tmp_path / "queries.npz")
+    assert "pickle" not in str(raised.value)
