@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,11 @@ from logix_like.config import Config
 from logix_like.errors import ConfigError, LogixError, StoreError
 from logix_like.layout import DataId, Layout
 from logix_like.projection import INITS
-from logix_like.query.completion import ensure_statistics
+from logix_like.query.completion import whole_statistics
 from logix_like.ranks import Ranks
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Flag,
-    GradientStore,
     Place,
     StoreWriter,
     add_fingerprints,
@@ -166,18 +166,33 @@ class StoreSession:
         Raises:
             StoreError: another process has died; this one's rows are safe by then.
         """
-        if self._writer is not None:
-            with self._writer as writer:
-                writer.commit()
-                writer.require_present()
-                if "corrected_eigval" in self._statistics and self._ranks.size == 1:
-                    _correct_eigenvalues(open_store(self.path), writer)
-        elif self._ranks.size == 1:
+        if self._writer is None and self._ranks.size == 1:
             return
-        try:
+        with self._writer or nullcontext(), self._together():
+            if self._writer is not None:
+                self._writer.commit()
+                self._writer.require_present()
+            self._ranks.wait()  # so that statistics of all rows can be taken
+            self._ranks.once(self._complete_statistics)
+        with self._together():
             weights = None if model is None else fingerprint(model)
             self._ranks.wait()
             self._ranks.once(lambda: _complete(self.path, weights))
+
+    def _complete_statistics(self) -> None:
+        """Write what no start of the run has gathered alone: see :func:`whole_statistics`."""
+        if self._writer is None or not self._statistics:
+            return
+        store = open_store(self.path)
+        whole = whole_statistics(store, self._statistics)
+        if whole is not store.statistics:
+            self._writer.write_statistics(whole, store.whole_coverage)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say what it means when another process has died."""
+        try:
+            yield
         except LogixError:
             raise
         except RuntimeError as error:
@@ -222,9 +237,3 @@ def _wait_for_description(path: Place, ranks: Ranks) -> None:
                 f"{DESCRIPTION_SECONDS:.0f} seconds, so that {path} has no module table; every process must log"
             )
         time.sleep(0.01)
-
-
-def _correct_eigenvalues(store: GradientStore, writer: StoreWriter) -> None:
-    # With several writers they belong to all rows together, and to no one writer: a query computes them.
-    if store.valid.any() and len(store.writers) == 1:
-        writer.write_statistics(ensure_statistics(store, {"corrected_eigval"}))

@@ -185,8 +185,8 @@ def _statistics(store: GradientStore, kept: np.ndarray) -> Statistics:
     many of their rows were taken back.
     """
     gathered, layout = store.statistics, store.table.layout
-    if gathered.rows == len(store) and not gathered.superseded:
-        return gathered
+    if gathered.rows == len(store) and not gathered.stale:
+        return gathered.over(len(kept))
     covariances = [block.size for block in layout if gathered.has(block.name, "outer_sum")]
     names = [
         name

@@ -26,6 +26,7 @@ from logix_like.store.encoding import encoding_named
 from logix_like.store.files import Place, as_place, files_of, named_errors
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
+from logix_like.store.sums import Coverage, StoredStatistics
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Request:
     """Something to do after all rows put before it."""
 
     last: bool = False
-    statistics: Statistics | None = None
+    statistics: StoredStatistics | None = None
     done: Future[int] = field(default_factory=Future)
 
 
@@ -287,10 +288,10 @@ class StoreWriter:
         """Raise :class:`StoreWriteError` when the store was removed or replaced since the writer began."""
         self._pipeline.require_present()
 
-    def write_statistics(self, statistics: Statistics) -> None:
-        """Commit, with these statistics in place of the gathered ones (e.g. corrected ones added)."""
+    def write_statistics(self, statistics: Statistics, coverage: Coverage | None = None) -> None:
+        """Commit, with these statistics in place of the gathered ones, and of those of all parts in ``coverage``."""
         self._require_open()
-        self._ask(_Request(statistics=statistics))
+        self._ask(_Request(statistics=StoredStatistics(statistics, coverage)))
 
     def close(self) -> None:
         """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
