@@ -245,7 +245,8 @@ class StoreWriter:
         worker = _Worker(self._inbox, self._pipeline, commit_seconds)
         worker.start()
         self._thread = worker.thread
-        self._told = False
+        self.told = False
+        """Whether a failure was raised or logged."""
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, _shut, self._inbox, worker.thread, self._process)
         self.rows = 0
@@ -301,7 +302,7 @@ class StoreWriter:
         self._inbox.put(_Request(last=True))
         self._thread.join()
         self._lock.close()
-        if self._inbox.error is not None and not self._told:
+        if self._inbox.error is not None and not self.told:
             self._report()
 
     def __enter__(self) -> Self:
@@ -339,10 +340,10 @@ class StoreWriter:
                 "committed and safe; see to the cause (disk space, permissions) and go on with resume=True"
             )
         if self._raises:
-            self._told = True
+            self.told = True
             raise StoreWriteError(message) from cause
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             _log.error("%s; logging has stopped, training goes on", message)
 
 
