@@ -331,9 +331,9 @@ class GradientStore:
     def as_zarr(self) -> zarr.Group:
         """The store as a read-only Zarr group, for tools of that world.
 
-        Writers' groups are all there is: a tool that knows no commit records also sees what a merge under way has
-        written so far. The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN (by their scale,
-        where rows have one). ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
+        The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN (by their scale,
+        where rows have one). A tool that knows no commit records also sees what a merge under way has written so far.
+        ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
         are these times ``scale`` (by row and module) times ``coordinate_scale`` (one row for each chunk), where there
         are such arrays. The attributes of ``gradients`` say how int4 and sign are packed.
         """
