@@ -143,7 +143,7 @@ def as_workers(client: object) -> Any:
             raise QueryError(
                 "engine='dask' found no Dask client: make one (dask.distributed.Client()) or give client="
             ) from error
-    if not isinstance(client, Executor) and not hasattr(client, "scatter"):
+    if not isinstance(client, Executor) and not hasattr(client, "nthreads"):
         raise QueryError(
             f"client is a {type(client).__name__}; it must be a dask.distributed.Client or an executor of "
             "concurrent.futures"
@@ -163,7 +163,8 @@ def _on_executor(executor: Executor, parts: Iterator[RangeTask], asked: Asked) -
 
 def _on_dask(client: Any, parts: Iterator[RangeTask], asked: Asked) -> Iterator[Started]:
     """A future for each few ranges, which joins theirs on a worker."""
-    there = client.scatter(asked, broadcast=True)
+    # A task and not client.scatter: scattered data cannot be made again when the worker that holds them dies.
+    there = client.submit(_itself, asked, pure=False)
     while few := list(islice(parts, JOINED_RANGES)):
         futures = [client.submit(scan_range, part, there, pure=False, **_place(client, part)) for part in few]
         yield few, client.submit(join_ranges, futures, asked.k, pure=False)
@@ -214,6 +215,10 @@ def scan_range(part: RangeTask, asked: Asked) -> Found:
         top, bottom = exact_extremes(Task(candidates, scorer, False), min(asked.k, count))
     moved = (Extremes(one.scores, one.positions + part.source.start) for one in (top, bottom))
     return _plain(*moved)
+
+
+def _itself(asked: Asked) -> Asked:
+    return asked
 
 
 def join_ranges(parts: list[Found], k: int) -> Found:

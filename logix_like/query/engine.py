@@ -331,10 +331,10 @@ class QueryEngine:
         if every.fits_in_memory:
             load_faiss()  # what is missing is said whatever the store's size
             return exact_extremes(task, k), "the store is so small that scoring every row is faster than an index"
-        scaled = f"{fit.key}" if task.scorer.mode.uses_lengths else ""
-        key = IndexKey(index, question.reduce, question.mode, scaled)
+        rows, setting = (fit.key[0], str(fit.key[1:])) if task.scorer.mode.uses_lengths else ("", "")
+        key = IndexKey(index, question.reduce, question.mode, setting, rows)
         cache = getattr(self._store, "cache", None)
-        way = (question.preconditioner, question.damping, task.candidates.complete)
+        way = (question.preconditioner, question.damping, task.candidates.chosen)
         return self._search.extremes(task, k, way, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
 
     def _vectors(self, every: Candidates, task: Task, fit: Fit) -> Vectors:

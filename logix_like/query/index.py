@@ -12,7 +12,7 @@ imported on first use, after torch, since the order decides which OpenMP runtime
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logix_like.errors import MissingDependencyError, QueryError
+from logix_like.query.fitting import Recent
 from logix_like.query.modes import Mode
 from logix_like.query.scan import Candidates
 
@@ -117,7 +118,7 @@ class RowIndex:
         self._searched = _on_gpus(index)
         self.pool = POOL
         """How many times k candidates are named for each side of a query."""
-        self.recall: dict[tuple[int, Hashable], float] = {}
+        self.recall: Recent[float] = Recent(64)
         """By k and the way of asking: the recall that was measured."""
 
     @classmethod

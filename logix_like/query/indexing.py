@@ -48,12 +48,11 @@ class IndexSearch:
             vectors: Gives the rows to index.
         """
         index = self._indexes.get((key, rows), lambda: index_for(vectors(), key, cache))
-        if (k, way) not in index.recall:
-            index.recall[k, way] = self._measured(task, k, index)
+        recall = index.recall.get((k, way), lambda: self._measured(task, k, index))
         found = _found(task, k, index)
         if found is None:
             return exact_extremes(task, k), f"the index {key.factory} named too few rows: every row was scored"
-        return found, f"index {key.factory}, recall@{k} {index.recall[k, way]:.3f} measured on the first queries asked"
+        return found, f"index {key.factory}, recall@{k} {recall:.3f} measured on the first queries asked"
 
     def _measured(self, task: Task, k: int, index: RowIndex) -> float:
         """The recall on some of the queries; candidates are doubled while it is low and they are few."""

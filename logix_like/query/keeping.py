@@ -23,7 +23,7 @@ import torch
 from logix_like.query.index import DIRECTIONS, Reduction, RowIndex, Vectors, load_faiss
 from logix_like.query.scan import Candidates
 
-VERSION = 1
+VERSION = 2
 ABOUT, INDEX, REDUCTION = "about.json", "index.faiss", "reduction.npz"
 LARGEST_GROWTH = 2.0
 """An index that would grow by more than this is built again: its directions were found on too few rows."""
@@ -38,6 +38,9 @@ class IndexKey:
     mode: str
     fit: str
     """Preconditioner and damping, where the mode scales rows by their lengths; else empty."""
+    fitted_to: str = ""
+    """Identifies the rows that the preconditioner was fitted to; not in the name, so that an index of other rows is
+    replaced by the next one."""
 
     @property
     def name(self) -> str:
@@ -57,7 +60,7 @@ def index_for(vectors: Vectors, key: IndexKey, cache: Path | None) -> RowIndex:
     else:
         found.add(_behind(vectors, found.index.ntotal).stream())
     if folder is not None:
-        _write(folder, found, vectors)
+        _write(folder, found, vectors, key)
     return found
 
 
@@ -77,9 +80,9 @@ def _read(folder: Path, vectors: Vectors, key: IndexKey) -> RowIndex | None:
             return None
         rows = int(about["rows"])
         count = vectors.candidates.count
-        if not 0 < rows <= count <= LARGEST_GROWTH * rows or (rows < count and key.fit):
+        if not 0 < rows <= count <= LARGEST_GROWTH * rows or (rows < count and key.fitted_to):
             return None
-        if about["fingerprint"] != _first(vectors, rows).fingerprint:
+        if about["fitted_to"] != key.fitted_to or about["fingerprint"] != _first(vectors, rows).fingerprint:
             return None
         with np.load(folder / REDUCTION, allow_pickle=False) as arrays:
             basis = torch.from_numpy(arrays["basis"]) if "basis" in arrays else None
@@ -101,7 +104,7 @@ def _first(vectors: Vectors, count: int) -> Vectors:
     return replace(vectors, candidates=candidates.restrict(wanted, "the index"))
 
 
-def _write(folder: Path, found: RowIndex, vectors: Vectors) -> None:
+def _write(folder: Path, found: RowIndex, vectors: Vectors, key: IndexKey) -> None:
     """Write a folder beside and move it to its place; a reader sees all or nothing of it.
 
     An index that cannot be kept was built all the same: a full disk costs time alone.
@@ -118,7 +121,8 @@ def _write(folder: Path, found: RowIndex, vectors: Vectors) -> None:
             arrays["basis"] = found.reduction.basis.numpy()
         np.savez(unfinished / REDUCTION, allow_pickle=False, **arrays)
         crc = {name: zlib.crc32((unfinished / name).read_bytes()) for name in (INDEX, REDUCTION)}
-        about = {"rows": vectors.candidates.count, "fingerprint": vectors.fingerprint, "crc": crc}
+        about = {"rows": vectors.candidates.count, "fitted_to": key.fitted_to, "crc": crc}
+        about |= {"fingerprint": vectors.fingerprint}
         (unfinished / ABOUT).write_text(json.dumps(about))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -193,6 +194,11 @@ class Candidates:
     def fits_in_memory(self) -> bool:
         """Whether all of them, decoded, are few enough to be kept."""
         return self.count * self.rows.layout.width * self.dtype.itemsize <= self.memory.keep_bytes
+
+    @property
+    def chosen(self) -> str:
+        """Tells choices of rows apart; empty where every valid row is wanted."""
+        return "" if self.complete else hashlib.blake2b(self.wanted.numpy().tobytes(), digest_size=16).hexdigest()
 
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""

@@ -152,7 +152,7 @@ INDEXED = int(os.environ.get("LOGIX_BENCH_B10_ROWS", 10_000))
 
 
 @pytest.mark.timeout(3600)
-def test_b10_index_and_exact_ranking(tmp_path: Path) -> None:
+def test_b10_index_and_exact_ranking() -> None:
     """Against the exact float32 scan (rows widened, nothing else); recall against float64 on the stored rows."""
     run, query = make_trained(INDEXED, 64)
     store, engine = run.store, QueryEngine(run.store, keep_bytes=0)

@@ -174,8 +174,8 @@ def test_visits_are_combined(keep_bytes: int, rows: Tensor, query: QueryGradient
     result = QueryEngine(store, keep_bytes=keep_bytes).influence(query, damping=DAMPING, reduce=reduce, mode=mode)
     visits = rows.view(4, 10, -1)
     combined = {"mean": visits.mean(0), "sum": visits.sum(0), "last": visits[-1], "none": rows}[reduce]
-    # 40 visits are enough for auto to take the covariance (2 k = 12); the 10 samples that they are of are not.
-    expected = dense_scores(query.gradients, combined, _inverse("kfac", store.statistics, rows), mode)
+    # 40 visits are enough for auto to take the covariance (2 k = 12); the 10 samples that they are of are not: EK-FAC.
+    expected = dense_scores(query.gradients, combined, _inverse("ekfac", store.statistics, rows), mode)
     assert result.scores is not None and result.data_id is not None
     torch.testing.assert_close(result.scores, expected, rtol=EXACT, atol=EXACT)
     assert result.data_id.tolist() == (ids if reduce == "none" else ids[:10])

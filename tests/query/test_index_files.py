@@ -16,7 +16,9 @@ from logix_like.query import indexing
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import RowIndex
+from logix_like.query.indexing import IndexSearch
 from logix_like.query.result import InfluenceResult
+from logix_like.query.scoring import Task
 from logix_like.store import GradientStore, StoreWriter, open_store
 from tests.query.test_query_on_disk import _write
 from tests.reference import blocks_layout
@@ -143,6 +145,35 @@ def test_further_rows_are_added(store: GradientStore, query: QueryGradients, bui
         writer.put(ProjectedBatch(tuple(range(2000, 2000 + 2 * COUNT)), _rows(2 * COUNT, 8)))
     _ask(open_store(store.path), query)
     assert builds == ["Flat", "Flat"]  # its directions were found on too few rows
+
+
+def test_an_index_of_lengths_is_replaced_when_rows_come(
+    store: GradientStore, query: QueryGradients, builds: list[str], cache_folder: Path
+) -> None:
+    _ask(store, query, mode="relatif")
+    with StoreWriter(store.path, LAYOUT, "bfloat16") as writer:
+        writer.put(ProjectedBatch(tuple(range(COUNT, COUNT + 30)), 3 * _rows(30, 7)))
+    grown = open_store(store.path)
+    _assert_exact(_ask(grown, query, mode="relatif"), grown, query, mode="relatif")
+    assert builds == ["Flat", "Flat"]
+    assert len(list(cache_folder.rglob("about.json"))) == 1
+
+
+def test_recall_is_measured_for_each_choice_of_rows(
+    store: GradientStore, query: QueryGradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    measured = IndexSearch._measured
+
+    def counted(self: IndexSearch, task: Task, k: int, index: RowIndex) -> float:
+        counts.append(task.candidates.count)
+        return measured(self, task, k, index)
+
+    monkeypatch.setattr(IndexSearch, "_measured", counted)
+    engine = QueryEngine(store, keep_bytes=0)
+    for chosen in (range(100), range(50), range(100), None):
+        engine.influence(query, k=5, engine="faiss", data_id=None if chosen is None else list(chosen))
+    assert counts == [100, 50, COUNT]
 
 
 def test_an_index_of_other_rows_is_built_again(
