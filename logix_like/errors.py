@@ -59,7 +59,7 @@ class StoreDamagedError(StoreError):
 
 
 class StoreWriteError(StoreError):
-    """The background writer failed; rows committed before are safe."""
+    """The storage takes nothing more; rows committed before are safe."""
 
 
 class EmptyStoreError(StoreError):

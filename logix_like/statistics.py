@@ -37,6 +37,8 @@ ROW_SUMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Which sums over rows each statistic needs."""
 
+_ROW_FIELDS = frozenset({"rows", *(field for fields in ROW_SUMS.values() for field in fields)})
+
 COVARIANCE_LIMIT = 1024
 """Blocks with more numbers than this keep no covariance: it is computed from the store on demand."""
 
@@ -85,14 +87,21 @@ class Statistics:
     CORRECTED = ("corrected_rows", "corrected_square_sum", "input_basis", "output_basis")
 
     def __init__(
-        self, layout: Layout, sums: Mapping[str, Mapping[str, Tensor]], rows: int, superseded: int = 0
+        self,
+        layout: Layout,
+        sums: Mapping[str, Mapping[str, Tensor]],
+        rows: int,
+        superseded: int = 0,
+        stale: int | None = None,
     ) -> None:
         self.layout = layout
         self.sums = {name: dict(fields) for name, fields in sums.items()}
         self.rows = rows
         """How many stored rows the sums cover (the watermark)."""
         self.superseded = superseded
-        """How many of these were taken back since, though they are in the sums still."""
+        """How many of these were taken back since (or lost), though they are in some sum still."""
+        self.stale = superseded if stale is None else stale
+        """How many of these are in sums over rows; the others are in Kronecker factors alone."""
 
     @classmethod
     def merge(cls, parts: Iterable[Statistics]) -> Statistics:
@@ -109,7 +118,8 @@ class Statistics:
         for name in parts[0].sums:
             shared = [f for f in cls.ADDITIVE if all(f in part.sums.get(name, {}) for part in parts)]
             merged[name] = {f: torch.stack([part.sums[name][f] for part in parts]).sum(0) for f in shared}
-        return cls(parts[0].layout, merged, sum(part.rows for part in parts), sum(part.superseded for part in parts))
+        rows, superseded = sum(part.rows for part in parts), sum(part.superseded for part in parts)
+        return cls(parts[0].layout, merged, rows, superseded, sum(part.stale for part in parts))
 
     def __repr__(self) -> str:
         fields = sorted({field for sums in self.sums.values() for field in sums})
@@ -160,11 +170,18 @@ class Statistics:
     def with_corrected(self, corrected: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
         """A copy that also holds the fields of :func:`corrected_sums`."""
         sums = {name: {**fields, **corrected.get(name, {})} for name, fields in self.sums.items()}
-        return Statistics(self.layout, sums, self.rows, self.superseded)
+        others = any(_ROW_FIELDS & fields.keys() for fields in self.sums.values())
+        return Statistics(self.layout, sums, self.rows, self.superseded, self.stale if others else 0)
 
     def less(self, superseded: int) -> Statistics:
         """The same sums, known to cover so many rows that were taken back since."""
-        return Statistics(self.layout, self.sums, self.rows, self.superseded + superseded) if superseded else self
+        if not superseded:
+            return self
+        return Statistics(self.layout, self.sums, self.rows, self.superseded + superseded, self.stale + superseded)
+
+    def over(self, rows: int) -> Statistics:
+        """The same sums, of so many stored rows: rows were dropped that are in none of them."""
+        return Statistics(self.layout, self.sums, rows, self.superseded, self.stale)
 
     def with_row_sums(self, computed: Statistics, rows: int) -> Statistics:
         """A copy of which all sums over rows are those of ``computed``, of ``rows`` stored rows.
@@ -172,14 +189,14 @@ class Statistics:
         Kronecker factors stay, and with them the count of rows that were taken back; corrected eigenvalues, which
         are sums over rows too, are left out.
         """
-        factors = set(self.ADDITIVE) - {"rows", *(field for fields in ROW_SUMS.values() for field in fields)}
+        factors = set(self.ADDITIVE) - _ROW_FIELDS
         sums = {
             name: {field: total for field, total in self.sums.get(name, {}).items() if field in factors} | fields
             for name, fields in computed.sums.items()
         }
         kept = any(factors & fields.keys() for fields in sums.values())
         covered = rows if any(computed.sums.values()) else min(rows, self.rows)
-        return Statistics(self.layout, sums, covered, self.superseded if kept else 0)
+        return Statistics(self.layout, sums, covered, self.superseded if kept else 0, stale=0)
 
     def _per_row(self, module: str, field: str) -> Tensor:
         return self._ratio(module, field, "rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import nn
 
 import logix_like as logix
 from logix_like.errors import ConfigError, StoreError
+from logix_like.query import completion
+from logix_like.store import open_store, repair
+from logix_like.store.damage import array_file
+from logix_like.store.pipeline import RowPipeline
 from tests.training import batches, data, full, network
 
 STEPS_TO = 1e-6
@@ -132,3 +137,72 @@ def test_forgetting_what_cannot_be_forgotten_is_refused(tmp_path: Path) -> None:
         logix.load(tmp_path / "run").forget([0])
     with pytest.raises(StoreError, match="nothing was taken back"):
         run.forget([99])
+
+
+EVERYTHING = ["mean", "variance", "covariance", "kronecker", "corrected_eigval"]
+
+
+def killed(root: Path, steps: int, *, summed: int) -> dict[str, Any]:
+    """A run that was killed behind so many steps, and had written its statistics behind ``summed`` of them."""
+    model = network()
+    run, optimizer = begin(root / "live", model, statistics=EVERYTHING)
+    train(run, model, optimizer, range(summed))
+    run.commit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowPipeline, "save_statistics", lambda *_: None)
+        train(run, model, optimizer, range(summed, steps))
+        run.commit()
+    shutil.copytree(run.path, root / "run")
+    run.finalize()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("summed", [0, 3, 5])
+@pytest.mark.parametrize("back", [0, 2])
+def test_a_resumed_run_ends_with_the_statistics_of_one_without_a_break(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summed: int, back: int
+) -> None:
+    weights, model = killed(tmp_path, 5, summed=summed), network()
+    whole, optimizer = begin(tmp_path / "whole", model, statistics=EVERYTHING)
+    train(whole, model, optimizer, range(5 - back))
+    weights = copy.deepcopy(model.state_dict()) if back else weights
+    train(whole, model, optimizer, range(5 - back, 10))
+    whole.finalize()
+    model = network()
+    model.load_state_dict(weights)
+    run, optimizer = begin(tmp_path, model, resume=True, statistics=EVERYTHING, resume_step=5 - back)
+    train(run, model, optimizer, range(5 - back, 10))
+    run.finalize()
+    found, expected = run.store.statistics, whole.store.statistics
+    assert found.rows == len(run.store) and found.stale == 0
+    assert run.store.covered_rows == {writer.name: writer.rows for writer in run.store.writers}
+    for block in expected.layout:
+        for name in ("mean", "variance", "covariance"):
+            ours, theirs = getattr(found, name)(block.name), getattr(expected, name)(block.name)
+            torch.testing.assert_close(ours, theirs, rtol=STEPS_TO, atol=STEPS_TO * float(theirs.abs().max()))
+    assert found.kronecker("0").input.isfinite().all()
+    monkeypatch.setattr(completion, "StatisticsAccumulator", pytest.fail)  # no row is summed for a query
+    monkeypatch.setattr(completion, "corrected_sums", pytest.fail)
+    assert ask(run, model).scores.isfinite().all()
+    assert ask(run, model, "ekfac").scores.isfinite().all()
+    assert run.store.statistics.stale == 0 != run.forget([3]) == run.store.statistics.stale
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_statistics_of_a_store_that_lost_covered_rows_are_not_used(tmp_path: Path, resumed: bool) -> None:
+    """Also where as many rows are left as were summed up."""
+    killed(tmp_path, 5, summed=4)
+    if resumed:
+        run, optimizer = begin(tmp_path, model := network(), resume=True, statistics=EVERYTHING)
+        train(run, model, optimizer, range(5, 10))
+        run.finalize()
+    path = tmp_path / "run"
+    first = open_store(path).writers[0]
+    file = array_file(first.folder, first.commits.rows[0], "gradients")
+    content = bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+    lost = first.commits.rows[0].rows
+    assert open_store(path, on_damage="skip").statistics.stale > 0
+    assert repair(path).rows == lost
+    assert open_store(path).statistics.stale > 0

@@ -44,7 +44,8 @@ def repair(store: StorePath, json: AsJson = False) -> None:
     """Take what is damaged out of a store into its folder quarantine/; nothing is deleted.
 
     A damaged chunk takes its own commit with it and no other. Exit code 1 if damage is left that nothing in the
-    store can replace.
+    store can replace. What is in quarantine/ is read no more: remove the folder yourself for the room it takes, or
+    where samples that were forgotten must be gone from the disk.
     """
     with _bar("repair", "files") as progress:
         report = repair_store(store, progress)
@@ -57,7 +58,9 @@ def compact(store: StorePath, json: AsJson = False) -> None:
     """Merge the parts of all writers and restarts into one; rows that were taken back are removed from the disk.
 
     The new part is written, read back and compared bit by bit before it takes the place of the old ones, in one
-    step; killed at any instant, the store holds the same rows.
+    step; killed at any instant, the store holds the same rows. Two places may still hold what was taken back: the
+    store's folder quarantine/, if it was repaired, and other users' caches of it (sample views and indexes, below
+    $LOGIX_LIKE_CACHE or the user's cache folder).
     """
     with _bar("compact", "rows") as progress:
         report = merge_parts(store, progress)

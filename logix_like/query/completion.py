@@ -93,8 +93,9 @@ def ensure_statistics(
     """The store's statistics with those ``needed`` complete: over all valid rows, every visit counted.
 
     Sums over rows that are missing, or cover more or fewer rows than are valid, are computed again in one pass over
-    the store, and so are EK-FAC's eigenvalues. Kronecker factors need the model's activations and cannot be had
-    from rows: they are taken as gathered, rows that were taken back since included (``superseded`` says how many).
+    the store, and so are EK-FAC's eigenvalues; where nothing is, the store's own are returned. Kronecker factors need
+    the model's activations and cannot be had from rows: they are taken as gathered, rows that were taken back since
+    included (``superseded`` says how many).
 
     Args:
         store: All visit rows, and what was gathered over them.
@@ -112,13 +113,30 @@ def ensure_statistics(
     names = [name for name in needed if ROW_SUMS[name]]
     candidates = Candidates.valid(store.view("none"))
     # With rows taken back since, equal numbers of rows would not tell that they are the same rows.
-    stale = statistics.superseded > 0
+    stale = statistics.stale > 0
     if names and (stale or not _covers(statistics, names, candidates.count, covariance_limit)):
-        statistics = _with_row_sums(statistics, names, candidates, covariance_limit, progress)
+        computed = _row_sums(names, candidates, covariance_limit, progress)
+        statistics = statistics.with_row_sums(computed, len(store))
     if "corrected_eigval" in needed and (stale or not _covers_corrected(statistics, candidates.count)):
         rows = (tile.values for tile in candidates.tiles(progress, "EK-FAC eigenvalues"))
         statistics = statistics.with_corrected(corrected_sums(statistics, rows))
     return statistics
+
+
+def whole_statistics(store: QueryStore, gathered: Collection[str]) -> Statistics:
+    """The store's statistics with those ``gathered`` brought up to all rows that count; its own where they are.
+
+    What was gathered lacks the rows that a killed start had committed and not summed up yet, holds rows that were
+    taken back since, and has EK-FAC's eigenvalues never, which need all rows. Kronecker factors stay as they are.
+    """
+    statistics = store.statistics
+    if not store.valid.any():
+        return statistics
+    kept = all(has_kronecker(statistics, block) for block in statistics.layout)
+    names = [name for name in gathered if ROW_SUMS[name] or (kept and name != "kronecker")]
+    whole = ensure_statistics(store, names)
+    # Rows that were taken back before they were summed up are in no sum, and need not be.
+    return whole.over(len(store)) if names and whole.rows < len(store) else whole
 
 
 def _require_kronecker(statistics: Statistics) -> None:
@@ -160,28 +178,14 @@ def _covers_corrected(statistics: Statistics, rows: int) -> bool:
     )
 
 
-def _with_row_sums(
-    statistics: Statistics,
-    names: Collection[str],
-    candidates: Candidates,
-    covariance_limit: int,
-    progress: bool | None,
+def _row_sums(
+    names: Collection[str], candidates: Candidates, covariance_limit: int, progress: bool | None
 ) -> Statistics:
-    """``statistics`` with all sums over rows replaced by those of one pass over ``candidates``.
-
-    Sums over rows that are not among ``names`` are dropped: they would be of another number of rows.
-    """
-    layout = candidates.rows.layout
-    accumulator = StatisticsAccumulator(layout, names, covariance_limit=covariance_limit)
+    """Those sums of one pass over ``candidates``."""
+    accumulator = StatisticsAccumulator(candidates.rows.layout, names, covariance_limit=covariance_limit)
     for tile in candidates.tiles(progress, "statistics"):
         accumulator.update(tile.values)
-    computed = accumulator.snapshot()
-    row_fields = {"rows", *(field for fields in ROW_SUMS.values() for field in fields)}
-    sums = {
-        name: {f: t for f, t in statistics.sums.get(name, {}).items() if f not in row_fields} | fields
-        for name, fields in computed.sums.items()
-    }
-    return Statistics(layout, sums, computed.rows, statistics.superseded)
+    return accumulator.snapshot()
 
 
 def require_answerable(query: QueryGradients, layout: Layout, store: QueryStore) -> None:

@@ -60,6 +60,8 @@ class StoreSummary:
     """How many of the rows the statistics cover."""
     statistics_superseded: int
     """How many of these were taken back since: Kronecker factors still hold them, all else is computed anew."""
+    kronecker_rows: int | None
+    """How many samples the Kronecker factors are of; None where there are none."""
     writers: tuple[dict[str, Any], ...]
     """Name, rows, commits, epoch and step of the last row, state of each writing process."""
     checkpoints: tuple[dict[str, Any], ...]
@@ -90,6 +92,7 @@ class StoreSummary:
             statistics=_gathered(store.statistics),
             statistics_rows=store.statistics.rows,
             statistics_superseded=store.statistics.superseded,
+            kronecker_rows=_samples(store.statistics),
             writers=_writers(store),
             checkpoints=tuple(
                 {"number": c.number, "step": c.step, "epoch": c.epoch, "bytes": c.size} for c in store.checkpoints
@@ -119,6 +122,8 @@ class StoreSummary:
         covered = f", over {self.statistics_rows:,} of {self.rows:,} rows" if self.statistics else ""
         if self.statistics and self.statistics_rows < self.rows:
             covered += " (a query computes sums over rows anew, Kronecker factors stay those of the rows covered)"
+        if self.kronecker_rows is not None and self.kronecker_rows < min(self.statistics_rows, self.rows):
+            covered += f"; the Kronecker factors over {self.kronecker_rows:,}"
         if self.statistics_superseded:
             covered += f"; {self.statistics_superseded:,} of them superseded, in the Kronecker factors still"
         yield from self._timed()
@@ -165,6 +170,11 @@ def _gathered(statistics: Statistics) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
+def _samples(statistics: Statistics) -> int | None:
+    counts = [int(fields["samples"].item()) for fields in statistics.sums.values() if "samples" in fields]
+    return min(counts, default=None)
+
+
 def _writers(store: GradientStore) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
@@ -173,7 +183,7 @@ def _writers(store: GradientStore) -> tuple[dict[str, Any], ...]:
             "commits": len(w.commits.rows),
             "epoch": w.cursor[0],
             "step": w.cursor[1],
-            "statistics_rows": w.statistics_rows,
+            "statistics_rows": store.covered_rows[w.name],
             "state": f"{w.state}: {w.dropped}" if w.dropped else w.state,
         }
         for w in store.writers

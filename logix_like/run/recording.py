@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,8 +12,9 @@ from logix_like.errors import CaptureError
 from logix_like.path import OPTIMIZER, PathBlock, PathStep
 from logix_like.ranks import Ranks
 from logix_like.run.block import BlockOptions
+from logix_like.run.session import StoreSession
 from logix_like.steps import Progress
-from logix_like.store import PathJournal, Place, last_checkpoint, next_attempt
+from logix_like.store import PathJournal, last_checkpoint, next_attempt
 from logix_like.updates import settings_of
 from logix_like.weights import whole
 from logix_like.wrapping import plain_names
@@ -29,15 +31,15 @@ class PathRecorder:
 
     def __init__(
         self,
-        store: Place,
+        session: StoreSession,
         model: nn.Module,
         optimizer: Optimizer,
         progress: Progress,
         checkpoint: Callable[[], None],
     ) -> None:
-        self._store = store
+        self._session = session
         self._ranks = Ranks.here()
-        self._attempt = self._ranks.agree(lambda: next_attempt(store))
+        self._attempt = self._ranks.agree(lambda: next_attempt(session.path))
         self._optimizer = optimizer
         self._names = _parameter_names(model, optimizer)
         self._progress = progress
@@ -48,9 +50,7 @@ class PathRecorder:
     def block(self, options: BlockOptions, overflow: bool) -> None:
         """A block has ended; with ``overflow`` the scaler will skip its step and all blocks of it."""
         if self._journal is None:
-            kind = type(self._optimizer).__name__
-            earlier = self._ranks.agree(lambda: last_checkpoint(self._store))
-            self._journal = PathJournal(self._store, self._attempt, kind, self._groups(), self._ranks, earlier)
+            self._session.attempt(self._open)
             self._checkpoint()  # where the path begins
         if overflow:
             self._blocks.clear()
@@ -64,7 +64,8 @@ class PathRecorder:
         blocks, self._blocks = tuple(self._blocks), []
         if self._journal is not None:
             settings = settings_of(self._optimizer)
-            self._journal.append(PathStep(step - 1, self._progress.epoch, blocks, settings))
+            step_taken = PathStep(step - 1, self._progress.epoch, blocks, settings)
+            self._session.attempt(partial(self._journal.append, step_taken))
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizer's state by the names it has in a checkpoint."""
@@ -75,6 +76,12 @@ class PathRecorder:
             for key, value in state.items()
             if isinstance(value, Tensor)
         }
+
+    def _open(self) -> None:
+        kind = type(self._optimizer).__name__
+        store, ranks = self._session.path, self._ranks
+        earlier = ranks.agree(lambda: last_checkpoint(store))
+        self._journal = PathJournal(store, self._attempt, kind, self._groups(), ranks, earlier)
 
     def _groups(self) -> list[list[str]]:
         # An optimizer is often given all parameters, and passes over those that are frozen.

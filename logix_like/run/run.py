@@ -99,7 +99,7 @@ class Run(Questions):
         self._logbook.tracker = tracker
         optimizer = self._progress.optimizer
         if self.config.record == "path" and self._session is not None and optimizer is not None:
-            self._recorder = PathRecorder(self.path, model, optimizer, self._progress, self.checkpoint)
+            self._recorder = PathRecorder(self._session, model, optimizer, self._progress, self.checkpoint)
             self._logbook.on_block = self._recorder.block
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole

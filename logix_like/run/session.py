@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,21 @@ from torch.optim import Optimizer
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.config import Config
-from logix_like.errors import ConfigError, LogixError, StoreError
+from logix_like.errors import (
+    ConfigError,
+    LogixError,
+    StoreDamagedError,
+    StoreError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
 from logix_like.layout import DataId, Layout
 from logix_like.projection import INITS
-from logix_like.query.completion import ensure_statistics
+from logix_like.query.completion import whole_statistics
 from logix_like.ranks import Ranks
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Flag,
-    GradientStore,
     Place,
     StoreWriter,
     add_fingerprints,
@@ -35,6 +43,8 @@ from logix_like.store import (
 )
 from logix_like.updates import optimizer_facts
 from logix_like.weights import fingerprint, whole_tensors
+
+_log = logging.getLogger(__name__)
 
 DESCRIPTION_SECONDS = 300.0
 """How long a process waits for the first one to log a batch and so to describe the store."""
@@ -58,11 +68,16 @@ class StoreSession:
         self._ranks = Ranks.here()
         _require_projections_for(config, self._ranks)
         plain = config.model_dump(mode="json")
-        self._ranks.once(lambda: _open_place(path, plain, resume=resume, overwrite=overwrite, step=resume_step))
-        self.resumed = open_store(path) if resume else None
+        self._writer: StoreWriter | None = None
+        self.stopped = False
+        """Whether the storage failed and the config's ``store.on_error`` is ``stop_logging``: nothing is written."""
+        opened = self._ranks.agree(
+            lambda: self.attempt(lambda: _open_place(path, plain, resume=resume, overwrite=overwrite, step=resume_step))
+        )
+        self.stopped = not opened
+        self.resumed = open_store(path) if resume and opened else None
         """The store as it was found, when a run is being resumed."""
         self._ranks.wait()  # so that all find it alike: no process logs before the others have read it
-        self._writer: StoreWriter | None = None
         self._statistics: frozenset[str] = frozenset()
         kept = () if self.resumed is None else self.resumed.checkpoints
         self._last_checkpoint = (kept[-1].step, kept[-1].fingerprint) if kept else None
@@ -85,6 +100,36 @@ class StoreSession:
     ) -> None:
         """Write the module table, the projections and what the optimizer is; start the writer's thread."""
         self._statistics = statistics
+        self.attempt(lambda: self._begin(layout, projections, statistics, optimizer))
+
+    def attempt(self, act: Callable[[], object]) -> bool:
+        """Write something, unless logging has stopped; whether it was written.
+
+        Raises:
+            StoreWriteError: the storage failed and the config's ``store.on_error`` is ``raise``; else that is logged
+                once, and logging stops.
+        """
+        if self.stopped:
+            return False
+        try:
+            act()
+        except (StoreWriteError, OSError) as error:
+            if self._config.store.on_error == "raise" or isinstance(error, StoreNotFoundError):
+                raise
+            self._stop(error)
+            return False
+        return True
+
+    def _stop(self, error: Exception) -> None:
+        self.stopped = True
+        if self._writer is None or not self._writer.told:
+            _log.error("%s; logging has stopped, training goes on", error)
+        if self._writer is not None:
+            self._writer.told = True
+
+    def _begin(
+        self, layout: Layout, projections: Projections, statistics: frozenset[str], optimizer: Optimizer | None
+    ) -> None:
         settings = self._config.store
         if not self._ranks.first:
             _wait_for_description(self.path, self._ranks)
@@ -113,8 +158,8 @@ class StoreSession:
 
     @property
     def begun(self) -> bool:
-        """Whether a batch has arrived."""
-        return self._writer is not None
+        """Whether a batch has arrived, or none is waited for any more."""
+        return self._writer is not None or self.stopped
 
     @property
     def rows(self) -> int:
@@ -132,12 +177,12 @@ class StoreSession:
         Raises:
             StoreWriteError: the writer failed and the config's ``store.on_error`` is ``raise``.
         """
-        assert self._writer is not None
-        self._writer.put(batch)
+        if self._writer is not None and not self.stopped:
+            self._writer.put(batch)
 
     def commit(self) -> None:
         """Everything put so far is durable when this returns."""
-        if self._writer is not None:
+        if self._writer is not None and not self.stopped:
             self._writer.commit()
 
     def forget(self, data_id: tuple[DataId, ...]) -> int:
@@ -151,13 +196,15 @@ class StoreSession:
 
         Where weights are spread over processes (FSDP), all must call this together; the first one writes.
         """
+        if self.stopped and self._ranks.size == 1:
+            return
         seen = (step, fingerprint(model))
         if seen != self._last_checkpoint:
             if self._writer is not None:
-                self._writer.require_present()  # never into a store that has taken this one's place
+                self.attempt(self._writer.require_present)  # never into a store that has taken this one's place
             state = {**whole_tensors(model), **(moments or {})}
             if self._ranks.first:
-                save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1])
+                self.attempt(lambda: save_checkpoint(self.path, state, step=step, epoch=epoch, fingerprint=seen[1]))
             self._last_checkpoint = seen
 
     def finish(self, model: nn.Module | None) -> None:
@@ -166,18 +213,36 @@ class StoreSession:
         Raises:
             StoreError: another process has died; this one's rows are safe by then.
         """
-        if self._writer is not None:
-            with self._writer as writer:
-                writer.commit()
-                writer.require_present()
-                if "corrected_eigval" in self._statistics and self._ranks.size == 1:
-                    _correct_eigenvalues(open_store(self.path), writer)
-        elif self._ranks.size == 1:
+        if self._writer is None and self._ranks.size == 1:
             return
-        try:
+        with self._writer or nullcontext(), self._together():
+            if self._writer is not None and not self.stopped:
+                self._writer.commit()
+                self.attempt(self._writer.require_present)
+            self._ranks.wait()  # so that statistics of all rows can be taken
+            self._ranks.once(lambda: self.attempt(self._complete_statistics))
+        with self._together():
             weights = None if model is None else fingerprint(model)
             self._ranks.wait()
-            self._ranks.once(lambda: _complete(self.path, weights))
+            self._ranks.once(lambda: self.attempt(lambda: _complete(self.path, weights)))
+
+    def _complete_statistics(self) -> None:
+        """Write what no start of the run has gathered alone: see :func:`whole_statistics`."""
+        if self._writer is None or not self._statistics:
+            return
+        store = open_store(self.path)
+        try:
+            whole = whole_statistics(store, self._statistics)
+        except StoreDamagedError:
+            return  # of an earlier start: whoever asks is told, and this run's rows are as they should be
+        if whole is not store.statistics:
+            self._writer.write_statistics(whole, store.whole_coverage)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say what it means when another process has died."""
+        try:
+            yield
         except LogixError:
             raise
         except RuntimeError as error:
@@ -217,14 +282,8 @@ def _wait_for_description(path: Place, ranks: Ranks) -> None:
     deadline = time.monotonic() + DESCRIPTION_SECONDS
     while read_manifest(path).layout is None:
         if time.monotonic() > deadline:
-            raise StoreError(
+            raise StoreWriteError(
                 f"process {ranks.rank} of {ranks.size} has logged a batch, and process 0 none within "
                 f"{DESCRIPTION_SECONDS:.0f} seconds, so that {path} has no module table; every process must log"
             )
         time.sleep(0.01)
-
-
-def _correct_eigenvalues(store: GradientStore, writer: StoreWriter) -> None:
-    # With several writers they belong to all rows together, and to no one writer: a query computes them.
-    if store.valid.any() and len(store.writers) == 1:
-        writer.write_statistics(ensure_statistics(store, {"corrected_eigval"}))

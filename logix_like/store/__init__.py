@@ -23,6 +23,7 @@ from logix_like.store.merging import MergeReport, merge_parts
 from logix_like.store.reader import GradientStore, OnDamage, build_view, open_store
 from logix_like.store.repair import RepairReport, repair
 from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
+from logix_like.store.sums import Coverage
 from logix_like.store.superseding import supersede_samples, supersede_steps
 from logix_like.store.verify import Damage, VerifyReport, verify
 from logix_like.store.view import REDUCTIONS, Rows
@@ -32,6 +33,7 @@ __all__ = [
     "ENCODINGS",
     "REDUCTIONS",
     "CheckpointRecord",
+    "Coverage",
     "Damage",
     "Encoding",
     "Flag",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError
+from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError, StoreWriteError
 from logix_like.store.arrays import write_group
 from logix_like.store.documents import SEAL
 from logix_like.store.files import (
@@ -63,7 +63,8 @@ def save_checkpoint(
     to the disk itself. Tensors that share memory are written each for itself.
 
     Raises:
-        StoreError: An entry is not a tensor, or the file cannot be written.
+        StoreError: An entry is not a tensor.
+        StoreWriteError: The file cannot be written.
     """
     folder = as_place(path) / CHECKPOINTS
     tensors = {name: _plain(name, value) for name, value in state.items()}
@@ -74,7 +75,7 @@ def save_checkpoint(
         record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)
         write_file(folder / f"{number}.json", [_seal(record.__dict__)], sync=True)
     except OSError as error:
-        raise StoreError(f"a checkpoint could not be written to {folder}: {error}; see to the disk") from error
+        raise StoreWriteError(f"a checkpoint could not be written to {folder}: {error}; see to the disk") from error
     return record
 
 

@@ -119,6 +119,8 @@ class Commits:
     """Whether that line was written whole, which no kill leaves: bits of it changed afterwards."""
     length: int = 0
     """How many records there are, of all kinds."""
+    gone: int = 0
+    """How many of them stand before the latest statistics for one that a repair took out."""
 
     @property
     def total(self) -> int:
@@ -234,6 +236,9 @@ def _is_whole(unfinished: bytes, number: int) -> bool:
 def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Commits:
     statistics = [record for record in records if isinstance(record, StatisticsRecord)]
     closed = bool(records) and isinstance(records[-1], CloseRecord)
+    gone = [
+        one for one in records if isinstance(one, GoneRecord) and statistics and one.sequence < statistics[-1].sequence
+    ]
     return Commits(
         rows=tuple(record for record in records if isinstance(record, RowsRecord)),
         statistics=statistics[-1] if statistics else None,
@@ -242,6 +247,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
         torn=torn,
         spoilt=spoilt,
         length=len(records),
+        gone=len(gone),
     )
 
 

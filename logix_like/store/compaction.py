@@ -13,7 +13,7 @@ import torch
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.errors import StoreDamagedError, StoreWriteError
 from logix_like.store.arrays import write_group
 from logix_like.store.columns import id_text, value_text
 from logix_like.store.commits import read_commits
@@ -84,7 +84,7 @@ def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
             os.rename(temporary, folder)
             sync_folder(folder.parent)
     except OSError as error:
-        raise StoreError(
+        raise StoreWriteError(
             f"the sample view could not be written to {folder}: {error}; make room or give another "
             f'folder in the environment variable {CACHE_VARIABLE}, or ask with reduce="none"'
         ) from error

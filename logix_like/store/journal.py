@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.errors import StoreDamagedError, StoreError, StoreWriteError
 from logix_like.path import Checkpoint, PathBlock, PathStep, StoredCheckpoint, TrainingPath
 from logix_like.ranks import Ranks
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
-from logix_like.store.files import checksum, files_of, make_folder, names_in
+from logix_like.store.files import checksum, files_of, make_folder, named_errors, names_in
 from logix_like.store.retractions import read_retractions, standing_checkpoints
 from logix_like.store.schema import JOURNAL
 from logix_like.store.storage import Place
@@ -38,9 +38,10 @@ class PathJournal:
         self, store: Place, attempt: int, optimizer: str, groups: Sequence[Sequence[str]], ranks: Ranks, earlier: int
     ) -> None:
         folder = store / JOURNAL
-        make_folder(folder)
         self._file = folder / (f"{attempt}.jsonl" if ranks.size == 1 else f"{attempt}-{ranks.rank}.jsonl")
-        self._records = files_of(folder).records(self._file)
+        with named_errors(self._file):
+            make_folder(folder)
+            self._records = files_of(folder).records(self._file)
         # A training may break off anywhere; nothing is left open by it.
         weakref.finalize(self, self._records.close)
         self._settings: object = None
@@ -61,7 +62,9 @@ class PathJournal:
         try:
             self._records.append(b"%08x %s" % (checksum(content), content))
         except OSError as error:
-            raise StoreError(f"the path could not be recorded in {self._file}: {error}; see to the disk") from error
+            raise StoreWriteError(
+                f"the path could not be recorded in {self._file}: {error}; see to the disk"
+            ) from error
 
 
 def read_path(store: Place) -> TrainingPath:

@@ -4,7 +4,8 @@ The new part is written, read back and compared with the old rows bit by bit, wh
 its record is closed: that one line (in an object store one object, which is created on the condition that there is
 none) puts it in the place of the old parts, so that there is no instant at which a reader sees rows twice or not at
 all. Only then the old parts are removed. What a kill leaves behind, an unfinished part or replaced ones, no reader
-sees; the next merge removes it.
+sees; the next merge removes it. All this is said of this library's readers: other tools that read the Zarr groups know
+no records, and while a merge runs (or after one was killed) they see its part beside those that it is to replace.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ def _statistics(store: GradientStore, kept: np.ndarray) -> Statistics:
     many of their rows were taken back.
     """
     gathered, layout = store.statistics, store.table.layout
-    if gathered.rows == len(store) and not gathered.superseded:
-        return gathered
+    if gathered.rows == len(store) and not gathered.stale:
+        return gathered.over(len(kept))
     covariances = [block.size for block in layout if gathered.has(block.name, "outer_sum")]
     names = [
         name

@@ -11,7 +11,7 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
-from logix_like.statistics import Statistics, StatisticsAccumulator
+from logix_like.statistics import StatisticsAccumulator
 from logix_like.store.arrays import write_group
 from logix_like.store.behind import Behind, Inline
 from logix_like.store.codecs import UNCOMPRESSED, Codec
@@ -26,7 +26,7 @@ from logix_like.store.schema import (
     Flag,
 )
 from logix_like.store.staging import StagedChunk
-from logix_like.store.sums import save_statistics
+from logix_like.store.sums import StoredStatistics, save_statistics
 from logix_like.timing import Timing
 
 MERGED = "merged"
@@ -159,24 +159,24 @@ class RowPipeline:
         self.committed += pending.record.rows
         self.nonfinite += nonfinite
 
-    def save_statistics(self, statistics: Statistics | None = None) -> None:
+    def save_statistics(self, given: StoredStatistics | None = None) -> None:
         """Write a new generation of the statistics, switch to it, and remove the old one.
 
-        ``statistics`` stands in for the gathered ones. Call after :meth:`flush`, so that
+        Those ``given`` stand in for the gathered ones. Call after :meth:`flush`, so that
         all gathered rows are committed.
         """
         self.wait()
-        if statistics is None:
+        if given is None:
             if self._accumulator is None or self._saved_at == self.committed:
                 return
-            statistics = self._accumulator.snapshot()
+            given = StoredStatistics(self._accumulator.snapshot())
             self._saved_at = self.committed
         self.require_present()
         parent, generation = self._statistics_folder, self._generation + 1
         if generation == 1:
             write_group(parent, sync=self._sync)
-        save_statistics(parent / str(generation), statistics, sync=self._sync)
-        self._rows.record_statistics(generation, statistics.rows)
+        save_statistics(parent / str(generation), given.statistics, given.coverage, sync=self._sync)
+        self._rows.record_statistics(generation, given.statistics.rows)
         remove_tree(parent / str(self._generation))
         self._generation = generation
 

@@ -25,6 +25,7 @@ from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
 from logix_like.store.files import Place, as_place, files_of, folder_size
+from logix_like.store.gathered import GatheredStatistics
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.journal import load_state, read_path
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
@@ -37,11 +38,10 @@ from logix_like.store.schema import (
     VIEWS,
     WRITER_COLUMNS,
     WRITERS,
-    Flag,
     StoreManifest,
     read_manifest,
 )
-from logix_like.store.sums import load_latest_statistics
+from logix_like.store.sums import Coverage
 from logix_like.store.table import PartSource, RowTable, make_table
 from logix_like.store.view import REDUCTIONS, Rows
 from logix_like.store.views import SampleViews
@@ -61,6 +61,7 @@ class _Snapshot:
     writers: tuple[WriterInfo, ...]
     retractions: tuple[Retraction, ...]
     table: RowTable
+    gathered: GatheredStatistics
     views: SampleViews
     damages: tuple[str, ...]
     damaged_rows: int
@@ -119,7 +120,7 @@ class GradientStore:
             known, self._snapshot = self.damages, snapshot
             if self.damages != known:
                 self._tell_damages()
-            for name in ("statistics", "statistics_of_writers", "projections", "projections_digest"):
+            for name in ("projections", "projections_digest"):
                 self.__dict__.pop(name, None)
         return self
 
@@ -240,30 +241,28 @@ class GradientStore:
         """All rows in order, chunk by chunk, mapped and not copied."""
         return self.table.chunks()
 
-    @cached_property
+    @property
     def statistics(self) -> Statistics:
         """All writers' statistics together; ``statistics.rows`` may be behind ``len(store)``."""
-        parts = list(self.statistics_of_writers.values())
-        return Statistics.merge(parts) if parts else Statistics(self.modules, {}, 0)
+        return self._snapshot.gathered.together
 
-    @cached_property
+    @property
     def statistics_of_writers(self) -> Mapping[str, Statistics]:
-        """The latest statistics of each writer that has written some, by the writer's name."""
-        return {
-            writer.name: load_latest_statistics(writer.folder, writer.commits.statistics, self.modules).less(
-                self._superseded(writer)
-            )
-            for writer in self.writers
-            if writer.commits.statistics is not None
-        }
+        """The latest statistics of each writer that has written some, by the writer's name.
 
-    def _superseded(self, writer: WriterInfo) -> int:
-        """How many of the rows that the writer's statistics cover were taken back since."""
-        if not any(writer.name in retraction.reach for retraction in self.retractions):
-            return 0
-        first = sum(other.rows for other in self.writers[: self.writers.index(writer)])
-        covered = self.flags[first : first + min(writer.rows, writer.statistics_rows)]
-        return int(np.count_nonzero(covered & int(Flag.SUPERSEDED)))
+        Those that stand for several writers (a resumed run's, once it is finished) are the last one's.
+        """
+        return self._snapshot.gathered.of_writers
+
+    @property
+    def covered_rows(self) -> Mapping[str, int]:
+        """How many of its rows the statistics cover, by writer."""
+        return self._snapshot.gathered.covered_rows
+
+    @property
+    def whole_coverage(self) -> Coverage:
+        """What statistics cover that are taken over all rows that count as the store is now."""
+        return self._snapshot.gathered.whole
 
     @cached_property
     def projections(self) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
@@ -333,7 +332,8 @@ class GradientStore:
         """The store as a read-only Zarr group, for tools of that world.
 
         The arrays' shapes may go beyond the committed rows there; what is read behind them is NaN (by their scale,
-        where rows have one). ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
+        where rows have one). A tool that knows no commit records also sees what a merge under way has written so far.
+        ``gradients`` holds the stored numbers: the bits of bfloat16 as uint16; the others' rows
         are these times ``scale`` (by row and module) times ``coordinate_scale`` (one row for each chunk), where there
         are such arrays. The attributes of ``gradients`` say how int4 and sign are packed.
         """
@@ -368,4 +368,5 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
     layout = manifest.layout or Layout(())
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
     views = SampleViews(path, manifest.created, table)
-    return _Snapshot(manifest, writers, retractions, table, views, damages, damaged_rows)
+    gathered = GatheredStatistics(writers, retractions, table, damaged_rows)
+    return _Snapshot(manifest, writers, retractions, table, gathered, views, damages, damaged_rows)

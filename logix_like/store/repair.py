@@ -180,7 +180,7 @@ class _Repair:
         for generation in dict.fromkeys([*generations, *sorted(present, reverse=True)]):
             where = folder / STATISTICS_FOLDER / str(generation)
             try:
-                rows = load_statistics(where, self._manifest.layout or Layout(()), None).rows
+                rows = load_statistics(where, self._manifest.layout or Layout(()), None).statistics.rows
             except (StoreError, OSError, ValueError) as error:
                 self.done.append(
                     f"{_finding(error)}: left out; sums over rows are computed again when a query needs them, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,29 @@ from logix_like.store.schema import DOCUMENT, STATISTICS_FOLDER
 FIELDS = (*Statistics.ADDITIVE, *Statistics.CORRECTED)
 
 
-def save_statistics(folder: Place, statistics: Statistics, *, sync: bool = False) -> None:
+@dataclass(frozen=True)
+class Coverage:
+    """Which rows of a store statistics cover that stand for several of its parts."""
+
+    rows: Mapping[str, int]
+    """By part: its first so many rows. The parts' own statistics are in these."""
+    superseded: int
+    """How many of the rows had been taken back before, and so are in no sum over rows."""
+
+
+@dataclass(frozen=True)
+class StoredStatistics:
+    """Statistics as they lie in a part."""
+
+    statistics: Statistics
+    """The sums."""
+    coverage: Coverage | None = None
+    """None: they cover rows of their own part alone."""
+
+
+def save_statistics(
+    folder: Place, statistics: Statistics, coverage: Coverage | None = None, *, sync: bool = False
+) -> None:
     """Write all sums below ``folder``.
 
     A file for each module and field would be thousands; so each field's array has an attribute
@@ -34,11 +58,15 @@ def save_statistics(folder: Place, statistics: Statistics, *, sync: bool = False
         buffers = (as_bytes(tensor.double()) for tensor in tensors.values())
         numbers = sum(tensor.numel() for tensor in tensors.values())
         write_array(folder / name, spec, numbers, buffers, sync=sync)
-    taken_back = {"superseded": statistics.superseded} if statistics.superseded else {}
-    write_group(folder, {"rows": statistics.rows, "fields": sorted(fields), **taken_back}, sync=sync)
+    told: dict[str, Any] = {"rows": statistics.rows, "fields": sorted(fields)}
+    if statistics.superseded:
+        told |= {"superseded": statistics.superseded, "stale": statistics.stale}
+    if coverage is not None:
+        told["coverage"] = {"rows": dict(coverage.rows), "superseded": coverage.superseded}
+    write_group(folder, told, sync=sync)
 
 
-def load_latest_statistics(part: Place, record: StatisticsRecord, layout: Layout) -> Statistics:
+def load_latest_statistics(part: Place, record: StatisticsRecord, layout: Layout) -> StoredStatistics:
     """The statistics of a part by its latest record, or by a newer one: a live writer removes what it has replaced."""
     while True:
         try:
@@ -50,7 +78,7 @@ def load_latest_statistics(part: Place, record: StatisticsRecord, layout: Layout
             record = latest
 
 
-def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statistics:
+def load_statistics(folder: Place, layout: Layout, rows: int | None) -> StoredStatistics:
     """Read what :func:`save_statistics` wrote; ``rows`` is the watermark of the commit record.
 
     None stands for that which the statistics themselves name.
@@ -71,7 +99,19 @@ def load_statistics(folder: Place, layout: Layout, rows: int | None) -> Statisti
             if module not in sums:
                 raise _damaged(folder / name, f"names the module {module!r} that the store does not have")
             sums[module][name] = tensor
-    return Statistics(layout, sums, rows, _count(attributes.get("superseded", 0), folder))
+    superseded = _count(attributes.get("superseded", 0), folder)
+    stale = _count(attributes.get("stale", superseded), folder)
+    return StoredStatistics(Statistics(layout, sums, rows, superseded, stale), _coverage(attributes, folder))
+
+
+def _coverage(attributes: Mapping[str, Any], folder: Place) -> Coverage | None:
+    told = attributes.get("coverage")
+    if told is None:
+        return None
+    if not isinstance(told, dict) or not isinstance(told.get("rows"), dict):
+        raise _damaged(folder, f"covers the rows {told!r}, expected a number for each part")
+    rows = {part: _count(count, folder) for part, count in told["rows"].items()}
+    return Coverage(rows, _count(told.get("superseded"), folder))
 
 
 def _load_field(folder: Place) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from logix_like.store.encoding import encoding_named
 from logix_like.store.files import Place, as_place, files_of, named_errors
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
+from logix_like.store.sums import Coverage, StoredStatistics
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Request:
     """Something to do after all rows put before it."""
 
     last: bool = False
-    statistics: Statistics | None = None
+    statistics: StoredStatistics | None = None
     done: Future[int] = field(default_factory=Future)
 
 
@@ -244,7 +245,8 @@ class StoreWriter:
         worker = _Worker(self._inbox, self._pipeline, commit_seconds)
         worker.start()
         self._thread = worker.thread
-        self._told = False
+        self.told = False
+        """Whether a failure was raised or logged."""
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, _shut, self._inbox, worker.thread, self._process)
         self.rows = 0
@@ -287,10 +289,10 @@ class StoreWriter:
         """Raise :class:`StoreWriteError` when the store was removed or replaced since the writer began."""
         self._pipeline.require_present()
 
-    def write_statistics(self, statistics: Statistics) -> None:
-        """Commit, with these statistics in place of the gathered ones (e.g. corrected ones added)."""
+    def write_statistics(self, statistics: Statistics, coverage: Coverage | None = None) -> None:
+        """Commit, with these statistics in place of the gathered ones, and of those of all parts in ``coverage``."""
         self._require_open()
-        self._ask(_Request(statistics=statistics))
+        self._ask(_Request(statistics=StoredStatistics(statistics, coverage)))
 
     def close(self) -> None:
         """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
@@ -300,7 +302,7 @@ class StoreWriter:
         self._inbox.put(_Request(last=True))
         self._thread.join()
         self._lock.close()
-        if self._inbox.error is not None and not self._told:
+        if self._inbox.error is not None and not self.told:
             self._report()
 
     def __enter__(self) -> Self:
@@ -338,10 +340,10 @@ class StoreWriter:
                 "committed and safe; see to the cause (disk space, permissions) and go on with resume=True"
             )
         if self._raises:
-            self._told = True
+            self.told = True
             raise StoreWriteError(message) from cause
-        if not self._told:
-            self._told = True
+        if not self.told:
+            self.told = True
             _log.error("%s; logging has stopped, training goes on", message)
 
 
