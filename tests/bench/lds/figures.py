@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[3]
 CODE = ("logix_like/**/*.py", "configs/*.yaml", "examples/*.py", "tests/bench/lds/*.py")
@@ -53,9 +55,8 @@ class Figures:
         return figure
 
 
-def _figure(record: dict[str, object]) -> Figure:
-    values, low, high, seconds = (record[name] for name in ("values", "low", "high", "seconds"))
-    return Figure(tuple(values), low, high, seconds)  # type: ignore[arg-type]  # as `keep` wrote them
+def _figure(record: Mapping[str, Any]) -> Figure:
+    return Figure(tuple(record["values"]), record["low"], record["high"], record["seconds"])
 
 
 @cache
