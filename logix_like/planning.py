@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from logix_like.config import Config
 from logix_like.errors import ConfigError
-from logix_like.layout import ModuleBlock
+from logix_like.layout import Layout, ModuleBlock
 from logix_like.run.tracking import chosen_modules
 from logix_like.statistics import COVARIANCE_LIMIT
+from logix_like.store.encoding import encoding_named, encoding_of_means
 
 QUEUE_MIB = 16
 """Batches that wait for the writer take no more than this."""
@@ -97,9 +97,10 @@ def plan(model: nn.Module, config: Config, *, samples: int, epochs: int = 1, bat
         if count < 1:
             raise ConfigError(f"{name} is {count}; it must be at least 1")
     selection, projector = chosen_modules(model, config, meta=True)
-    layout = list(projector.layout())
-    numbers = sum(block.size for block in layout)
-    row = _stored_bytes(config.store.dtype, numbers, len(layout))
+    layout = projector.layout()
+    numbers = layout.width
+    encoding = encoding_named(config.store.dtype)
+    row, mean_row = encoding.row_bytes(layout), encoding_of_means(encoding).row_bytes(layout)
     statistics = sum(_statistics_bytes(block, config) for block in layout)
     projections = sum(FLOAT * (_matrix(b.rank[0], b.shape[0]) + _matrix(b.rank[1], b.shape[1])) for b in layout)
     chunk = int(config.store.chunk_mib * 2**20)
@@ -112,21 +113,13 @@ def plan(model: nn.Module, config: Config, *, samples: int, epochs: int = 1, bat
         row=row,
         rows=samples * epochs,
         rows_on_disk=samples * epochs * (row + COLUMN_BYTES),
-        view_on_disk=samples * (row + COLUMN_BYTES) if epochs > 1 else 0,
+        view_on_disk=samples * (mean_row + COLUMN_BYTES) if epochs > 1 else 0,
         statistics=statistics,
         projections=projections,
         memory=2 * statistics + projections + CHUNKS * chunk + queued + 2 * batch * numbers * FLOAT,
         arithmetic=_arithmetic(model, layout),
         full=samples * epochs * FLOAT * sum(block.shape[0] * block.shape[1] for block in layout),
     )
-
-
-def _stored_bytes(dtype: str, numbers: int, modules: int) -> int:
-    """Bytes of a row; narrow kinds carry a scale for each module."""
-    bits = {"int8": 8, "int4": 4, "sign": 1}.get(dtype)
-    if bits is None:
-        return numbers * torch.empty(0, dtype=getattr(torch, dtype)).itemsize
-    return -(-numbers * bits // 8) + FLOAT * modules
 
 
 def _statistics_bytes(block: ModuleBlock, config: Config) -> int:
@@ -142,7 +135,7 @@ def _matrix(rank: int, width: int) -> int:
     return rank * width if rank < width else 0
 
 
-def _arithmetic(model: nn.Module, layout: list[ModuleBlock]) -> float:
+def _arithmetic(model: nn.Module, layout: Layout) -> float:
     """Multiplications by position: both projections and their product, over forward and backward of all weights."""
     projecting = sum(b.rank[0] * b.shape[0] + b.rank[1] * b.shape[1] + b.rank[0] * b.rank[1] for b in layout)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -13,7 +13,9 @@ from torch import nn
 import logix_like as logix
 from logix_like.config import load_config
 from logix_like.errors import ConfigError
-from logix_like.planning import plan, size
+from logix_like.planning import COLUMN_BYTES, plan, size
+from logix_like.store import open_store
+from logix_like.store.table import RowTable
 from tests.training import SAMPLES, data
 
 
@@ -58,6 +60,21 @@ def test_a_model_on_the_meta_device_costs_nothing() -> None:
 def test_one_visit_needs_no_mean_rows() -> None:
     found = [plan(wide(), load_config(), samples=100, epochs=epochs).view_on_disk for epochs in (1, 2)]
     assert found[0] == 0 < found[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4", "sign"])
+def test_mean_rows_are_those_of_a_real_view(tmp_path: Path, dtype: str) -> None:
+    model, settings = wide(), {"store": {"dtype": dtype}, "statistics": ["kronecker"]}
+    x, y = data(torch.float32)
+    run = logix.init("real", model, root=tmp_path, verbose=False, **settings)
+    for _ in range(2):
+        with run(data_id=range(SAMPLES)):
+            F.cross_entropy(model(x), y).backward()
+    run.finalize()
+    view = open_store(run.store.path).view("mean")
+    found = plan(wide(), load_config(None, **settings), samples=SAMPLES, epochs=2)
+    assert isinstance(view, RowTable)
+    assert found.view_on_disk == SAMPLES * (view.encoding.row_bytes(view.layout) + COLUMN_BYTES)
 
 
 def test_nothing_to_plan_is_refused() -> None:

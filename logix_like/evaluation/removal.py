@@ -83,17 +83,13 @@ def brittleness(
         EvaluationError: the scores do not fit, a number to remove leaves no sample, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
-    _require_draws(draws)
     counts = tuple(map(operator.index, removed))
     if not counts or not all(0 < count < oracle.n for count in counts):
         raise EvaluationError(f"removed is {counts}; each number must be between 1 and {oracle.n - 1}, of {oracle.n}")
     matrix = score_matrix(scores, oracle.n, oracle.queries, queries, data_id)
+    own, randomly = _retrained(oracle, _masks(matrix, counts).flatten(0, 1), counts, draws, seed)
+    after = own.view(len(counts), len(matrix), -1).diagonal(dim1=1, dim2=2)
     everything = oracle.full()
-    generator = torch.Generator().manual_seed(seed)
-    own, others = _masks(matrix, counts), [~random_subsets(oracle.n, count, draws, generator) for count in counts]
-    measured = oracle.values(torch.cat([own.flatten(0, 1), *others]))  # at once, so that none waits for another
-    after = measured[: own.shape[0] * own.shape[1]].view(len(counts), len(matrix), -1).diagonal(dim1=1, dim2=2)
-    randomly = measured[own.shape[0] * own.shape[1] :].view(len(counts), draws, -1)
     right = everything > 0
     flips = (after <= 0).double()[:, right].mean(1), (randomly <= 0).double()[:, :, right].mean((1, 2))
     return RemovalEffect(counts, everything - after, everything - randomly.mean(1), *flips)
@@ -106,6 +102,18 @@ def _masks(scores: Tensor, counts: Sequence[int]) -> Tensor:
     for mask, count in zip(masks, counts, strict=True):
         mask.scatter_(1, order[:, :count], False)
     return masks
+
+
+def _retrained(
+    oracle: SubsetOracle, chosen: Tensor, counts: Sequence[int], draws: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Measured on the subsets ``chosen [m, n]``, and ``[counts, draws, queries]`` without so many random samples."""
+    if draws < 1:
+        raise EvaluationError(f"draws is {draws}; at least 1 random removal is needed to compare with")
+    generator = torch.Generator().manual_seed(seed)
+    others = [~random_subsets(oracle.n, count, draws, generator) for count in counts]
+    measured = oracle.values(torch.cat([chosen, *others]))  # at once, so that none waits for another
+    return measured[: len(chosen)], measured[len(chosen) :].view(len(counts), draws, -1)
 
 
 def query_loss_difference(
@@ -121,11 +129,6 @@ def query_loss_difference(
     if not 0 < share < 1:
         raise EvaluationError(f"share is {share}; it must be above 0 and below 1, e.g. 0.01")
     return brittleness(oracle, scores, removed=(max(1, round(share * oracle.n)),), **options)
-
-
-def _require_draws(draws: int) -> None:
-    if draws < 1:
-        raise EvaluationError(f"draws is {draws}; at least 1 random removal is needed to compare with")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,14 +181,10 @@ def removal_curve(
         EvaluationError: the values do not fit, a share leaves no sample or removes none, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
-    _require_draws(draws)
     vector, n = score_vector(values, oracle.n, data_id), oracle.n
     counts = [round(share * n) for share in shares]
     if not counts or not all(0 < count < n for count in counts):
         raise EvaluationError(f"shares are {tuple(shares)} of {n} samples; each must remove some and leave some")
-    generator = torch.Generator().manual_seed(seed)
-    highest, lowest = _masks(vector[None], counts)[:, 0], _masks(-vector[None], counts)[:, 0]
-    others = [~random_subsets(n, count, draws, generator) for count in counts]
-    measured = oracle.values(torch.cat([highest, lowest, *others]))
-    first, second, rest = measured.split([len(counts), len(counts), len(counts) * draws])
-    return RemovalCurve(tuple(shares), first, second, rest.view(len(counts), draws, -1))
+    chosen = torch.cat([_masks(ranked[None], counts)[:, 0] for ranked in (vector, -vector)])
+    own, randomly = _retrained(oracle, chosen, counts, draws, seed)
+    return RemovalCurve(tuple(shares), own[: len(counts)], own[len(counts) :], randomly)

@@ -9,6 +9,7 @@ import numpy as np
 
 from logix_like.errors import StoreError
 from logix_like.store.compaction import build_means, cache_folder, open_means
+from logix_like.store.encoding import encoding_of_means
 from logix_like.store.files import Place
 from logix_like.store.schema import MEAN_VIEWS
 from logix_like.store.table import RowTable
@@ -20,8 +21,9 @@ class SampleViews:
 
     def __init__(self, store: Place, created: str, table: RowTable) -> None:
         self._table = table
-        self._own = store / MEAN_VIEWS / digest(table) if isinstance(store, Path) else None
-        self._cached = cache_folder(store, created) / digest(table)
+        name = f"{digest(table)}-{encoding_of_means(table.encoding).name}"
+        self._own = store / MEAN_VIEWS / name if isinstance(store, Path) else None
+        self._cached = cache_folder(store, created) / name
         self._views: dict[str, Rows] = {}
 
     def get(self, reduce: str) -> Rows:

@@ -23,7 +23,7 @@ IDS: list[DataId] = [f"{i}" if i % 2 else i for i in range(SAMPLES)]
 
 # Sums of three float32 numbers, divided; and what each encoding rounds.
 ROUNDING = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 2.0**-8, "float16": 2.0**-10}
-ROUNDING |= dict.fromkeys(("int8", "int4", "sign"), 2.0**-6)  # means of the last two are kept as int8
+ROUNDING |= {"int8": 2.0**-6, "int4": 2.0**-6, "sign": 2.0**-3}  # means of the last two are kept as int8 and int4
 
 
 def visited_store(path: Path, encoding: str = "float32") -> tuple[GradientStore, torch.Tensor, list[list[int]]]:

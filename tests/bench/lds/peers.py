@@ -1,8 +1,7 @@
 """What other libraries answer for the same models, samples and queries; a row for each that is installed.
 
-``pip install kronfluence traker`` into an environment of its own. (kronfluence 1.0.1 brings a top-level package
-``tests``, which hides this folder: delete it there. dattri 0.3.0's LoGra fails on inputs that are no sequences; what
-it and LogIX compute are the rows "LoGra, post-hoc" of our own.)
+``pip install kronfluence traker`` into an environment of its own. (dattri 0.3.0's LoGra fails on inputs that are no
+sequences; what it and LogIX compute are the rows "LoGra, post-hoc" of our own.)
 """
 
 from __future__ import annotations
@@ -147,7 +146,8 @@ def traker(bench: Bench) -> Tensor:
                 return torch.sigmoid(-problem.objective.margins(network, batch_of(batch)))[:, None]
 
     width = sum(parameter.numel() for parameter in model.parameters())
-    projector = BasicProjector(width, numbers, 0, ProjectionType.rademacher, torch.device("cpu"), block_size=256)
+    block = min(256, numbers // 2)  # in one block alone it would not be drawn anew for the queries
+    projector = BasicProjector(width, numbers, 0, ProjectionType.rademacher, torch.device("cpu"), block_size=block)
     with tempfile.TemporaryDirectory() as folder, hushed():
         tool = TRAKer(
             model, Margin(), problem.samples, folder, device="cpu", projector=projector, use_half_precision=False

@@ -338,3 +338,6 @@ PROBLEMS: Mapping[str, Problem] = {
     "verses": Verses(),
     "finetuning": Verses(samples=400, lr=1e-3, pretraining=800),
 }
+
+SHOWN = ("images", "convolutions", "verses", "finetuning")
+"""Those of the README's table; the small ones are for estimators that carry derivatives through every step."""

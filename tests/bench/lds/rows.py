@@ -13,16 +13,18 @@ from tests.bench.lds.path_rows import PATH, UNROLLED
 LOGRA = {"init": "orthogonal", "rank": 16, "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
 """What LoGra keeps: 256 numbers a module, 512 bytes, in a random basis."""
 LOGRA_PCA = {**LOGRA, "init": "pca"}
-AT_EQUAL_BYTES = {"init": "pca", "rank": 64, "dtype": "sign", "statistics": ["kronecker", "corrected_eigval"]}
-"""4,096 numbers a module as signs: 512 bytes too."""
+NIBBLES = {"init": "pca", "rank": 32, "dtype": "int4", "statistics": ["kronecker", "corrected_eigval"]}
+"""1,024 numbers of 4 bits: 512 bytes too."""
+SIGNS = {**NIBBLES, "rank": 64, "dtype": "sign"}
+"""4,096 numbers a module as signs: 512 bytes too, and the preset ``language_model``."""
 
 COMPACT: Mapping[str, Row] = {
     "default: rows of training": lambda b: b.training().scores(),
     "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
     "256 numbers a module, random": lambda b: b.training(**LOGRA).scores(),
     "256 numbers a module, PCA": lambda b: b.training(**LOGRA_PCA).scores(),
-    "4,096 signs a module, PCA": lambda b: b.training(**AT_EQUAL_BYTES).scores(),
-    "4,096 signs a module, PCA, query averaged": lambda b: b.training(**AT_EQUAL_BYTES).scores("all"),
+    "1,024 numbers of 4 bits a module, PCA": lambda b: b.training(**NIBBLES).scores(),
+    "4,096 signs a module, PCA": lambda b: b.training(**SIGNS).scores(),
     "LoGra, post-hoc, random": lambda b: b.posthoc(**LOGRA).scores(preconditioner="covariance"),
     "LoGra, post-hoc, PCA": lambda b: b.posthoc(**LOGRA_PCA).scores(preconditioner="covariance"),
     "post-hoc, random, K-FAC": lambda b: b.posthoc(**LOGRA).scores(preconditioner="kfac"),
