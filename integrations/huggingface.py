@@ -8,11 +8,11 @@ sampler is watched for the samples' indices. All is removed when training ends.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,17 @@ from torch.utils.hooks import RemovableHandle
 import logix_like as logix
 from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
-from logix_like.errors import CaptureError, MissingDependencyError
-from logix_like.run.block import Block
+from logix_like.errors import CaptureError, LogixError, MissingDependencyError
 
-from .logits import cross_entropy_factor, token_factor
 from .loop import RunningLoop
 from .loss import LossReader, logits_of, loss_of
 from .naming import NamedBy, SampleNames
+from .openbatch import OpenBatch
 from .starting import Setup, begun, refuse_second_training
 from .telling import Telling
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise MissingDependencyError(
         "logix_like.integrations.huggingface needs transformers: pip install 'logix_like[huggingface]'"
@@ -59,6 +58,9 @@ class LogixCallback(TrainerCallback):
         verbose: print once what is tracked.
         overrides: settings that win over the config.
     """
+
+    _logging: ClassVar[WeakSet[LogixCallback]] = WeakSet()
+    """Those whose training goes on, or was broken off."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class LogixCallback(TrainerCallback):
         Raises:
             CaptureError: training has not begun.
         """
-        if self._session is not None and self._session.broken_off:
+        if self._is_broken_off:
             self.close()
         return begun(self._run, "trainer.train()")
 
@@ -95,9 +97,10 @@ class LogixCallback(TrainerCallback):
         """End logging; calling it again does nothing.
 
         The callback does this itself when training ends and, where an error broke it off, when it is asked for the
-        run, when the model is next trained on, or when ``train()`` is called again.
+        run, when the model is next trained on, or when any Trainer next begins to train with such a callback.
         """
         self._eager.close()
+        self._logging.discard(self)
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -110,6 +113,8 @@ class LogixCallback(TrainerCallback):
             CaptureError: this callback has logged a training already, or the way of training cannot be logged.
         """
         self._require_fit(args, state)
+        for other in [other for other in self._logging if other._is_broken_off]:
+            other._end_broken_off()
         if args.torch_compile:
             warnings.warn(
                 "torch_compile=True: training steps are logged, and so run, eagerly; what lies between is compiled",
@@ -139,6 +144,7 @@ class LogixCallback(TrainerCallback):
             scaler=scaler,
             on_broken_off=self._broken_off,
         )
+        self._logging.add(self)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the run of the epoch."""
@@ -188,8 +194,21 @@ class LogixCallback(TrainerCallback):
         # Not the class's name: the Trainer would make another callback from what it finds under it.
         return f"{type(self).__name__} of {self._setup.config.project}"
 
+    @property
+    def _is_broken_off(self) -> bool:
+        return self._session is not None and self._session.broken_off
+
+    def _end_broken_off(self) -> None:
+        """Another training begins, which is not to suffer from what may have become of this one's store."""
+        try:
+            self.close()
+        except LogixError as error:
+            warnings.warn(
+                f"a training was broken off, and its logging could not be ended: {error}", RuntimeWarning, stacklevel=4
+            )
+
     def _broken_off(self) -> None:
-        self.close()
+        self._end_broken_off()
         warnings.warn(
             "train() was broken off, and with it the logging; what was logged before is kept",
             RuntimeWarning,
@@ -234,9 +253,9 @@ class _Training:
         self._reader = LossReader(model)
         self._smoothing = smoothing
         self._scaler = scaler
-        self._loop = RunningLoop("transformers.trainer_callback")
+        self._loop = RunningLoop(Trainer.train)
         self._on_broken_off = on_broken_off
-        self._open: _OpenBatch | None = None
+        self._open: OpenBatch | None = None
         self.batches = 0
         """Batches that were logged."""
         self._handles: list[RemovableHandle] = [
@@ -298,7 +317,7 @@ class _Training:
             targets = self._reader.targets(kwargs)
             mask = mask if targets is None or targets.ndim != 2 else targets.ne(-100)
         mask = mask if mask is not None and len(mask) == len(ids) else None
-        self._open = _OpenBatch(self._run(data_id=ids, mask=mask, scaler=self._scaler))
+        self._open = OpenBatch(self._run(data_id=ids, mask=mask, scaler=self._scaler))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if self._open is not None and model.training and torch.is_grad_enabled():
@@ -311,74 +330,6 @@ class _Training:
             log_chances = outputs.get("log_probs") if isinstance(outputs, Mapping) else None
             if isinstance(log_chances, Tensor) and log_chances.requires_grad:
                 self._open.gave_log_chances(log_chances)
-
-
-class _OpenBatch:
-    """A block from the model's forward pass to the end of the backward pass."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self._divisor = 0.0
-        self._scale: Tensor | None = None
-        block.__enter__()
-
-    def returned(self, loss: Tensor, divisor: float) -> None:
-        """The forward pass is over; what the Trainer does to the loss will show in the loss's gradient."""
-        self._divisor = divisor
-        loss.register_hook(self._seen)
-
-    def gave(self, logits: Tensor, smoothing: float) -> None:
-        """The model returned no loss: it got no labels, since the Trainer computes the loss from the logits itself."""
-        logits.register_hook(partial(self._seen_by_logits, logits.detach(), smoothing))
-
-    def gave_log_chances(self, log_chances: Tensor) -> None:
-        """The log-probabilities of the labels, from which trl's trainers compute the loss."""
-        log_chances.register_hook(partial(self._seen_by_log_chances, log_chances.detach()))
-
-    def end(self) -> None:
-        """Close the block.
-
-        Raises:
-            CaptureError: no gradient reached the loss that the model returned.
-        """
-        if self._scale is None:
-            self.block.drop()
-            raise CaptureError(
-                "the loss that was trained on is not the one that the model returned (a compute_loss of one's own), so "
-                "rows could not be scaled; have the model return its loss, or log in a loop of your own"
-            )
-        with self._dropped_on_error():
-            scaler = self.block.options.scaler
-            scaled = 1.0 if scaler is None else scaler.get_scale()  # which the loss's gradient has seen, too
-            self.block.measured(float(self._scale) / scaled, self._divisor)
-        self.block.__exit__(None, None, None)
-
-    def _seen(self, gradient: Tensor) -> None:
-        self._scale = gradient.detach()
-
-    def _seen_by_logits(self, logits: Tensor, smoothing: float, gradient: Tensor) -> None:
-        with self._dropped_on_error():
-            if self.block.options.per_token and logits.ndim > 2:
-                raise CaptureError(
-                    "per_token: true divides a row by the sample's counted tokens, which the labels tell; with a loss "
-                    "outside the model (compute_loss_func, label smoothing) these do not reach it: set per_token: false"
-                )
-            self._scale = torch.tensor(cross_entropy_factor(logits, gradient, smoothing), dtype=torch.float64)
-            self._divisor = 1.0
-
-    def _seen_by_log_chances(self, log_chances: Tensor, gradient: Tensor) -> None:
-        with self._dropped_on_error():
-            self._scale = torch.tensor(token_factor(log_chances, gradient), dtype=torch.float64)
-            self._divisor = 1.0
-
-    @contextmanager
-    def _dropped_on_error(self) -> Iterator[None]:
-        """An error of ours ends the training: its block must not stay open on the model."""
-        try:
-            yield
-        except BaseException:
-            self.block.drop()
-            raise
 
 
 def _batches_to_skip(steps: int, batches: int, accumulated: int) -> int:

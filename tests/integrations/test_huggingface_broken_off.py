@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 from threading import Thread
 from typing import Any
 
@@ -81,6 +82,55 @@ def test_the_model_is_free_for_another_loop(tmp_path: Path) -> None:
     assert hooks(trainer.model) == 0
     own_loop(trainer.model)
     assert len(callback.run.store) == 4
+
+
+@pytest.mark.parametrize("project", ["run", "other"])
+def test_another_trainer_of_the_same_model(tmp_path: Path, project: str) -> None:
+    """A notebook's cell is interrupted and run again."""
+    trainer, first = broken_off(tmp_path)
+    second = LogixCallback(project, root=tmp_path, verbose=False, overwrite=project == "run", **s.IDENTITY)
+    arguments = s.arguments(tmp_path)
+    Trainer(trainer.model, arguments, train_dataset=s.sentences(), callbacks=[second]).train()
+    assert hooks(trainer.model) == 0
+    assert sorted(second.run.store.data_id) == sorted([*range(s.SAMPLES)] * 2)
+    assert len(first.run.store) == (4 if project == "other" else 2 * s.SAMPLES)
+
+
+def test_a_store_that_is_gone_does_not_end_the_next_training(tmp_path: Path) -> None:
+    trainer, _first = broken_off(tmp_path)
+    rmtree(tmp_path / "run")
+    second = LogixCallback("run", root=tmp_path, verbose=False, **s.IDENTITY)
+    again = Trainer(trainer.model, s.arguments(tmp_path), train_dataset=s.sentences(), callbacks=[second])
+    with pytest.warns(RuntimeWarning, match="its logging could not be ended"):
+        again.train()
+    assert len(second.run.store) == 2 * s.SAMPLES
+
+
+def test_a_training_that_is_broken_off_within_another(tmp_path: Path) -> None:
+    class Outer(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if not within:
+                trainer, callback = broken_off(tmp_path / "inner")
+                within.append(hooks(trainer.model))
+                within.append(len(callback.run.store))
+                within.append(hooks(trainer.model))
+            return super().training_step(*args, **kwargs)
+
+    within: list[int] = []
+    outer = LogixCallback("run", root=tmp_path / "outer", verbose=False)
+    Outer(s.llama(), s.arguments(tmp_path), train_dataset=s.sentences(), callbacks=[outer]).train()
+    assert within == [2, 4, 0]
+    assert len(outer.run.store) == 2 * s.SAMPLES
+
+
+def test_a_training_that_was_broken_off_in_a_thread_that_is_gone(tmp_path: Path) -> None:
+    found: list[tuple[Breaking, LogixCallback]] = []
+    thread = Thread(target=lambda: found.append(broken_off(tmp_path)))
+    thread.start()
+    thread.join()
+    (trainer, callback) = found[0]
+    assert len(callback.run.store) == 4
+    assert hooks(trainer.model) == 0
 
 
 def test_training_again_is_refused_and_resuming_goes_on(tmp_path: Path) -> None:
