@@ -65,7 +65,7 @@ class CurvatureStream:
     ) -> None:
         Settings(kind, "empirical", False, 0, widest, "highest")  # refuses what is none
         for name, value in (("basis_samples", basis_samples), ("every", every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         self._selection = selection or default_selection(model)
         self._projector = Projector(self._selection.blocks, INITS["identity"], rank=1, seed=0)

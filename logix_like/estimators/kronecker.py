@@ -68,7 +68,7 @@ class KroneckerInfluence(Estimator, ABC):
         at: At = once,
         progress: bool = True,
     ) -> None:
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
+        if rank is not None and (type(rank) is not int or rank < 1):
             raise QueryError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for whole matrices")
         self._objective = objective or Objective()
         self._sweep = Sweep(model, self._objective, selection or default_selection(model), mask=mask)

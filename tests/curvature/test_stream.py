@@ -121,14 +121,14 @@ def test_every_second_block_and_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="every is 0; it must be a whole number"):
         CurvatureStream(model, every=0)
     with pytest.raises(ConfigError, match=r"basis_samples is 1\.5"):
-        CurvatureStream(model, basis_samples=1.5)  # type: ignore[arg-type]
+        CurvatureStream(model, basis_samples=1.5)
     with pytest.raises(ConfigError, match="unknown kind 'ekfca'; known: ekfac, kfac"):
-        CurvatureStream(model, kind="ekfca")  # type: ignore[arg-type]
+        CurvatureStream(model, kind="ekfca")
     with pytest.raises(ConfigError, match="widest is 0"):
         CurvatureStream(model, widest=0)
     with (
         pytest.raises(ConfigError, match="unknown loss_reduction 'Mean'; known: mean, sum"),
-        stream(5, loss_reduction="Mean"),  # type: ignore[arg-type]
+        stream(5, loss_reduction="Mean"),
     ):
         pass
     for scale in (0.0, float("nan")):
@@ -143,10 +143,10 @@ def test_a_block_that_fails_leaves_nothing_for_the_next_eigenvalues(at: str) -> 
     trained(model, batches, clean, 0.0)
     trained(model, batches[:2], hurt, 0.0)
     with pytest.raises(RuntimeError, match="stop"), hurt(5):
-        hidden = model[0](batches[3][0])  # type: ignore[index]
+        hidden = model[0](batches[3][0])
         if at == "backward":
             hidden.register_hook(stop)
-        nn.functional.cross_entropy(model[1:](hidden), batches[3][1]).backward()  # type: ignore[index]
+        nn.functional.cross_entropy(model[1:](hidden), batches[3][1]).backward()
         stop()
     trained(model, batches[2:], hurt, 0.0)
     assert same(hurt.curvature(), clean.curvature())
