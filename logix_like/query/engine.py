@@ -78,7 +78,7 @@ class QueryEngine:
         per: str | None = None,
         normalize: bool = False,
         client: object = None,
-        index: str = "Flat",
+        index: str = "SQ8",
         progress: bool | None = None,
     ) -> InfluenceResult:
         """Score every sample of the store for every query: ``g_q^T (F + lambda I)^-1 g_i``.
@@ -114,21 +114,33 @@ class QueryEngine:
         """
         question = Question(k, preconditioner, Damping.of(damping), mode, reduce, engine, per, normalize)
         candidates = select(select(self._every(reduce), where), data_id)
-        require_answerable(query, candidates.rows.layout, self._store)
+        return self._influence(question, query, candidates, client, index, progress)
+
+    def _influence(
+        self,
+        question: Question,
+        query: QueryGradients,
+        candidates: Candidates,
+        client: object,
+        index: str,
+        progress: bool | None,
+    ) -> InfluenceResult:
+        layout, k = candidates.rows.layout, question.k
+        require_answerable(query, layout, self._store)
         if k is not None and k > candidates.count:
             raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
-        fit = self._fitter.fit(preconditioner, question.damping, progress)
+        fit = self._fitter.fit(question.preconditioner, question.damping, progress)
         task = self._task(question, query, candidates, fit, progress)
-        parts = None if per is None else parts_of(candidates.rows.layout, per)
+        parts = None if question.per is None else parts_of(layout, question.per)
         answer, remark = self._answer(question, task, fit, parts, client, index)
         return InfluenceResult(
             query_id=tuple(query.data_id),
             samples=candidates.count,
-            mode=mode,
-            preconditioner=preconditioner,
+            mode=question.mode,
+            preconditioner=question.preconditioner,
             damping=question.damping.setting,
-            reduce=reduce,
-            engine=engine,
+            reduce=question.reduce,
+            engine=question.engine,
             note=self._note(question, candidates, fit, query, remark),
             source=str(getattr(self._store, "path", "")),
             part_names=() if parts is None else parts.names,
@@ -327,12 +339,12 @@ class QueryEngine:
             return distributed_extremes(task, question.mode, k, client), ""
         if question.engine == "exact":
             return exact_extremes(task, k), ""
+        load_faiss()  # what is missing is said whatever the store's size
         every = self._every(question.reduce)
         if every.fits_in_memory:
-            load_faiss()  # what is missing is said whatever the store's size
             return exact_extremes(task, k), "the store is so small that scoring every row is faster than an index"
-        rows, setting = (fit.key[0], str(fit.key[1:])) if task.scorer.mode.uses_lengths else ("", "")
-        key = IndexKey(index, question.reduce, question.mode, setting, rows)
+        fitted_to = fit.key[0] if task.scorer.mode.uses_lengths else ""
+        key = IndexKey(index, question.reduce, question.mode, str(fit.key[1:]), fitted_to)
         cache = getattr(self._store, "cache", None)
         way = (question.preconditioner, question.damping, task.candidates.chosen)
         return self._search.extremes(task, k, way, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
@@ -344,7 +356,7 @@ class QueryEngine:
         if scorer.mode.uses_lengths:
             lengths = self._row_lengths(every, fit, task.progress)
             lengths = lengths if scorer.factor is None else lengths * scorer.factor.square()
-        return Vectors(every, scorer.mode, lengths, scorer.factor, task.progress)
+        return Vectors(every, scorer.mode, lengths, scorer.factor, fit.preconditioner, task.progress)
 
     def _row_lengths(self, candidates: Candidates, fit: Fit, progress: bool | None) -> Tensor:
         """``[rows]``: squared lengths of the rows themselves, 0 for those that are not wanted."""

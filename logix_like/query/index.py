@@ -1,9 +1,9 @@
 """FAISS: an index of rows that names candidates, which are then scored exactly from the store.
 
-What is indexed is not the rows themselves. Rows are brought to the few hundred directions in which they are largest (by
-a randomised singular value decomposition of a sample) and to equal variance there: quantisers, lists and graphs would
-else follow the few giant directions that a preconditioner cancels. A query carries the inverse of that scaling, so that
-inner products stay those of the rows' part in these directions, whatever preconditioner and damping is asked with.
+What is indexed is not the rows themselves. They are brought to the thousand directions in which they are largest in
+the preconditioner's own geometry (a randomised singular value decomposition of a sample): rows as they are have a few
+giant directions, which a preconditioner cancels and which quantisers, lists and graphs would follow. Inner products of
+a row's and a preconditioned query's coordinates are those of the row's part in these directions.
 
 faiss-cpu and faiss-gpu own the same module ``faiss``: install one of them, never both. The module is
 imported on first use, after torch, since the order decides which OpenMP runtime the process gets.
@@ -12,8 +12,9 @@ imported on first use, after torch, since the order decides which OpenMP runtime
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logix_like.errors import MissingDependencyError, QueryError
+from logix_like.preconditioner import FittedPreconditioner
 from logix_like.query.fitting import Recent
 from logix_like.query.modes import Mode
 from logix_like.query.scan import Candidates
 
-DIRECTIONS = 512
+DIRECTIONS = 1024
 """Rows are brought to so many numbers before they are indexed."""
 SAMPLED_ROWS = 8192
 """The directions are found, and an index is trained, on so many rows."""
-VARIANCE_FLOOR = 1e-3
-"""Directions are scaled as if none had less than this share of the mean variance."""
+ITERATIONS = 3
+"""Of the search for the largest directions."""
+SMALLEST_VALUE = 1e-10
+"""Directions that count less than this, against the largest, are taken to count so much."""
 SMALLEST_POOL = 200
 """Candidates for each side of a query, at least."""
 POOL = 20
@@ -48,6 +52,7 @@ class Vectors:
     """``[rows]``, squared lengths of the rows, times ``factor`` squared."""
     factor: Tensor | None
     """``[rows]`` or None: what each row is multiplied by."""
+    preconditioner: FittedPreconditioner
     progress: bool | None
 
     def of(self, rows: Tensor, positions: Tensor) -> Tensor:
@@ -75,35 +80,60 @@ class Vectors:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A change to few coordinates of like variance."""
+    """A change of rows and of preconditioned queries to few coordinates."""
 
-    basis: Tensor | None
-    """``[d, directions]``, orthonormal columns; None where there are few numbers anyway."""
-    scale: Tensor
-    """``[directions]``: what the coordinates are divided by."""
+    of_rows: Tensor
+    """``[d, directions]``"""
+    of_queries: Tensor
+    """``[d, directions]``; times the transpose of ``of_rows`` it is a projection."""
 
     @classmethod
-    def fit(cls, sample: Tensor) -> Reduction:
-        """Find the largest directions of ``sample [m, d]``."""
-        basis, reduced = None, sample
-        if sample.shape[1] > DIRECTIONS:
-            with torch.random.fork_rng(devices=[]):  # svd_lowrank draws from torch's generator
-                torch.manual_seed(0)
-                basis = torch.svd_lowrank(sample, q=min(DIRECTIONS, len(sample)), niter=2)[2]
-            reduced = sample @ basis
-        variance = reduced.square().mean(0)
-        floor = variance.mean() * VARIANCE_FLOOR + torch.finfo(torch.float32).tiny
-        return cls(basis, (variance + floor).sqrt())
+    def fit(cls, vectors: Vectors) -> tuple[Reduction, Tensor]:
+        """Find the largest directions of the vectors' sample, in the preconditioner's geometry; also the sample.
+
+        With a symmetric ``P`` and a basis ``X`` (orthonormal in it), a row ``g`` has the coordinates ``X^T P g`` and a
+        preconditioned query ``p`` has ``X^T p``.
+        """
+        sample = vectors.sample()
+        metric = partial(_in_geometry, vectors.preconditioner, sample)
+        basis = _largest(sample, metric) if sample.shape[1] > DIRECTIONS else torch.eye(sample.shape[1])
+        dual = metric(basis)
+        gram = basis.double().T @ dual.double()
+        values, turned = torch.linalg.eigh((gram + gram.T) / 2)
+        floor = values.amax().clamp_min(torch.finfo(torch.float32).tiny) * SMALLEST_VALUE
+        scaled = turned * values.clamp_min(floor).rsqrt()
+        return cls((dual.double() @ scaled).float(), (basis.double() @ scaled).float()), sample
+
+    @property
+    def directions(self) -> int:
+        """How many coordinates there are."""
+        return self.of_rows.shape[1]
 
     def rows(self, vectors: Tensor) -> NDArray[np.float32]:
         """Coordinates of rows."""
-        reduced = vectors if self.basis is None else vectors @ self.basis
-        return np.ascontiguousarray((reduced / self.scale).numpy())
+        return np.ascontiguousarray((vectors @ self.of_rows).numpy())
 
     def queries(self, vectors: Tensor) -> NDArray[np.float32]:
-        """Coordinates of queries: inner products with :meth:`rows` are those of the vectors, as far as these reach."""
-        reduced = vectors if self.basis is None else vectors @ self.basis
-        return np.ascontiguousarray((reduced * self.scale).numpy())
+        """Coordinates of preconditioned queries."""
+        return np.ascontiguousarray((vectors @ self.of_queries).numpy())
+
+
+def _in_geometry(preconditioner: FittedPreconditioner, sample: Tensor, columns: Tensor) -> Tensor:
+    """``P columns [d, n]``; a number beyond the rows' own (their length) is taken at the size that it has in them."""
+    width = preconditioner.layout.width
+    size = sample[:, width:].double().square().mean(0).sqrt().clamp_min(torch.finfo(torch.float32).tiny).float()
+    return torch.cat([preconditioner.apply(columns[:width].T.contiguous()).float().T, columns[width:] / size[:, None]])
+
+
+def _largest(sample: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+    """``[d, directions]``, orthonormal: about the span of the largest directions of ``sample P`` (power iteration)."""
+    sample = sample / sample.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    basis = torch.randn(sample.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    for _ in range(ITERATIONS):
+        turned = metric(basis)
+        turned = turned / turned.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        basis = torch.linalg.qr(sample.T @ (sample @ turned))[0]
+    return basis
 
 
 class RowIndex:
@@ -116,10 +146,8 @@ class RowIndex:
         self._mode = mode
         self._positions = positions
         self._searched = _on_gpus(index)
-        self.pool = POOL
-        """How many times k candidates are named for each side of a query."""
-        self.recall: Recent[float] = Recent(64)
-        """By k and the way of asking: the recall that was measured."""
+        self.measured: Recent[Any] = Recent(64)
+        """By k and the way of asking: what was measured."""
 
     @classmethod
     def build(cls, vectors: Vectors, factory: str) -> RowIndex:
@@ -127,9 +155,8 @@ class RowIndex:
 
         Raises :class:`QueryError` when FAISS does not know ``factory``, or has too few rows to train it.
         """
-        sample = vectors.sample()
-        reduction = Reduction.fit(sample)
-        width = len(reduction.scale)
+        reduction, sample = Reduction.fit(vectors)
+        width = reduction.directions
         faiss = load_faiss()
         try:
             index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
@@ -150,20 +177,19 @@ class RowIndex:
             self.index.add(self.reduction.rows(vectors))
         self._searched = _on_gpus(self.index)
 
-    def candidates(self, queries: Tensor, k: int, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows that may be among the ``k`` highest and ``k`` lowest of preconditioned ``queries``.
+    def candidates(self, queries: Tensor, count: int, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``count`` rows (or all) that may be highest and as many that may be lowest for preconditioned ``queries``.
 
         Only rows where ``wanted [rows]`` holds are looked at, all without it. Both results are positions
-        ``[queries, c]`` among the store's rows; -1 stands for no row.
+        ``[queries, c]`` among the store's rows, the most likely first; -1 stands for no row.
         """
         asked = self.reduction.queries(self._mode.asked(queries).to(torch.float32))
         parameters, limit = None, len(self._positions)
         if wanted is not None:
             inside = wanted[self._positions].nonzero().flatten().numpy()
             parameters, limit = self._parameters(inside), len(inside)
-        count = min(limit, max(self.pool * k, SMALLEST_POOL))
-        highest, lowest = (self._search(side, count, parameters) for side in (asked, -asked))
-        return highest, lowest
+        both = self._search(np.concatenate([asked, -asked]), min(limit, count), parameters)
+        return both[: len(asked)], both[len(asked) :]
 
     def _search(self, asked: NDArray[np.float32], count: int, parameters: Any) -> Tensor:
         try:

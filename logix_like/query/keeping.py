@@ -15,7 +15,6 @@ import tempfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ import torch
 from logix_like.query.index import DIRECTIONS, Reduction, RowIndex, Vectors, load_faiss
 from logix_like.query.scan import Candidates
 
-VERSION = 2
+VERSION = 3
 ABOUT, INDEX, REDUCTION = "about.json", "index.faiss", "reduction.npz"
 LARGEST_GROWTH = 2.0
 """An index that would grow by more than this is built again: its directions were found on too few rows."""
@@ -37,10 +36,10 @@ class IndexKey:
     reduce: str
     mode: str
     fit: str
-    """Preconditioner and damping, where the mode scales rows by their lengths; else empty."""
+    """Preconditioner and damping."""
     fitted_to: str = ""
-    """Identifies the rows that the preconditioner was fitted to; not in the name, so that an index of other rows is
-    replaced by the next one."""
+    """Identifies the rows that the preconditioner was fitted to, where the mode scales rows by their lengths; not in
+    the name, so that an index of other rows is replaced by the next one."""
 
     @property
     def name(self) -> str:
@@ -85,12 +84,11 @@ def _read(folder: Path, vectors: Vectors, key: IndexKey) -> RowIndex | None:
         if about["fitted_to"] != key.fitted_to or about["fingerprint"] != _first(vectors, rows).fingerprint:
             return None
         with np.load(folder / REDUCTION, allow_pickle=False) as arrays:
-            basis = torch.from_numpy(arrays["basis"]) if "basis" in arrays else None
-            reduction = Reduction(basis, torch.from_numpy(arrays["scale"]))
+            reduction = Reduction(torch.from_numpy(arrays["of_rows"]), torch.from_numpy(arrays["of_queries"]))
         index = load_faiss().deserialize_index(np.frombuffer(files[INDEX], np.uint8))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
-    if index.ntotal != rows or index.d != len(reduction.scale):
+    if index.ntotal != rows or index.d != reduction.directions:
         return None
     return RowIndex(index, reduction, vectors.mode, vectors.candidates.positions(), key.factory)
 
@@ -116,10 +114,8 @@ def _write(folder: Path, found: RowIndex, vectors: Vectors, key: IndexKey) -> No
         return
     try:
         (unfinished / INDEX).write_bytes(load_faiss().serialize_index(found.index).tobytes())
-        arrays: dict[str, Any] = {"scale": found.reduction.scale.numpy()}
-        if found.reduction.basis is not None:
-            arrays["basis"] = found.reduction.basis.numpy()
-        np.savez(unfinished / REDUCTION, allow_pickle=False, **arrays)
+        maps = {"of_rows": found.reduction.of_rows.numpy(), "of_queries": found.reduction.of_queries.numpy()}
+        np.savez(unfinished / REDUCTION, allow_pickle=False, **maps)
         crc = {name: zlib.crc32((unfinished / name).read_bytes()) for name in (INDEX, REDUCTION)}
         about = {"rows": vectors.candidates.count, "fitted_to": key.fitted_to, "crc": crc}
         about |= {"fingerprint": vectors.fingerprint}

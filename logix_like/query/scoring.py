@@ -11,9 +11,9 @@ from torch import Tensor
 
 from logix_like.query.parts import Parts
 from logix_like.query.products import Products
-from logix_like.query.ranking import RunningTop, stable_top
+from logix_like.query.ranking import RunningTop
 from logix_like.query.scan import Candidates, HeldTile, Tile
-from logix_like.query.sieve import EXACT_BYTES, SMALLEST_NORM, Group, Scorer, Sieve, runs
+from logix_like.query.sieve import SMALLEST_NORM, Group, Scorer, Sieve
 
 SIEVED_ROWS = 16_384
 """The scores of at most so many rows (or one chunk more) are looked at together."""
@@ -141,49 +141,19 @@ def _extremes(running: RunningTop, task: Task) -> Extremes:
     return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
-def indexed_extremes(task: Task, highest: Tensor, lowest: Tensor, k: int) -> Sides:
-    """The ``k`` highest and the ``k`` lowest among candidates ``[queries, c]`` for each side, scored exactly.
+def extremes_among(task: Task, positions: Tensor, k: int) -> Sides:
+    """The ``k`` highest and the ``k`` lowest among the rows at ascending ``positions``, at least ``k`` of them.
 
-    -1 stands for no candidate; each query has at least ``k`` on each side.
+    Rows are fetched once for all queries, a bounded number at a time, and every query is scored with every one.
     """
-    named = torch.cat([highest, lowest], dim=1)
-    there = named >= 0
-    queries, positions = there.nonzero(as_tuple=True)[0], named[there]
-    exact = task.scorer.pair_scores(pair_products(task, queries, positions), queries, positions)
-    scores = torch.full(named.shape, torch.nan, dtype=torch.float64).masked_scatter_(there, exact)
-    cut = highest.shape[1]
-    sides = (_best(highest, scores[:, :cut], k, 1), _best(lowest, scores[:, cut:], k, -1))
-    top, bottom = (Extremes(best.to(task.scorer.queries.dtype), places) for best, places in sides)
-    return top, bottom
-
-
-def _best(named: Tensor, scores: Tensor, k: int, sign: int) -> tuple[Tensor, Tensor]:
-    """Scores and positions ``[queries, k]``; of equal scores the earlier row comes first."""
-    positions, order = named.sort(dim=1)
-    signed = torch.where(positions < 0, -torch.inf, sign * scores.gather(1, order))
-    best, chosen = stable_top(signed, k)
-    return sign * best, positions.gather(1, chosen)
-
-
-def pair_products(task: Task, queries: Tensor, positions: Tensor) -> Tensor:
-    """``[pairs]``, float64: inner products of queries and rows, by their numbers ``[pairs]``.
-
-    Rows are fetched in their order, each once for all queries, a bounded number at a time.
-    """
-    asked = task.scorer.queries.double()
-    rows, inverse = positions.unique(return_inverse=True)
-    order = queries.argsort(stable=True)
-    queries, inverse = queries[order], inverse[order]
-    products = torch.empty(len(positions), dtype=torch.float64)
-    step = max(1, SIEVED_BYTES // (4 * asked.shape[1]))
-    longest = max(1, EXACT_BYTES // (8 * asked.shape[1]))
-    for start in range(0, len(rows), step):
-        fetched = task.candidates.fetch(rows[start : start + step])
-        inside = ((inverse >= start) & (inverse < start + step)).nonzero().flatten()
-        for query, first, last in runs(queries[inside], longest):
-            pairs = inside[first:last]
-            products[order[pairs]] = torch.mv(fetched[inverse[pairs] - start].double(), asked[query])
-    return products
+    sieve: Sieve | None = None
+    for some in positions.split(max(task.group_rows, k)):
+        tile = HeldTile(some, task.candidates.fetch(some))
+        group = Group()
+        group.add(tile, task.products.of(tile))
+        sieve = _sieved(sieve, group, task, k)
+    assert sieve is not None
+    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
 
 
 def joined(parts: Iterator[Sides], k: int) -> Sides:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import MissingDependencyError
+from logix_like.query import indexing
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import RowIndex
-from logix_like.query.indexing import IndexSearch
+from logix_like.query.indexing import IndexSearch, Measured
 from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
@@ -28,6 +29,13 @@ LAYOUT = blocks_layout((4, 3), (3, 2), (4, 3))
 
 SINGLE = 1e-5
 """Both sides score in float32; products may be summed in another order."""
+
+
+@pytest.fixture(autouse=True)
+def however_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index is asked, though every row would be scored sooner."""
+    monkeypatch.setattr(indexing, "SHARE_OF_EACH", float("inf"))
+    monkeypatch.setattr(indexing, "SHARE_OF_ALL", float("inf"))
 
 
 @pytest.fixture
@@ -132,9 +140,9 @@ def test_a_recall_is_measured_anew_for_another_curvature(
 ) -> None:
     measured: list[int] = []
 
-    def measure(search: IndexSearch, task: Task, k: int, index: RowIndex) -> float:
+    def measure(search: IndexSearch, task: Task, k: int, index: RowIndex) -> Measured:
         measured.append(k)
-        return len(measured) / 10
+        return Measured(200, f"recall@{k} {len(measured) / 10:.3f}")
 
     monkeypatch.setattr(IndexSearch, "_measured", measure)
     engine, notes = QueryEngine(MemoryStore(LAYOUT, rows), keep_bytes=0), []
