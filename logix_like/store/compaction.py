@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
             f'folder in the environment variable {CACHE_VARIABLE}, or ask with reduce="none"'
         ) from error
     finally:
-        remove_tree(temporary)
+        with suppress(OSError):  # the next view removes it, once it is old
+            remove_tree(temporary)
     _remove_others(folder)
 
 

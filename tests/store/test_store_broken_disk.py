@@ -99,6 +99,21 @@ def test_no_failure_of_the_disk_makes_a_store_that_does_not_open(
         check(training, f"{where}, {disk.failed}")
 
 
+def test_a_view_that_cannot_be_written_is_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what was begun cannot be taken away again."""
+    for call in range(1, 1000):
+        training = Training(tmp_path / f"{call}", durability="process")
+        training.begin()
+        training.log()
+        disk = BrokenDisk(call, errno.EACCES)
+        with monkeypatch.context() as patch, contextlib.suppress(StoreWriteError):
+            patch.setattr(local, "os", disk)
+            build_view(training.path)
+        if not disk.failed:
+            break
+        check(training, f"call {call}, {disk.failed}")
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_training_goes_on_without_its_log_and_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: int
