@@ -111,7 +111,7 @@ class LogixCallback(Callback):
             self._watch(loader)
             assert self._names is not None
             if self._names.order is not None:
-                self._names.order.join(_first_pass(trainer))
+                self._names.order.join(_training_pass(trainer))
         steps, self._saved_steps = self._saved_steps, None
         steps = trainer.global_step if steps is None else steps
         self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=steps)
@@ -130,7 +130,7 @@ class LogixCallback(Callback):
         scale = self._scale
         if pl_module.automatic_optimization:
             scale /= trainer.accumulate_grad_batches
-        ids = self._names.take(batch, mask)
+        ids = self._names.take(batch, mask, _training_pass(trainer))
         self._batch = {"data_id": ids, "mask": mask, "scale": scale, "scaler": scaler}
         self._open()
 
@@ -202,6 +202,10 @@ class LogixCallback(Callback):
             self._block = None
 
 
-def _first_pass(trainer: Any) -> Any:
-    """The loader's iterator of the first pass, which Lightning makes before callbacks hear of the loader."""
-    return trainer.fit_loop._combined_loader._iterator.iterators[0]
+def _training_pass(trainer: Any) -> Any:
+    """The training loader's iterator, which Lightning makes for the first pass before callbacks hear of the loader.
+
+    None where several loaders are read, by none of which samples are named.
+    """
+    iterators = trainer.fit_loop._combined_loader._iterator.iterators
+    return iterators[0] if len(iterators) == 1 else None

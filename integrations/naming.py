@@ -52,13 +52,13 @@ class SampleNames:
         if self._function is None and by_index:
             self.order = LoaderOrder(loader)
 
-    def take(self, batch: Any, mask: Tensor | None) -> tuple[DataId, ...]:
-        """Ids of ``batch``, which is the next one of the loader."""
+    def take(self, batch: Any, mask: Tensor | None, iterator: Any = None) -> tuple[DataId, ...]:
+        """Ids of ``batch``, which is the next one of the loader, or of this ``iterator`` of it where that is known."""
         if self._function is not None:
             return as_data_ids(self._function(batch), mask)
         if self.order is None:
             return _content(batch, mask, self._loader)
-        indices = self.order.take()
+        indices = self.order.take(iterator)
         if self._names is None:
             return indices
         return tuple(self._names[index] for index in indices)

@@ -3,59 +3,98 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from logix_like.errors import CaptureError
 
 
-class RecordedBatches(BatchSampler):
-    """Stands in for a batch sampler: hands out the same lists of indices, and remembers them in order.
+class Pass(Iterator[Any]):
+    """One pass over a batch sampler: hands out its lists of indices, and remembers them in order.
 
-    Everything else is the inner sampler's. A new pass forgets what an abandoned one had read ahead.
+    Args:
+        batches: the sampler's.
+        skip: how many of them are read and thrown away.
+        on_end: told of this pass when all is handed out.
+    """
+
+    def __init__(self, batches: Iterator[Any], skip: int, on_end: Callable[[Pass], None]) -> None:
+        self.batches = batches
+        """The sampler's, or those of a pass that another callback watches."""
+        self._skip = skip
+        self._on_end = on_end
+        self.read: deque[tuple[int, ...]] = deque()
+        """What was handed out and not taken yet."""
+
+    def __next__(self) -> Any:
+        try:
+            indices = next(self.batches)
+        except StopIteration:
+            self._on_end(self)
+            raise
+        if self._skip:
+            self._skip -= 1
+        else:
+            self.read.append(tuple(int(index) for index in indices))
+        return indices
+
+
+class RecordedBatches(BatchSampler):
+    """Stands in for a batch sampler: hands out the same lists of indices, each pass remembering its own.
+
+    Everything else is the inner sampler's. A pass that is given up is forgotten, with what it had read ahead; one that
+    was read to its end, whose last batches may still be trained on, when the next begins.
     """
 
     def __init__(self, inner: Any) -> None:
         # The parent's constructor is not called: all its attributes are the inner sampler's.
-        self._inner = inner
-        self._read: deque[tuple[int, ...]] = deque()
+        self.inner = inner
+        self._passes: list[ref[Pass]] = []
+        self._ended: Pass | None = None
         self.skip = 0
         """How many batches of the next pass are read and thrown away, when a training is resumed in an epoch."""
 
     def __iter__(self) -> Iterator[Any]:
-        return self.follow(iter(self._inner))
+        return self.follow(iter(self.inner))
 
-    def follow(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, remembered as they are handed out."""
-        self._read.clear()
-        skip, self.skip = self.skip, 0
-        for number, indices in enumerate(batches):
-            if number >= skip:
-                self._read.append(tuple(int(index) for index in indices))
-            yield indices
+    def follow(self, batches: Iterator[Any]) -> Pass:
+        """A pass over the same batches."""
+        skip, self.skip, self._ended = self.skip, 0, None
+        begun = Pass(batches, skip, self._end)
+        self._passes = [*(known for known in self._passes if known() is not None), ref(begun)]
+        return begun
+
+    def _end(self, ended: Pass) -> None:
+        self._ended = ended
 
     def __len__(self) -> int:
-        return len(self._inner)
+        return len(self.inner)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # asked for before it is set, by copying
+        if name == "inner":  # asked for before it is set, by copying
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return getattr(self.inner, name)
 
-    def take(self) -> tuple[int, ...]:
-        """Indices of the oldest batch that was not taken yet.
+    def take(self, of: Any = None) -> tuple[int, ...]:
+        """Indices of the oldest batch that was not taken yet, of the pass ``of``, or of the only one that has such.
 
         Raises:
-            CaptureError: more batches were trained on than the loader handed out.
+            CaptureError: more batches were trained on than the loader handed out, or several passes go on.
         """
-        if not self._read:
+        passes = [found for known in self._passes if (found := known()) is not None]
+        while isinstance(of, Pass) and of not in passes:
+            of = of.batches
+        waiting = [known.read for known in passes if known.read and (known is of or not isinstance(of, Pass))]
+        if len(waiting) != 1:
+            what = "hands out while something else reads it as well" if waiting else "did not hand out"
             raise CaptureError(
-                "a batch was trained on that the trainer's data loader did not hand out, so its samples are unknown; "
-                "name them with LogixCallback(data_id=...), a function of the batch"
+                f"a batch was trained on that the trainer's data loader {what}, so its samples are unknown; name them "
+                "with LogixCallback(data_id=...), a function of the batch"
             )
-        return self._read.popleft()
+        return waiting[0].popleft()
 
 
 class LoaderOrder:
@@ -102,14 +141,19 @@ class LoaderOrder:
             )
         iterator._sampler_iter = self._batches.follow(iterator._sampler_iter)
 
-    def take(self) -> tuple[int, ...]:
-        """Dataset indices of the next batch."""
-        return self._batches.take()
+    def take(self, iterator: Any = None) -> tuple[int, ...]:
+        """Dataset indices of the next batch, of the loader's ``iterator`` where it is known."""
+        return self._batches.take(getattr(iterator, "_sampler_iter", None))
 
     def close(self) -> None:
         """Put the loader's own sampler back; calling it again does nothing."""
-        if getattr(self._loader, self._name) is self._batches:
-            self._replace(self._batches._inner)
+        sampler = getattr(self._loader, self._name)
+        if sampler is self._batches:
+            self._replace(self._batches.inner)
+        while isinstance(sampler, RecordedBatches):  # another callback's, who watched this one
+            if sampler.inner is self._batches:
+                sampler.inner = self._batches.inner
+            sampler = sampler.inner
 
     def _replace(self, sampler: Any) -> None:
         # A DataLoader refuses the assignment, since it would not reach a pass that is going on; that is meant here.

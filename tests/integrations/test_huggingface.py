@@ -45,6 +45,23 @@ class OwnLoss(Trainer):
         return model(**inputs).logits.square().mean()
 
 
+class Probing(Trainer):
+    """Reads its own loader in the midst of a pass, and throws away what it reads."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        for number in range(self.state.global_step):
+            assert next(iter(self.callback_handler.train_dataloader)), number
+        return super().training_step(*args, **kwargs)
+
+
+class Counting(Trainer):
+    """Reads all of its own loader in the midst of a pass."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.state.global_step or len(list(self.callback_handler.train_dataloader)) == 6
+        return super().training_step(*args, **kwargs)
+
+
 class Twice(Trainer):
     """Calls the model twice for one batch."""
 
@@ -57,6 +74,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "accumulation of three": {"gradient_accumulation_steps": 3},
     "scaled loss": {"kind": Scaled, "gradient_accumulation_steps": 2},
+    "loader read twice at once": {"kind": Probing, "gradient_accumulation_steps": 2},
     "clipping": {"max_grad_norm": 1e-3},
     "group by length": {"train_sampling_strategy": "group_by_length"},
     "batches by length": {"train_sampling_strategy": "batch_rebalance", "gradient_accumulation_steps": 2},
@@ -86,6 +104,11 @@ def test_rows_are_the_samples_own_gradients(tmp_path: Path, condition: str) -> N
     assert set(visits.values()) <= {1, 2} and len(visits) == s.SAMPLES
     error = s.relative_error(store.gradients[:], s.own_rows(s.llama(), store, data))
     assert error <= (BFLOAT16 if "bfloat16" in condition else FLOAT32)
+
+
+def test_a_loader_that_is_read_by_others_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="something else reads it as well"):
+        s.trained(tmp_path, s.llama(), s.sentences(), kind=Counting)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -16,11 +16,13 @@ pytest.importorskip("lightning")
 from logix_like.integrations.lightning import LogixCallback
 
 from logix_like.errors import CaptureError
-from tests.integrations.test_lightning import FLOAT32, Classifier, logged, quiet, relative_error, trainer
+from tests.integrations.test_lightning import FLOAT32, IDENTITY, Classifier, logged, quiet, relative_error, trainer
 from tests.training import SAMPLES, data
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning.*", "ignore:.*LeafSpec.*")
 __all__ = ["quiet"]
+
+QUIET: dict[str, Any] = {"verbose": False, **IDENTITY}
 
 SETTINGS: dict[str, tuple[dict[str, Any], int]] = {
     "a development run": ({"fast_dev_run": 2}, 10),
@@ -51,6 +53,28 @@ def test_rows_are_those_that_were_trained_on(tmp_path: Path, name: str) -> None:
     assert list(store.data_id) == seen
     assert len(store) == rows
     assert relative_error(store, module) <= FLOAT32
+
+
+def test_the_loader_is_read_by_validation_too(tmp_path: Path) -> None:
+    """In the midst of a pass of training, and not to its end."""
+    module = Classifier()
+    loader, kept = DataLoader(module.dataset, 5, shuffle=True), LogixCallback("run", root=tmp_path, **QUIET)
+    settings: dict[str, Any] = {"val_check_interval": 2, "limit_val_batches": 2, "num_sanity_val_steps": 1}
+    trainer(tmp_path, kept, **settings).fit(module, loader, loader)
+    assert sorted(kept.run.store.data_id) == sorted([*range(SAMPLES)] * 2)
+    assert relative_error(kept.run.store, module) <= FLOAT32
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_two_callbacks_leave_the_loader_as_it_was(tmp_path: Path, given: bool) -> None:
+    module = Classifier()
+    loader = DataLoader(module.dataset, 5, shuffle=True)
+    module.train_dataloader = lambda: loader
+    sampler, callbacks = loader.batch_sampler, [LogixCallback(name, root=tmp_path, **QUIET) for name in "ab"]
+    trainer(tmp_path, *callbacks).fit(module, *([loader] if given else []))
+    assert loader.batch_sampler is sampler
+    for callback in callbacks:
+        assert relative_error(callback.run.store, module) <= FLOAT32
 
 
 def test_a_batch_that_is_not_trained_on_is_not_logged(tmp_path: Path) -> None:
