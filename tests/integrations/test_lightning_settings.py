@@ -67,9 +67,12 @@ def test_the_loader_is_read_by_validation_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [True, False])
 def test_two_callbacks_leave_the_loader_as_it_was(tmp_path: Path, given: bool) -> None:
-    module = Classifier()
+    class Loading(Classifier):
+        def train_dataloader(self) -> Any:
+            return loader
+
+    module = Loading()
     loader = DataLoader(module.dataset, 5, shuffle=True)
-    module.train_dataloader = lambda: loader
     sampler, callbacks = loader.batch_sampler, [LogixCallback(name, root=tmp_path, **QUIET) for name in "ab"]
     trainer(tmp_path, *callbacks).fit(module, *([loader] if given else []))
     assert loader.batch_sampler is sampler
