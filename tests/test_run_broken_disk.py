@@ -66,7 +66,10 @@ def test_training_goes_on_wherever_the_disk_fails(
         if not disk.failed:
             continue  # timed commits: not every run asks for as much
         told = [record.message for record in caplog.records if "training goes on" in record.message]
-        assert len(told) == 1 and os.strerror(code) in told[0], f"{where}, {disk.failed}: {told}"
+        if told:
+            assert len(told) == 1 and os.strerror(code) in told[0], f"{where}, {disk.failed}: {told}"
+        else:  # only what was left over could not be removed: nothing is lost
+            assert disk.failed == "replace" and len(open_store(tmp_path / str(call) / "run").view("mean")) == 23, where
         assert all(torch.equal(found[name], weight) for name, weight in expected.items()), where
         try:
             store = open_store(tmp_path / str(call) / "run")

@@ -183,7 +183,8 @@ class LineFile:
             raise OSError(errno.EBADF, "the record is closed")
         written = os.write(self._handle, line + b"\n")
         if written != len(line) + 1:
-            raise OSError(errno.ENOSPC, f"only {written} of {len(line) + 1} bytes of a record were written")
+            told = f"only {written} of {len(line) + 1} bytes of a record were written"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {told}")
         if self._sync:
             os.fsync(self._handle)
 
