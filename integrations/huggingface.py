@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import logix_like as logix
+from logix_like.capture.eager import eager
 from logix_like.capture.hooks import OwnHook
 from logix_like.config import Config
 from logix_like.errors import CaptureError, LogixError, MissingDependencyError
@@ -154,7 +155,7 @@ class LogixCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A compiled model is to run eagerly, which alone calls the hooks that see its batches."""
         if self._session is not None and args.torch_compile:
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self._eager.enter_context(eager())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What comes between steps may be compiled; a checkpoint that is saved now has the steps that were counted.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from logix_like.capture.composite import ModuleCall, random_state
+from logix_like.capture.eager import eager
 from logix_like.capture.selection import Selection, TrackedComposite, TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.timing import Stopwatch
@@ -67,7 +68,7 @@ class HookSet:
             self._handles.append(composite.module.register_forward_pre_hook(OwnHook(replayer.before)))
             self._attach(composite.module, OwnHook(replayer.after))
         if "torch._dynamo" in sys.modules:  # nothing can have been compiled before it is imported
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self._stack.enter_context(eager())
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logix_like as logix
+from logix_like.capture.eager import eager
 from tests.training import SAMPLES, batches, data, full, network, own_gradients
 
 EXACT = 1e-9
@@ -142,3 +143,18 @@ def test_rows_and_no_recompilation_by_inductor(
     assert again == 0
     expected = own_gradients(network(), *data())
     assert float((run.store.gradients[:] - expected).norm() / expected.norm()) < EXACT
+
+
+def test_those_who_want_eager_steps_end_in_any_order() -> None:
+    compiled = torch.compile(nn.Linear(3, 2), backend="aot_eager")
+    first, second, forgotten = eager(), eager(), eager()
+    for one in (first, second, forgotten):
+        one.__enter__()
+    first.__exit__(None, None, None)
+    del forgotten, one
+    before = compilations()
+    compiled(torch.ones(1, 3))
+    assert compilations() == before
+    second.__exit__(None, None, None)
+    compiled(torch.ones(1, 3))
+    assert compilations() == before + 1
