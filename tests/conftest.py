@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,8 +42,10 @@ def nothing_left_behind() -> Iterator[None]:
     torch.set_default_dtype(settings[0])
     torch.set_num_threads(settings[1])
     torch.set_grad_enabled(settings[2])
+    if found[3] != settings[3]:
+        torch.compiler.set_stance(settings[3])
     assert not left, f"the test left threads running: {left}; close what it opened"
-    assert found == settings, "the test changed torch's default dtype, thread count or grad mode"
+    assert found == settings, "the test changed torch's default dtype, thread count, grad mode or way of compiling"
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +56,10 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     return folder
 
 
-def _settings() -> tuple[torch.dtype, int, bool]:
-    return torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+def _settings() -> tuple[torch.dtype, int, bool, str]:
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    stance = "default" if compiler is None else compiler._stance.stance
+    return torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), stance
 
 
 def _started_since(before: set[threading.Thread]) -> list[threading.Thread]:

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -122,6 +122,10 @@ def rate(data: Logged, act: Callable[[], object]) -> float:
     return data.rows.nbytes / 2**20 / statistics.median(times)
 
 
+def every_row(store: Path) -> list[Tensor]:
+    return list(decoded(store))
+
+
 def decoded(store: Path) -> Iterator[Tensor]:
     return (chunk.decode() for chunk in open_store(store).chunks())
 
@@ -144,7 +148,7 @@ def test_dtypes_and_codecs(tmp_path: Path, init: str, tmp_path_factory: pytest.T
                 return path
 
             written, path = rate(data, store), tmp_path / name
-            read = rate(data, lambda path=path: list(decoded(path)))  # type: ignore[misc]
+            read = rate(data, partial(every_row, path))
             size = open_store(path).bytes["rows"] / len(data.rows)
             rows = open_store(path).gradients[:].float()
             visits = spearman(data.queries @ rows.T, exact)

@@ -1,7 +1,7 @@
 """Which modules are tracked, and what is said of those that are not."""
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from logix_like.capture.selection import select_modules
 from logix_like.errors import ConfigError
@@ -42,7 +42,7 @@ def test_frozen_modules_are_left_out_unless_asked_for() -> None:
 
 def test_a_linear_layer_with_a_forward_of_its_own_is_named() -> None:
     class Noisy(nn.Linear):
-        def forward(self, x):  # type: ignore[no-untyped-def]
+        def forward(self, x: Tensor) -> Tensor:
             return super().forward(x + 1)
 
     selection = select_modules(nn.Sequential(Noisy(2, 2), nn.Linear(2, 2)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -22,8 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 def whole(model: nn.Module, backend: str) -> nn.Module:
-    compiled: nn.Module = torch.compile(model, backend=backend)  # type: ignore[assignment]
-    return compiled
+    return cast(nn.Module, torch.compile(model, backend=backend))
 
 
 def in_place(model: nn.Module, backend: str) -> nn.Module:

@@ -42,7 +42,7 @@ def kronfluence_scores(
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
 
-    class Classification(Task):  # type: ignore[misc]
+    class Classification(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -36,15 +35,6 @@ BFLOAT16 = 5e-2
 IDENTITY: dict[str, Any] = {"projection": {"init": "identity"}, "store": {"dtype": "float64"}}
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
-
-
 class Classifier(lightning.LightningModule):
     """A small network with its data."""
 
@@ -61,7 +51,7 @@ class Classifier(lightning.LightningModule):
     def loss(self, batch: list[Tensor]) -> Tensor:
         return F.cross_entropy(self.drop(self.net(batch[0])), batch[1])
 
-    def training_step(self, batch: list[Tensor], number: int) -> Tensor | None:
+    def training_step(self, batch: list[Tensor], number: int) -> Any:
         return self.loss(batch)
 
     def validation_step(self, batch: list[Tensor], number: int) -> None:

@@ -16,11 +16,10 @@ pytest.importorskip("lightning")
 from logix_like.integrations.lightning import LogixCallback
 
 from logix_like.errors import CaptureError
-from tests.integrations.test_lightning import FLOAT32, IDENTITY, Classifier, logged, quiet, relative_error, trainer
+from tests.integrations.test_lightning import FLOAT32, IDENTITY, Classifier, logged, relative_error, trainer
 from tests.training import SAMPLES, data
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:lightning.*", "ignore:.*LeafSpec.*")
-__all__ = ["quiet"]
 
 QUIET: dict[str, Any] = {"verbose": False, **IDENTITY}
 
@@ -44,7 +43,7 @@ def test_rows_are_those_that_were_trained_on(tmp_path: Path, name: str) -> None:
     x = data(torch.float32)[0]
 
     class Watched(Classifier):
-        def training_step(self, batch: list[Tensor], number: int) -> dict[str, Tensor]:  # type: ignore[override]
+        def training_step(self, batch: list[Tensor], number: int) -> Any:
             seen.extend(int((x == row).all(1).nonzero()) for row in batch[0])
             return {"loss": self.loss(batch)}
 

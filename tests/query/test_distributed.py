@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,13 +27,9 @@ from tests.query.test_query_on_disk import LAYOUT, _write
 
 
 @pytest.fixture(autouse=True)
-def short_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "RANGE_BYTES", 2 * LAYOUT.width * 70)
     monkeypatch.setattr(scoring, "SIEVED_ROWS", 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,8 @@ SINGLE = 2e-7
 
 
 @pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "SIEVED_ROWS", 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["int8", "int4", "sign"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,8 @@ def test_an_error_comes_where_it_happened_and_nothing_runs_on() -> None:
     taken: list[int] = []
     stopped = ahead(_numbers(taken, 1000))
     next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    assert isinstance(stopped, Generator)
+    stopped.close()
     assert len(taken) <= 1 + CHUNKS_AHEAD
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -24,13 +22,9 @@ SINGLE = 2e-7
 
 
 @pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Groups of 128 rows, on one thread."""
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 128 rows."""
     monkeypatch.setattr(scoring, "SIEVED_ROWS", 128)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["narrow", "wide"])

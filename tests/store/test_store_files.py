@@ -26,12 +26,7 @@ def write(files: Files, contents: Mapping[Place, Iterable[Bytes]], *, once: bool
 
 
 class FilesContract:
-    """What every kind of storage must do."""
-
-    @pytest.fixture
-    def root(self) -> Place:
-        """An empty place."""
-        raise NotImplementedError
+    """What every kind of storage must do; those who inherit it give an empty place, the fixture ``root``."""
 
     @pytest.fixture
     def files(self, root: Place) -> Files:
