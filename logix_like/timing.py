@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from time import perf_counter
 from typing import TypeVar
 
@@ -73,7 +72,6 @@ class Stopwatch:
     def timed(self, act: Callable[..., Answer]) -> Callable[..., Answer]:
         """``act``, whose time counts as inside."""
 
-        @wraps(act)
         def counted(*args: object) -> Answer:
             with self:
                 return act(*args)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import logix_like as logix
 from logix_like.errors import CaptureError, ConfigError, ModelMismatchError, StoreDamagedError, StoreError
@@ -16,6 +17,18 @@ from logix_like.estimators.unrolling import ExactUnrolling
 from logix_like.store import verify
 from logix_like.store.journal import journals
 from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
+
+
+def resumed_at_two(folder: Path) -> tuple[logix.Run, nn.Module, torch.optim.Optimizer]:
+    """A run that goes on behind the second step of one that :func:`train` made."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    run = logix.init(
+        "run", model, root=str(folder), record="path", optimizer=optimizer, resume=True, verbose=False,
+        projection={"init": "identity"}, store={"dtype": "float64"},
+    )  # fmt: skip
+    run.step(2)
+    return run, model, optimizer
 
 
 def test_every_step_is_recorded_as_it_was_taken(tmp_path: Path) -> None:
@@ -105,13 +118,7 @@ def test_steps_that_a_scaler_skips_are_no_steps(tmp_path: Path) -> None:
 
 def test_a_resumed_training_takes_the_place_of_what_it_repeats(tmp_path: Path) -> None:
     train(tmp_path, steps=4)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    run = logix.init(
-        "run", model, root=str(tmp_path), record="path", optimizer=optimizer, resume=True, verbose=False,
-        projection={"init": "identity"}, store={"dtype": "float64"},
-    )  # fmt: skip
-    run.step(2)
+    run, model, optimizer = resumed_at_two(tmp_path)
     x, y = batch_of([7])
     with run(data_id=[7]):
         F.cross_entropy(model(x), y).backward()
@@ -183,13 +190,7 @@ def test_frozen_weights_given_to_the_optimizer_are_no_part_of_the_path(tmp_path:
 
 def test_checkpoints_of_steps_that_were_taken_again_are_no_part_of_the_path(tmp_path: Path) -> None:
     train(tmp_path, steps=5, checkpoints={"every_steps": 1})
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    run = logix.init(
-        "run", model, root=str(tmp_path), record="path", optimizer=optimizer, resume=True, verbose=False,
-        projection={"init": "identity"}, store={"dtype": "float64"},
-    )  # fmt: skip
-    run.step(2)
+    run, model, optimizer = resumed_at_two(tmp_path)
     model.load_state_dict(run.at(3).weights)
     for ids in ([7], [8]):
         x, y = batch_of(ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from logix_like.store import lease as leases
 from logix_like.store.files import files_of, read_bytes, write_file
 from tests.store.s3_server import BUCKET, KEYS
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
+from tests.store.writer_process import start
 from tests.training import data, network, trained_run
 
 
@@ -231,22 +231,6 @@ def test_what_is_missing_to_use_a_url_is_named(monkeypatch: pytest.MonkeyPatch) 
         logix.open_store("s3://bucket/key")
 
 
-SCRIPT = """
-import sys, torch
-from logix_like.store import as_place
-from tests.store.store_runs import WIDTH, batches, writer
-store, mode = as_place(sys.argv[1]), sys.argv[2]
-rows = torch.arange(2000.0).unsqueeze(1).expand(2000, WIDTH).contiguous()
-out = writer(store, queue_mib=0.01)
-for number, batch in enumerate(batches(rows, size=7)):
-    out.put(batch)
-    if mode == "kill" and number % 3 == 0:
-        print(out.commit(), flush=True)
-    if mode == "exit" and number == 5:
-        sys.exit(3)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["kill", "exit"])
@@ -255,17 +239,12 @@ def test_acknowledged_objects_survive_the_process(
 ) -> None:
     for name, value in s3_environment.items():
         monkeypatch.setenv(name, value)
-    url, root = f"s3://{BUCKET}/{tmp_path.name}", str(Path(__file__).parents[2])
+    url = f"s3://{BUCKET}/{tmp_path.name}"
     store = new_store(as_place(url))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, url, mode],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start(store, mode)
     with process:
-        told = [int(process.stdout.readline()) for _ in range(6)] if mode == "kill" else [42]
+        assert process.stdout is not None
+        told = [int(process.stdout.readline()) for _ in range(6)] if mode == "kill" else [147]
         if mode == "kill":
             process.kill()
     assert process.returncode == (-9 if mode == "kill" else 3)

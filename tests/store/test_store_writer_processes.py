@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,35 +13,7 @@ from logix_like.errors import StoreError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import create_store, open_store
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
-
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from tests.store.store_runs import WIDTH, batches, writer
-store, mode = Path(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-rows = torch.arange(2000.0).unsqueeze(1).expand(2000, WIDTH).contiguous()
-out = writer(store, queue_mib=0.01)
-for number, batch in enumerate(batches(rows, size=7)):
-    out.put(batch)
-    if mode == "kill" and number % 3 == 0:
-        print(out.commit(), flush=True)
-    if mode == "exit" and number == 20:
-        sys.exit(3)
-"""
-
-
-def start(store: Path, mode: str) -> subprocess.Popen[str]:
-    """Run the script above in a process of its own."""
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", SCRIPT, str(store), mode],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+from tests.store.writer_process import start
 
 
 def test_acknowledged_rows_survive_a_kill(tmp_path: Path) -> None:
