@@ -224,6 +224,12 @@ def curate(
         EvaluationError: the values do not fit, or nothing is dropped or kept.
         RetrainingError: a retraining failed.
     """
+    if not isinstance(oracle, SubsetOracle):
+        raise EvaluationError(
+            f"the oracle is a {type(oracle).__name__}; curate retrains to see what dropping is worth, and needs a "
+            "SubsetOracle(train, measure, n=...); to rank samples without retraining take "
+            "find_mislabeled(run, validation=query), whose first samples harm the queries most"
+        )
     vector = score_vector(values, oracle.n, data_id)
     curve: RemovalCurve = removal_curve(oracle, vector, shares=(drop,), draws=draws, seed=seed)
     order = vector.argsort(stable=True).tolist()

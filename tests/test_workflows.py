@@ -117,6 +117,8 @@ def test_curate_drops_what_harms() -> None:
     assert "without 15 of 60 samples" in str(found)
     with pytest.raises(EvaluationError, match="must remove some"):
         curate(world.oracle, values, drop=0.0)
+    with pytest.raises(EvaluationError, match=r"needs a SubsetOracle.*find_mislabeled"):
+        curate(values, values)
 
 
 def planted(queries: int = 60, samples: int = 500) -> Tensor:
