@@ -112,9 +112,9 @@ def test_an_exception_in_a_block_loses_that_block_only(run: logix.Run, model: nn
 
 
 def test_a_block_that_is_broken_off_anywhere_leaves_nothing_on_the_model(run: logix.Run, model: nn.Module) -> None:
-    """Ctrl-C at every 29th step of the interpreter: at most the open block is to be dropped by hand, as is said."""
+    """Ctrl-C at every 101st step of the interpreter: at most the open block is to be dropped by hand, as is said."""
     left = 0
-    for at in itertools.count(1, 29):
+    for at in itertools.count(1, 101):
         if broken_off_at(at, lambda: step(run, model, range(4))):
             break
         run.abort()

@@ -249,9 +249,9 @@ class Asker:
         known = {weights, *(record.fingerprint for record in store.checkpoints)} - {None}
         if known and fingerprint(model) not in known:
             warnings.warn(
-                "the model's weights are, bit by bit, neither those at the end of the logged run nor those of a "
-                "checkpoint: scores compare gradients of different models; load the trained weights, "
-                "or use run.at_checkpoints() (a cast to another dtype alone does no harm)",
+                "the model's weights are neither those at the end of the logged run nor those of a checkpoint, bit by "
+                "bit: scores compare gradients of different models; load the trained weights, or use "
+                "run.at_checkpoints() (a cast to another dtype alone does no harm)",
                 RuntimeWarning,
                 stacklevel=5,
             )
