@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from logix_like.damping import Damping, shrinkage_damping
 from logix_like.errors import ModelMismatchError, QueryError, StatisticsError
 from logix_like.layout import Layout
 from logix_like.preconditioner import PRECONDITIONERS, Eigenbases, FittedPreconditioner, fit_preconditioner
@@ -191,6 +192,19 @@ class TestAuto:
         statistics = gathered(layout, rows[:12])
         fitted = fit_preconditioner("auto", statistics, layout, 0.1, eigenbases=Eigenbases(statistics, samples=6))
         assert fitted.summary() == "ekfac (4 modules)"
+
+    def test_automatic_damping_shrinks_a_covariance_by_its_samples(self, layout: Layout, rows: Tensor) -> None:
+        """Not by the visits of these; and no other curvature, whose eigenvalues few samples do not spread."""
+        statistics = gathered(layout, rows[:12])
+        covariance = statistics.covariance("layer.0")
+        for samples, counted in ((None, 12), (6, 6), (40, 12)):
+            eigenbases = Eigenbases(statistics, samples)
+            of = {name: PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of("auto")) for name in DAMPED}
+            expected = shrinkage_damping(covariance, counted) * covariance.trace().item() / len(covariance)
+            assert of["covariance"].damping == pytest.approx(expected)
+            for name in ("diagonal", "kfac", "ekfac"):
+                plain = PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of(0.1))
+                assert of[name].damping == plain.damping
 
     def test_kfac_where_its_corrected_eigenvalues_were_not_gathered(self, layout: Layout, rows: Tensor) -> None:
         sums = {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds import peers
 from tests.bench.lds.bench import Row
 from tests.bench.lds.path_rows import PATH, UNROLLED
+from tests.bench.lds.problems import Problem
 
 LOGRA = {"init": "orthogonal", "rank": 16, "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
 """What LoGra keeps: 256 numbers a module, 512 bytes, in a random basis."""
 LOGRA_PCA = {**LOGRA, "init": "pca"}
+LOGRA_EIGEN = {**LOGRA, "init": "eigen"}
 NIBBLES = {"init": "pca", "rank": 32, "dtype": "int4", "statistics": ["kronecker", "corrected_eigval"]}
 """1,024 numbers of 4 bits: 512 bytes too."""
 SIGNS = {**NIBBLES, "rank": 64, "dtype": "sign"}
@@ -41,21 +43,22 @@ MAIN: Mapping[str, Row] = {
     "default, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
     "default, cosine": lambda b: b.training().scores(mode="cosine"),
     "default, RelatIF": lambda b: b.training().scores(mode="relatif"),
-    "default, damping as the shrinkage says": lambda b: b.training().scores(damping="auto"),
+    "default, damping auto": lambda b: b.training().scores(damping="auto"),
+    "default, damping 1 / (rate x steps)": lambda b: b.training().scores(damping={"absolute": 1 / b.problem.time}),
     "GradDot: default, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
     "TracIn-like: both averaged, no preconditioner": lambda b: b.training().scores("all", preconditioner="identity"),
 }
 """One line for each way of scoring."""
 
 RANKS = (4, 8, 16, 32)
-DAMPINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
+DAMPINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0, "auto")
 
 
 def _rank(rank: int, init: str, where: str, checkpoints: str | None = None) -> Row:
     return lambda b: getattr(b, where)(rank=rank, init=init, dtype="float32").scores(checkpoints)
 
 
-def _preconditioned(name: str, damping: float, where: str, checkpoints: str | None = None) -> Row:
+def _preconditioned(name: str, damping: float | str, where: str, checkpoints: str | None = None) -> Row:
     statistics = ("covariance", "kronecker", "corrected_eigval", "variance")
     logged = {"rank": 16, "init": "orthogonal", "dtype": "float32", "statistics": statistics}
     return lambda b: getattr(b, where)(**logged).scores(checkpoints, preconditioner=name, damping=damping)
@@ -74,7 +77,7 @@ PROJECTION: Mapping[str, Row] = {
 """Rank x kind of projection."""
 
 CURVATURE: Mapping[str, Row] = {
-    f"{where}, {name}, damping {damping:g}": _preconditioned(name, damping, where)
+    f"{where}, {name}, damping {damping}": _preconditioned(name, damping, where)
     for where in ("training", "posthoc")
     for name in ("diagonal", "covariance", "kfac", "ekfac")
     for damping in DAMPINGS
@@ -105,3 +108,9 @@ SETS: Mapping[str, Mapping[str, Row]] = {
     "unrolled": UNROLLED,
     "ranks": PER_MODULE,
 }
+
+
+def rows_of(problem: Problem, kinds: Sequence[str]) -> Mapping[str, Row]:
+    """The rows of some sets; ``all`` stands for every one that ``problem`` is not too large for."""
+    chosen = [kind for kind in SETS if kind != "unrolled" or problem.small] if "all" in kinds else kinds
+    return {name: row for kind in chosen for name, row in SETS[kind].items()}
