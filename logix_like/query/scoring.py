@@ -129,11 +129,14 @@ def exact_extremes(task: Task, k: int) -> Sides:
 
 
 def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
-    if sieve is None:
-        norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
-        sieve = Sieve(task.scorer, norms, k)
+    sieve = _sieve(task, k) if sieve is None else sieve
     sieve.update(group)
     return sieve
+
+
+def _sieve(task: Task, k: int) -> Sieve:
+    norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
+    return Sieve(task.scorer, norms, k)
 
 
 def _extremes(running: RunningTop, task: Task) -> Extremes:
@@ -141,18 +144,20 @@ def _extremes(running: RunningTop, task: Task) -> Extremes:
     return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
-def extremes_among(task: Task, positions: Tensor, k: int) -> Sides:
-    """The ``k`` highest and the ``k`` lowest among the rows at ascending ``positions``, at least ``k`` of them.
+def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
+    """The ``k`` highest and the ``k`` lowest of each query among rows of its own, scored in float64.
 
-    Rows are fetched once for all queries, a bounded number at a time, and every query is scored with every one.
+    ``named [queries, n]`` are their positions, at least ``k`` different ones; -1 stands for none. A row is read once.
     """
-    sieve: Sieve | None = None
-    for some in positions.split(max(task.group_rows, k)):
-        tile = HeldTile(some, task.candidates.fetch(some))
-        group = Group()
-        group.add(tile, task.products.of(tile))
-        sieve = _sieved(sieve, group, task, k)
-    assert sieve is not None
+    queries = torch.arange(len(named))[:, None].expand_as(named)[named >= 0]
+    rows, columns = named[named >= 0].unique(return_inverse=True)
+    sieve, start = _sieve(task, k), 0
+    for tile in task.candidates.tiles_at(rows):
+        here = (columns >= start) & (columns < start + len(tile))
+        wanted = torch.zeros(len(named), len(tile), dtype=torch.bool)
+        wanted[queries[here], columns[here] - start] = True
+        sieve.take_in(Group([tile]), wanted, tile.positions)
+        start += len(tile)
     return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
 
 

@@ -142,7 +142,7 @@ class Sieve:
             relative = max(found.relative for found in group.products)
             least = (least - least.abs() * relative - slack).to(scores.dtype)
             passing |= ~(signed < least[:, None])  # so that what is not a number passes
-        self._take_in(group, passing, positions)
+        self.take_in(group, passing, positions)
 
     def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[queries]``: how far a score of the group can be off, its own rounding aside."""
@@ -158,7 +158,8 @@ class Sieve:
         exact = self._exact(group, queries, chosen.sort(dim=1).values.flatten(), positions)
         return (sign * exact).view(len(signed), -1).amin(dim=1)
 
-    def _take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
+    def take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
+        """Score those pairs of a query and a row of ``group`` exactly where ``passing [queries, n]`` holds."""
         queries, columns = passing.nonzero(as_tuple=True)
         if not len(queries):
             return
