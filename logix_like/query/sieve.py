@@ -41,11 +41,13 @@ class Scorer:
 
     def scores(self, products: Tensor, positions: Tensor) -> Tensor:
         """``[queries, n]`` from products of that shape, for the rows at ``positions [n]``."""
+        dtype = products.dtype
         if self.factor is not None:
-            products = products * self.factor[positions]
+            products = products * self.factor[positions].to(dtype)
         if not self.mode.uses_lengths:
             return products
-        return self.mode.scores(products, self.query_lengths[:, None], self.row_lengths[positions])
+        lengths = self.query_lengths[:, None].to(dtype), self.row_lengths[positions].to(dtype)
+        return self.mode.scores(products, *lengths)
 
     def pair_scores(self, products: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
         """``[pairs]``, float64, from products ``[pairs]``."""
