@@ -13,9 +13,13 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           samples, else ekfac where its eigenvalues were
-           gathered, else kfac, else the covariance there is
+           samples (k, where only some coordinates are kept),
+           else ekfac where its eigenvalues were gathered,
+           else kfac, else the covariance there is
 ========== ===================================================== ========================================
+
+Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow the
+basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
 block is zero (it was never used) gets the preconditioner 0: it takes no part in any score.
@@ -207,7 +211,8 @@ def _fit_auto(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> M
     statistics = eigenbases.statistics
     gathered = statistics.has(block.name, "outer_sum")
     known = eigenbases.counted(block, "rows") if gathered else 0
-    if gathered and eigenbases.distinct(known) >= 2 * block.size:
+    needed = block.size if block.coordinates is not None else 2 * block.size
+    if gathered and eigenbases.distinct(known) >= needed:
         return _fit_covariance(eigenbases, block, damping)
     if has_kronecker(statistics, block):
         if statistics.has(block.name, "corrected_square_sum"):

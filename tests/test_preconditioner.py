@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -187,6 +189,11 @@ class TestAuto:
         kinds = [text.split(",")[0] for text in fitted.describe().values()]
         assert kinds == ["covariance", "ekfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
         assert fitted.summary() == "covariance (3 modules), ekfac (1 modules)"
+
+    def test_kept_coordinates_need_half_as_many(self, layout: Layout, rows: Tensor) -> None:
+        kept = Layout([replace(b, coordinates=tuple(range(b.size)), input_group=b.name) for b in layout])
+        for samples, kinds in ((8, "covariance (4 modules)"), (7, "covariance (3 modules), ekfac (1 modules)")):
+            assert fit_preconditioner("auto", gathered(kept, rows[:samples]), kept, 0.1).summary() == kinds
 
     def test_visits_of_few_samples_count_as_few(self, layout: Layout, rows: Tensor) -> None:
         statistics = gathered(layout, rows[:12])

@@ -54,6 +54,7 @@ COMPACT: Mapping[str, Row] = {
     "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
     "256 numbers a module, random": lambda b: b.training(**LOGRA).scores(),
     "256 numbers a module, PCA": lambda b: b.training(**LOGRA_PCA).scores(),
+    "256 numbers a module, eigen": lambda b: b.training(**LOGRA_EIGEN).scores(),
     "1,024 numbers of 4 bits a module, PCA": lambda b: b.training(**NIBBLES).scores(),
     "4,096 signs a module, PCA": lambda b: b.training(**SIGNS).scores(),
     "LoGra, post-hoc, random": lambda b: b.posthoc(**LOGRA).scores(preconditioner="covariance"),
