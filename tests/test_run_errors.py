@@ -208,7 +208,7 @@ def test_resuming_with_another_model_is_refused(tmp_path: Path, run: logix.Run, 
             r"'2'.*shape is \(4, 9\), logged was \(3, 9\)",
         ),
         (nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)), r"'0'.*shape"),
-        (nn.Sequential(nn.Linear(6, 8)), "'2' of the store is not in this model"),
+        (nn.Sequential(nn.Linear(6, 8)), "'2', which was tracked, is not in this model"),
         (nn.Sequential(nn.Conv1d(6, 8, 1), nn.Tanh(), nn.Linear(8, 3)), "'0'.*kind is 'conv'"),
     ],
 )

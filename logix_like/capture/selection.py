@@ -200,7 +200,7 @@ def require_model(model: object) -> None:
 
 
 def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, int] | None = None) -> Selection:
-    """The modules that a store holds, with the parts (weight, bias) it holds of them, trainable now or not.
+    """The modules of a store's (or a curvature's) layout, with the parts (weight, bias) it has, trainable now or not.
 
     Raises:
         ModelMismatchError: a module is missing or is of a kind without a rule (names the first).
@@ -214,8 +214,8 @@ def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, i
         if module is None or kind is None:
             listed = ", ".join(sorted(set(candidates) - {""})[:8])
             raise ModelMismatchError(
-                f"module {name!r} of the store is not in this model ({type(model).__name__}), or is none that can be "
-                f"tracked; its modules are {listed} ...: load the model that was logged"
+                f"module {name!r}, which was tracked, is not in this model ({type(model).__name__}), or can not be "
+                f"tracked; its modules are {listed} ...: load the model that it was"
             )
         parts[name] = _stored_parts(name, module, RULES[kind], layout)
     ordered = [(n, m, RULES[type_name(m) or ""]) for n, m in candidates.items() if n in parts]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from logix_like.capture.tracker import Recording
+from logix_like.curvature.stream import Look
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
@@ -138,6 +139,7 @@ class Block:
     def __init__(
         self,
         recording: Recording | None,
+        look: Look | None,
         options: BlockOptions,
         on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
@@ -146,6 +148,8 @@ class Block:
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
+        self.look = look
+        """Beside the recording, for the curvature at full size; None when this block is not looked at."""
         self.options = options
         self._on_begin = on_begin
         self._on_end = on_end
@@ -169,8 +173,9 @@ class Block:
     def drop(self) -> None:
         """Close the block without rows."""
         self._ended = True
-        if self.recording is not None:
-            self.recording.__exit__(None, None, None)
+        for follower in (self.look, self.recording):
+            if follower is not None:
+                follower.__exit__(None, None, None)
         self._on_drop(self)
 
     def __enter__(self) -> Block:
@@ -181,8 +186,9 @@ class Block:
             self._on_begin(self)
             try:
                 self._begun = True
-                if self.recording is not None:
-                    self.recording.__enter__()
+                for follower in (self.recording, self.look):
+                    if follower is not None:
+                        follower.__enter__()
             except BaseException:  # Ctrl-C, too: the with statement that it keeps from beginning would not end it
                 self.drop()
                 raise

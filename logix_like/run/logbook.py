@@ -14,6 +14,7 @@ from torch import Tensor
 from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
+from logix_like.curvature.stream import CurvatureStream, Look
 from logix_like.errors import CaptureError
 from logix_like.query.gradients import QueryGradients
 from logix_like.ranks import Ranks
@@ -67,8 +68,10 @@ class Logbook:
         self._compared: Recording | None = None
         self._watch = Stopwatch()
         self._untold = Timing()
-        self.statistics: frozenset[str] = frozenset(config.statistics)
-        """What is gathered beside the rows; fixed by the first batch."""
+        self.statistics: frozenset[str] = frozenset(config.statistics) - {"curvature"}
+        """What is gathered of the rows; fixed by the first batch."""
+        self.curvature: CurvatureStream | None = None
+        """Gathers the curvature at full size, if that is asked for."""
         self.saving = True
         """Whether blocks are stored."""
         self.closed = session is None
@@ -140,7 +143,7 @@ class Logbook:
             CaptureError: no model is watched.
         """
         tracker = self.tracker
-        recording = None
+        recording = look = None
         if not self._storing or self.blocks % self._config.every == 0:
             recording = tracker.recording(
                 len(options.data_id),
@@ -149,8 +152,10 @@ class Logbook:
                 detached=detached,
                 watch=self._watch,
             )
+            if self._storing and self.curvature is not None:
+                look = self.curvature.look(len(options.data_id), options.mask, detached=detached, watch=self._watch)
         ended = partial(self._ended, detached=detached)
-        return Block(recording, options, self._begin, ended, self._dropped, self._watch)
+        return Block(recording, look, options, self._begin, ended, self._dropped, self._watch)
 
     def end(self) -> None:
         """Close the open block.
@@ -186,6 +191,11 @@ class Logbook:
     def settle(self) -> None:
         """Hand over the rows that were held back, unless a scaler may still skip their step."""
         self._gate.settle(self._progress.step)
+
+    def keep_curvature(self) -> None:
+        """Write what was gathered of the curvature so far."""
+        if self._session is not None and self.curvature is not None:
+            self._session.keep(self.curvature.save)
 
     @property
     def holds(self) -> bool:
@@ -258,6 +268,8 @@ class Logbook:
         if block.recording is not None:
             self._waiting.append(_Ended(block.recording, block.options, self._columns(block.options), overflow))
             self.flush()
+            if block.look is not None:
+                self._look_at(block.look, block.recording.factor)
         self.blocks += 1
         if self.closed:
             self._unread += 1
@@ -267,6 +279,12 @@ class Logbook:
             self.on_block(block.options, overflow is not None and bool(overflow))
         if not self.closed:
             self._progress.block_ended()
+
+    def _look_at(self, look: Look, factor: float | Tensor) -> None:
+        assert self.curvature is not None
+        self.curvature.take(look, factor)
+        if self.curvature.due:
+            self.keep_curvature()
 
     def _columns(self, options: BlockOptions) -> ProjectedBatch | None:
         """What is stored beside the rows, as it is now; None when nothing is stored."""

@@ -21,11 +21,13 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import Config, is_due
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
+from logix_like.curvature.stream import CurvatureStream
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
+from logix_like.ranks import Ranks
 from logix_like.run.asking import Asker
 from logix_like.run.block import Block
 from logix_like.run.extraction import batch_ids, progress_over
@@ -41,6 +43,9 @@ from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.timing import Timing
 from logix_like.weights import frozen
+
+TRAINING = "training"
+"""Name of the curvature that the training itself gives."""
 
 
 class Run(Questions):
@@ -101,6 +106,8 @@ class Run(Questions):
         if self.config.record == "path" and self._session is not None and optimizer is not None:
             self._recorder = PathRecorder(self._session, model, optimizer, self._progress, self.checkpoint)
             self._logbook.on_block = self._recorder.block
+        if "curvature" in self.config.statistics and self._session is not None and Ranks.here().first:
+            self._logbook.curvature = CurvatureStream(tracker.selection, stored_curvature(self.path, TRAINING))
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -268,6 +275,7 @@ class Run(Questions):
         if self._session is not None and not self._logbook.closed:
             self._logbook.settle()
             self._session.commit()
+            self._logbook.keep_curvature()
 
     def checkpoint(self) -> None:
         """Keep the model's weights in the store (safetensors)."""
@@ -314,6 +322,7 @@ class Run(Questions):
             live.finish(self._progress.step)
         if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
+        self._logbook.keep_curvature()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
         if dropped:
@@ -402,7 +411,7 @@ class Run(Questions):
         return curvature
 
     def curvature(self, name: str = "default") -> Curvature:
-        """What :meth:`fit_curvature` kept.
+        """What :meth:`fit_curvature` kept; ``"training"``: what ``statistics: [..., curvature]`` gathered in training.
 
         Raises:
             StoreNotFoundError: there is no curvature of that name.

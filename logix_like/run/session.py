@@ -129,6 +129,11 @@ class StoreSession:
             return False
         return True
 
+    def keep(self, write: Callable[[], object]) -> None:
+        """Write something beside the rows, but never into a store that has taken this one's place."""
+        if self._writer is None or self.attempt(self._writer.require_present):
+            self.attempt(write)
+
     def _stop(self, error: Exception) -> None:
         self.stopped = True
         if self._writer is None or not self._writer.told:

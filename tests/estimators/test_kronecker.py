@@ -243,7 +243,10 @@ def test_nothing_of_the_model_changes() -> None:
 def test_what_is_refused() -> None:
     model, data, queries = classifier()
     curvature = fit_curvature(model, data, progress=False)
-    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    fewer = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    with pytest.raises(ModelMismatchError, match="'4', which was tracked, is not in this model"):
+        EKFAC(fewer, data, curvature=curvature, progress=False)
+    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     with pytest.raises(ModelMismatchError, match="shape"):
         EKFAC(other, data, curvature=curvature, progress=False)
     with torch.no_grad():

@@ -123,6 +123,13 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         subset_truth(world.oracle, share=math.nan)
     with pytest.raises(EvaluationError, match="subsets is 0; a rank correlation needs at least 3"):
         subset_truth(world.oracle, subsets=0)
+    with pytest.raises(EvaluationError, match="complex numbers"):
+        lds(torch.complex(world.effects, world.effects), truth)
+    broken = truth.values.clone().index_fill_(0, torch.tensor([4]), math.nan)
+    with pytest.raises(EvaluationError, match=r"1 of the truth's 20 subsets have no measurement"):
+        lds(world.effects, Measurements(truth.masks, broken))
+    with pytest.raises(EvaluationError, match=r"data_id names 1 samples \(60 names\)"):
+        lds(_result(world.effects, np.arange(60).astype(object)), truth, data_id=[0] * 60)
     with pytest.raises(EvaluationError, match="level is 95"):
         lds(world.effects, truth, level=95)
 

@@ -47,6 +47,16 @@ class Problem(ABC):
         return f"{type(self).__name__.lower()}-{numbers}"
 
     @property
+    def time(self) -> float:
+        """Learning rate times steps: eigenvalues of the Hessian below one over it are not learnt by plain SGD."""
+        return self.lr * self.epochs * -(-self.samples // self.batch)
+
+    @property
+    def small(self) -> bool:
+        """Whether derivatives can be carried through every step of it."""
+        return False
+
+    @property
     @abstractmethod
     def preset(self) -> str:
         """Preset of the run's config."""
@@ -176,6 +186,8 @@ class Small(Images):
     epochs: int = 15
     batch: int = 30
     lr: float = 0.2
+
+    small = True
 
     def model(self) -> nn.Module:
         shrunk = (nn.Unflatten(1, (1, 28, 28)), nn.AvgPool2d(4), nn.Flatten())
