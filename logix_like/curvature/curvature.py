@@ -86,6 +86,21 @@ class Curvature:
             name: self.bases[name][0].restore(self.bases[name][1].restore(c.mT).mT) for name, c in coordinates.items()
         }
 
+    def diagonal_in(self, bases: Mapping[str, tuple[Basis, Basis]]) -> dict[str, Tensor]:
+        """The diagonal of this curvature in other ``bases``: by block, as the eigenvalues; the trace stays.
+
+        A block without eigenvalues above 0, which may have had no basis of its own, has none there.
+        """
+        found = {}
+        for name, values in self.eigenvalues.items():
+            found[name] = values
+            if bool(values.any()):
+                inward, outward = (
+                    mine.mixing(other) for mine, other in zip(self.bases[name], bases[name], strict=True)
+                )
+                found[name] = outward.rotate(inward.rotate(values).mT).mT
+        return found
+
     def moments(self, block: str) -> tuple[Tensor, Tensor]:
         """Second moments ``[d_in, d_in]`` and ``[d_out, d_out]`` of the block's gradients along either side.
 

@@ -35,6 +35,13 @@ def test_g1_true_scores_reach_1_and_their_opposite_minus_1() -> None:
     assert lds(3 * world.effects + 1, truth).value == pytest.approx(1)
 
 
+def test_an_estimator_s_result_is_as_good_as_its_scores() -> None:
+    world = Additive()
+    truth = subset_truth(world.oracle, subsets=20)
+    result = LeaveOneOut(world.oracle).influence(None)
+    assert lds(result, truth).value == pytest.approx(lds(LeaveOneOut(world.oracle), truth).value)
+
+
 def test_g1_random_scores_tell_nothing() -> None:
     truth = subset_truth(Additive(q=200).oracle, subsets=50)
     found = lds(torch.randn(200, 60, generator=torch.Generator().manual_seed(5)), truth)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds import peers
-from tests.bench.lds.bench import Row
+from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.path_rows import PATH, UNROLLED
 from tests.bench.lds.problems import Problem
 
@@ -21,6 +23,33 @@ NIBBLES = {"init": "pca", "rank": 32, "dtype": "int4", "statistics": ["kronecker
 """1,024 numbers of 4 bits: 512 bytes too."""
 SIGNS = {**NIBBLES, "rank": 64, "dtype": "sign"}
 """4,096 numbers a module as signs: 512 bytes too, and the preset ``language_model``."""
+
+IN_TRAINING = {"statistics": ["curvature"]}
+"""Curvature at full size is gathered beside the rows."""
+FULL_ROWS = {"init": "identity", "dtype": "bfloat16", "statistics": ["kronecker", "corrected_eigval"]}
+
+
+def _ekfac(curvature: bool, averaged: bool) -> Row:
+    """EK-FAC at full size, with the ``curvature`` that the training gave or one fitted to the weights asked about."""
+
+    def row(bench: Bench) -> Tensor:
+        options: dict[str, Any] = {"at": bench.at_all} if averaged else {}
+        if curvature:
+            options["curvature"] = bench.training(**IN_TRAINING).run.curvature("training")
+        return bench.estimated(EKFAC, mask=bench.problem.mask, **options)
+
+    return row
+
+
+FULL: Mapping[str, Row] = {
+    "EK-FAC, full size, final weights": _ekfac(False, False),
+    "EK-FAC, full size, averaged over checkpoints": _ekfac(False, True),
+    "EK-FAC, final weights, curvature of the training": _ekfac(True, False),
+    "EK-FAC, averaged, curvature of the training": _ekfac(True, True),
+    "full gradients of training, EK-FAC": lambda b: b.training(**FULL_ROWS).scores(),
+    "full gradients of training, EK-FAC, query averaged": lambda b: b.training(**FULL_ROWS).scores("all"),
+}
+"""Full size: where the curvature is from, and whether samples count as they were in training."""
 
 COMPACT: Mapping[str, Row] = {
     "preset: rows of training": lambda b: b.training().scores(),
@@ -37,8 +66,10 @@ COMPACT: Mapping[str, Row] = {
     "LoGra, post-hoc, PCA": lambda b: b.posthoc(**LOGRA_PCA).scores(preconditioner="covariance"),
     "post-hoc, random, K-FAC": lambda b: b.posthoc(**LOGRA).scores(preconditioner="kfac"),
     "post-hoc GradDot": lambda b: b.posthoc(**LOGRA).scores(preconditioner="identity"),
-    "EK-FAC, full size, final weights": lambda b: b.estimated(EKFAC, mask=b.problem.mask),
-    "EK-FAC, full size, averaged over checkpoints": lambda b: b.estimated(EKFAC, mask=b.problem.mask, at=b.at_all),
+    **{
+        name: FULL[name]
+        for name in ("EK-FAC, full size, final weights", "EK-FAC, full size, averaged over checkpoints")
+    },
     "TRAK, one model": lambda b: b.estimated(TRAK),
     **peers.rows(),
 }
@@ -114,6 +145,7 @@ SETS: Mapping[str, Mapping[str, Row]] = {
     "main": MAIN,
     "projection": PROJECTION,
     "curvature": CURVATURE,
+    "full": FULL,
     "bytes": BYTES,
     "path": PATH,
     "unrolled": UNROLLED,
