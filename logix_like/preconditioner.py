@@ -18,8 +18,8 @@ auto       covariance where it was gathered over at least 2 k    that of the one
            else kfac, else the covariance there is
 ========== ===================================================== ========================================
 
-Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow the
-basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
+Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow
+the basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
 block is zero (it was never used) gets the preconditioner 0: it takes no part in any score.

@@ -90,9 +90,9 @@ class Measurements:
         Raises:
             RetrainingError: none is left.
         """
-        if not self.failures:
-            return self
         good = self.means.isfinite().all(1)
+        if bool(good.all()):
+            return self
         if not bool(good.any()):
             raise RetrainingError(_told("all retrainings failed", self.failures))
         warnings.warn(
@@ -104,7 +104,7 @@ class Measurements:
 def _told(what: str, failures: Sequence[Failure]) -> str:
     shown = "; ".join(map(str, failures[:SHOWN_FAILURES]))
     more = len(failures) - SHOWN_FAILURES
-    return f"{what}: {shown}" + (f"; and {more} more" if more > 0 else "")
+    return what + (f": {shown}" if shown else "") + (f"; and {more} more" if more > 0 else "")
 
 
 class SubsetOracle:

@@ -214,7 +214,10 @@ def test_what_no_training_measures_can_be_told() -> None:
     assert () not in ridge.trained
     oracle = ridge.oracle(empty=torch.arange(4))
     assert oracle.values(torch.zeros(1, 8, dtype=torch.bool)).tolist() == [[0.0, 1.0, 2.0, 3.0]]
-    for wrong, said in ((float("nan"), "empty gave nan"), (torch.zeros(1, 4), r"empty gave a tensor of shape \(1, 4\)")):
+    for wrong, said in (
+        (float("nan"), "empty gave nan"),
+        (torch.zeros(1, 4), r"empty gave a tensor of shape \(1, 4\)"),
+    ):
         with pytest.raises(RetrainingError, match=said):
             ridge.oracle(empty=wrong)
 

@@ -42,7 +42,7 @@ class KNNShapley(Estimator):
         features, labels = _pair(features, labels, "the training samples")
         if not len(labels):
             raise QueryError("there are no training samples; nothing can be a neighbour")
-        if not isinstance(k, int) or k < 1:
+        if not (k >= 1 and k % 1 == 0):
             raise QueryError(f"k is {k}; it must be a whole number: there must be at least 1 neighbour")
         if data_id is not None and len(data_id) != len(labels):
             raise QueryError(f"data_id names {len(data_id)} samples, but there are {len(labels)}")

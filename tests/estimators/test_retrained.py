@@ -182,7 +182,7 @@ def test_neighbours_errors() -> None:
         KNNShapley(features, labels).scores((torch.randn(4, 3), labels))
     with pytest.raises(QueryError, match="a query is a pair"):
         KNNShapley(features, labels).scores(features)
-    with pytest.raises(QueryError, match="k is 2.5"):
+    with pytest.raises(QueryError, match=r"k is 2\.5"):
         KNNShapley(features, labels, k=2.5)
     with pytest.raises(QueryError, match="no training samples"):
         KNNShapley(features[:0], labels[:0])

@@ -128,6 +128,8 @@ def test_scores_that_do_not_fit_are_refused() -> None:
     broken = truth.values.clone().index_fill_(0, torch.tensor([4]), math.nan)
     with pytest.raises(EvaluationError, match=r"1 of the truth's 20 subsets have no measurement"):
         lds(world.effects, Measurements(truth.masks, broken))
+    with pytest.warns(RuntimeWarning, match="1 of 20 subsets are left out$"):
+        assert lds(world.effects, Measurements(truth.masks, broken).complete()).subsets == 19
     with pytest.raises(EvaluationError, match=r"data_id names 1 samples \(60 names\)"):
         lds(_result(world.effects, np.arange(60).astype(object)), truth, data_id=[0] * 60)
     with pytest.raises(EvaluationError, match="level is 95"):

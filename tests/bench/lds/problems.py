@@ -62,6 +62,16 @@ class Problem(ABC):
         """Preset of the run's config."""
 
     @property
+    @abstractmethod
+    def wide(self) -> tuple[str, ...]:
+        """Globs of the modules with the largest gradients."""
+
+    @property
+    @abstractmethod
+    def first(self) -> tuple[str, ...]:
+        """Globs of the modules next to the input."""
+
+    @property
     def exclude(self) -> tuple[str, ...]:
         """Modules that are not tracked."""
         return ()
@@ -155,7 +165,8 @@ class Images(Problem):
     batch: int = 32
     lr: float = 0.05
 
-    preset = ""  # the library's defaults
+    preset = "vision"
+    wide = first = ("0",)
     objective = Objective()
 
     def untrained(self) -> nn.Module:
@@ -188,6 +199,7 @@ class Small(Images):
     lr: float = 0.2
 
     small = True
+    wide = first = ("3",)
 
     def model(self) -> nn.Module:
         shrunk = (nn.Unflatten(1, (1, 28, 28)), nn.AvgPool2d(4), nn.Flatten())
@@ -213,6 +225,8 @@ class Convolutions(Images):
     epochs: int = 10
     batch: int = 32
     lr: float = 0.1
+
+    wide, first = ("6",), ("1",)
 
     def untrained(self) -> nn.Module:
         return nn.Sequential(
@@ -282,6 +296,7 @@ class Verses(Problem):
     """Steps on other verses, before."""
 
     preset = "language_model"
+    wide, first = ("*.up", "*.down"), ("layers.0.*",)
     exclude = ("*lm_head",)
     objective = Objective(Categorical(), outputs=_logits, targets=_targets)
 

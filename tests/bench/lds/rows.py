@@ -13,6 +13,8 @@ from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.path_rows import PATH, UNROLLED
 from tests.bench.lds.problems import Problem
 
+BARE = {"init": "orthogonal", "rank": "auto", "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
+"""What no preset keeps: 256 random numbers a module, 1,024 where a layer is 512 wide."""
 LOGRA = {"init": "orthogonal", "rank": 16, "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
 """What LoGra keeps: 256 numbers a module, 512 bytes, in a random basis."""
 LOGRA_PCA = {**LOGRA, "init": "pca"}
@@ -50,11 +52,14 @@ FULL: Mapping[str, Row] = {
 """Full size: where the curvature is from, and whether samples count as they were in training."""
 
 COMPACT: Mapping[str, Row] = {
-    "default: rows of training": lambda b: b.training().scores(),
-    "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
+    "preset: rows of training": lambda b: b.training().scores(),
+    "preset, query averaged over checkpoints": lambda b: b.training().scores("all"),
+    "no preset: rows of training": lambda b: b.training(**BARE).scores(),
+    "no preset, query averaged over checkpoints": lambda b: b.training(**BARE).scores("all"),
     "256 numbers a module, random": lambda b: b.training(**LOGRA).scores(),
     "256 numbers a module, PCA": lambda b: b.training(**LOGRA_PCA).scores(),
     "256 numbers a module, eigen": lambda b: b.training(**LOGRA_EIGEN).scores(),
+    "256 numbers a module, eigen, query averaged": lambda b: b.training(**LOGRA_EIGEN).scores("all"),
     "1,024 numbers of 4 bits a module, PCA": lambda b: b.training(**NIBBLES).scores(),
     "4,096 signs a module, PCA": lambda b: b.training(**SIGNS).scores(),
     "LoGra, post-hoc, random": lambda b: b.posthoc(**LOGRA).scores(preconditioner="covariance"),
@@ -72,12 +77,12 @@ COMPACT: Mapping[str, Row] = {
 
 MAIN: Mapping[str, Row] = {
     **COMPACT,
-    "default, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
-    "default, cosine": lambda b: b.training().scores(mode="cosine"),
-    "default, RelatIF": lambda b: b.training().scores(mode="relatif"),
-    "default, damping auto": lambda b: b.training().scores(damping="auto"),
-    "default, damping 1 / (rate x steps)": lambda b: b.training().scores(damping={"absolute": 1 / b.problem.time}),
-    "GradDot: default, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
+    "preset, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
+    "preset, cosine": lambda b: b.training().scores(mode="cosine"),
+    "preset, RelatIF": lambda b: b.training().scores(mode="relatif"),
+    "preset, damping auto": lambda b: b.training().scores(damping="auto"),
+    "preset, damping 1 / (rate x steps)": lambda b: b.training().scores(damping={"absolute": 1 / b.problem.time}),
+    "GradDot: preset, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
     "TracIn-like: both averaged, no preconditioner": lambda b: b.training().scores("all", preconditioner="identity"),
 }
 """One line for each way of scoring."""
@@ -124,11 +129,16 @@ BYTES: Mapping[str, Row] = {
 }
 """Type of the stored numbers x basis x rank."""
 
+
+def _by_module(chosen: str, rank: int, others: int) -> Row:
+    return lambda b: _stored("bfloat16", "pca", {**dict.fromkeys(getattr(b.problem, chosen), rank), "*": others})(b)
+
+
 PER_MODULE: Mapping[str, Row] = {
-    f"rank by module: {ranks}": _stored("bfloat16", "pca", ranks)
-    for ranks in ({"*": 16}, {"*up": 32, "*down": 32, "*": 8}, {"*up": 8, "*down": 8, "*": 32}, {"*0*": 32, "*": 8})
+    f"rank {rank} for the {chosen} layers, {others} for others": _by_module(chosen, rank, others)
+    for chosen, rank, others in (("wide", 32, 8), ("wide", 8, 32), ("first", 32, 8), ("first", 16, 16))
 }
-"""Much or little rank for the wide layers, or for the first."""
+"""Much or little rank for the wide layers, or for the first; and the same for all."""
 
 SETS: Mapping[str, Mapping[str, Row]] = {
     "compact": COMPACT,
