@@ -43,6 +43,7 @@ LAYERS = (
     ("logix_like.statistics",),
     ("logix_like.capture",),
     ("logix_like.store",),
+    ("logix_like.inverses",),
     ("logix_like.preconditioner",),
     ("logix_like.curvature",),
     ("logix_like.query",),
