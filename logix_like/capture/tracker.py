@@ -229,6 +229,11 @@ class Recording:
         """Tracked modules that the block did not call."""
         return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
 
+    @property
+    def called_weights(self) -> set[nn.Parameter]:
+        """Weights of the tracked modules that the block called, also where others share them."""
+        return {t.module.weight for t in self._tracker.selection.modules if t.name in self._reader.called}
+
     def fresh_gradients(self) -> dict[str, Tensor]:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
         return _matrices(t for t in self._tracker.selection.modules if t.name in self._without_gradient)
