@@ -71,8 +71,8 @@ class LossReader:
             what = "does not show in its logits" if found is None else f"divides their sum by {found:.4g}"
             warnings.warn(
                 f"the model's loss is taken for the mean cross-entropy of its {own:.0f} labels in a batch, and {what}: "
-                "rows are the batch's gradient, split by sample, times that number, which is no sample's own loss where "
-                "the loss has parts that couple samples or counts something else",
+                "rows are the batch's gradient, split by sample, times that number, and no gradients of samples' own "
+                "losses where the loss couples samples or counts something else",
                 RuntimeWarning,
                 stacklevel=6,
             )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,7 +231,7 @@ class Recording:
         return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
 
     @property
-    def called_weights(self) -> set[nn.Parameter]:
+    def called_weights(self) -> set[Any]:
         """Weights of the tracked modules that the block called, also where others share them."""
         return {t.module.weight for t in self._tracker.selection.modules if t.name in self._reader.called}
 

@@ -1,4 +1,4 @@
-"""Tasks and settings of the Hugging Face Trainer other than sentences: rows are each sample's own gradient all the same.
+"""Other tasks and settings of the Hugging Face Trainer: rows are each sample's own gradient all the same.
 
 What a batch held is taken down where the Trainer computes its loss, so that a collator may draw numbers.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import datasets
+import transformers
 from logix_like.integrations.huggingface import LogixCallback
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
