@@ -213,7 +213,7 @@ def dense_laplace(flat: FlatModel, batches: Iterable[Batch], strength: float) ->
             "are taken: name fewer parameters= (the last layer, say), or take 'kronecker' or 'diagonal'"
         )
     theta = flat.theta
-    total = strength * torch.eye(flat.width, dtype=theta.dtype, device=theta.device)
+    total = strength * torch.eye(flat.width, dtype=at_least_float32(theta).dtype, device=theta.device)
     with differentiable(flat.model):
         for batch in batches:
             total = total + flat.gauss_newton(theta, batch)
