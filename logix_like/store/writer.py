@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 import weakref
-from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from os import PathLike
@@ -43,65 +44,109 @@ class _Request:
     done: Future[int] = field(default_factory=Future)
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What the worker has to do."""
+
+    batches: Sequence[ProjectedBatch] = ()
+    """Rows to be written, in this order."""
+    requests: Sequence[_Request] = ()
+    """To be answered after that."""
+    due: float = math.inf
+    """When the oldest row is to be committed, by the monotonic clock."""
+
+
 class _Inbox:
     """A queue of batches, bounded by their bytes, and of requests, which are never held up.
 
-    A putter that found it full is woken when half of it is free, not at each batch taken: two threads
-    that hand the interpreter to and fro for every batch take several times as long.
+    Nobody is woken for a single batch, since two threads that hand the interpreter to and fro for each take several
+    times as long: the worker is when a chunk of rows has come, when half of the queue is full, when somebody waits, or
+    when the oldest row has waited long enough; who waits is when the worker is done with what it took.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, commit_seconds: float) -> None:
         self._limit = limit
-        self._bytes = 0
-        self._items: deque[tuple[ProjectedBatch | _Request, int]] = deque()
-        lock = threading.Lock()
-        self._filled = threading.Condition(lock)
-        self._emptied = threading.Condition(lock)
+        self._commit_seconds = commit_seconds
+        self._changed = threading.Condition()
+        self._bytes = self._taken = 0  # of what waits or is worked on; of what is worked on
+        self._wanted = 1
+        self._due = math.inf
+        self._clear()
         self.error: BaseException | None = None
 
-    def put(self, item: ProjectedBatch | _Request, size: int = 0) -> bool:
-        """Queue an item, waiting while it does not fit; False if the worker has failed."""
-        with self._filled:
-            while self.error is None and size and self._bytes and self._bytes + size > self._limit:
-                self._emptied.wait()
+    def put(self, batch: ProjectedBatch) -> bool:
+        """Queue a batch, waiting while it does not fit; False if the worker has failed."""
+        size = batch.rows.nbytes
+        with self._changed:
+            while self.error is None and self._bytes and self._bytes + size > self._limit:
+                self._call()
+                self._changed.wait()
             if self.error is not None:
                 return False
-            self._items.append((item, size))
+            self._batches.append(batch)
             self._bytes += size
-            self._filled.notify()
+            self._rows += len(batch.data_id)
+            if self._due == math.inf:
+                self._due = time.monotonic() + self._commit_seconds
+                self._changed.notify_all()  # the worker has to know how long it may wait
+            elif self._worthwhile():
+                self._changed.notify_all()
             return True
 
-    def take(self, timeout: float | None) -> ProjectedBatch | _Request | None:
-        """The next item, or None after ``timeout`` seconds without one."""
-        with self._filled:
-            if not self._items and not self._filled.wait_for(lambda: bool(self._items), timeout):
-                return None
-            item, size = self._items.popleft()
-            self._bytes -= size
-            if 2 * self._bytes <= self._limit:
-                self._emptied.notify_all()
-            return item
+    def ask(self, request: _Request) -> bool:
+        """Queue a request; False if the worker has failed."""
+        with self._changed:
+            if self.error is None:
+                self._requests.append(request)
+                self._call()
+            return self.error is None
 
-    def fail(self, error: BaseException) -> None:
-        """Refuse all further items and wake everyone who waits."""
-        with self._filled:
+    def take(self, wanted: int, due: float) -> _Taken:
+        """All that waits, once it is ``wanted`` rows or urgent, or the time is ``due``; the last is done with."""
+        with self._changed:
+            self._bytes -= self._taken
+            self._taken = 0
+            self._wanted = wanted
+            self._changed.notify_all()
+            while not self._worthwhile() and (left := min(due, self._due) - time.monotonic()) > 0:
+                self._changed.wait(None if left == math.inf else left)
+            taken = _Taken(self._batches, self._requests, min(due, self._due))
+            self._taken = self._bytes
+            self._clear()
+            return taken
+
+    def fail(self, error: BaseException, taken: _Taken) -> None:
+        """Refuse all further items and wake everyone who waits, those whose requests were ``taken`` included."""
+        with self._changed:
             self.error = error
-            requests = [item for item, _ in self._items if isinstance(item, _Request)]
-            self._items.clear()
-            self._bytes = 0
-            self._emptied.notify_all()
+            requests = [*taken.requests, *self._requests]
+            self._clear()
+            self._changed.notify_all()
         for request in requests:
-            request.done.set_exception(error)
+            if not request.done.done():
+                request.done.set_exception(error)
+
+    def _clear(self) -> None:
+        self._batches: list[ProjectedBatch] = []
+        self._requests: list[_Request] = []
+        self._rows = 0
+        self._due = math.inf
+        self._called = False
+
+    def _call(self) -> None:
+        self._called = True
+        self._changed.notify_all()
+
+    def _worthwhile(self) -> bool:
+        return self._called or self._rows >= self._wanted or 2 * (self._bytes - self._taken) >= self._limit
 
 
 class _Worker:
     """The thread's side: takes items out of the inbox until the last request or an error."""
 
-    def __init__(self, inbox: _Inbox, pipeline: RowPipeline, commit_seconds: float) -> None:
+    def __init__(self, inbox: _Inbox, pipeline: RowPipeline) -> None:
         self._inbox = inbox
         self._pipeline = pipeline
-        self._commit_seconds = commit_seconds
-        self._waiting_since = 0.0
         self._next_statistics = 0.0
         self._ready = threading.Event()
         self.thread = threading.Thread(target=self._run, name="logix_like-writer", daemon=True)
@@ -121,39 +166,36 @@ class _Worker:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
         self._ready.set()
-        request: _Request | None = None
+        taken, due = _Taken(), math.inf
         try:
             with torch.no_grad():
-                while request is None or not request.last:
-                    item = self._inbox.take(self._patience())
-                    request = item if isinstance(item, _Request) else None
-                    self._handle(item)
+                while not any(request.last for request in taken.requests):
+                    taken = _Taken()  # what it held is not in the queue's bound any more
+                    taken = self._inbox.take(self._pipeline.missing, due)
+                    due = self._handle(taken)
         except BaseException as error:  # whatever it is, the training thread has to hear of it
             self._pipeline.abandon()
-            self._inbox.fail(error)
-            if request is not None:
-                request.done.set_exception(error)
+            self._inbox.fail(error, taken)
 
-    def _patience(self) -> float | None:
+    def _handle(self, taken: _Taken) -> float:
+        """Returns when the oldest row that is left waiting is due.
+
+        Full chunks in between do not put a timed commit off: it also writes the statistics.
+        """
+        for batch in taken.batches:
+            batch.wait()
+        self._pipeline.add(taken.batches)
+        for request in taken.requests:
+            self._answer(request)
         if not self._pipeline.staged:
-            return None
-        return max(0.0, self._waiting_since + self._commit_seconds - time.monotonic())
-
-    def _handle(self, item: ProjectedBatch | _Request | None) -> None:
-        if isinstance(item, _Request):
-            self._answer(item)
-            return
-        if item is not None:
-            # Full chunks in between do not put the timed commit off: it also writes the statistics.
-            if not self._pipeline.staged:
-                self._waiting_since = time.monotonic()
-            item.wait()
-            self._pipeline.add(item)
-        if self._pipeline.staged and self._patience() == 0:
-            self._timed_commit()
+            return math.inf
+        if time.monotonic() < taken.due:
+            return taken.due
+        self._timed_commit()
+        return math.inf
 
     def _timed_commit(self) -> None:
-        self._pipeline.flush()
+        self._pipeline.commit()
         start = time.monotonic()
         if start >= self._next_statistics:
             self._pipeline.save_statistics()
@@ -164,14 +206,14 @@ class _Worker:
         if request.last:
             self._pipeline.close()
         else:
-            self._pipeline.flush()
+            self._pipeline.commit()
             self._pipeline.save_statistics(request.statistics)
         request.done.set_result(self._pipeline.committed)
 
 
 def _shut(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
     """Flush and end the thread when its writer was forgotten or the interpreter exits."""
-    if os.getpid() == process and inbox.put(_Request(last=True)):
+    if os.getpid() == process and inbox.ask(_Request(last=True)):
         thread.join()
 
 
@@ -241,8 +283,8 @@ class StoreWriter:
                 raise
         self._width = layout.width
         self._raises = on_error == "raise"
-        self._inbox = _Inbox(int(queue_mib * 2**20))
-        worker = _Worker(self._inbox, self._pipeline, commit_seconds)
+        self._inbox = _Inbox(int(queue_mib * 2**20), commit_seconds)
+        worker = _Worker(self._inbox, self._pipeline)
         worker.start()
         self._thread = worker.thread
         self.told = False
@@ -274,7 +316,7 @@ class StoreWriter:
         _check_batch(batch, self._width)
         if not batch.data_id:
             return
-        if self._inbox.put(batch, batch.rows.nbytes):
+        if self._inbox.put(batch):
             self.rows += len(batch.data_id)
         else:
             self.dropped += len(batch.data_id)
@@ -299,7 +341,7 @@ class StoreWriter:
         if not self._finalizer.alive or os.getpid() != self._process:
             return  # a forked child has no such thread, and its parent's rows are not its to flush
         self._finalizer.detach()
-        self._inbox.put(_Request(last=True))
+        self._inbox.ask(_Request(last=True))
         self._thread.join()
         self._lock.close()
         if self._inbox.error is not None and not self.told:
@@ -314,7 +356,7 @@ class StoreWriter:
         self.close()
 
     def _ask(self, request: _Request) -> int:
-        if not self._inbox.put(request) or request.done.exception() is not None:
+        if not self._inbox.ask(request) or request.done.exception() is not None:
             self._report()
         return self.committed
 

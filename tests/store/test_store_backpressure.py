@@ -147,11 +147,3 @@ def test_closing_waits_for_the_task_under_way() -> None:
     behind.run(slow)
     behind.close()
     assert done == [1]
-
-
-def test_one_that_was_never_used_has_no_thread() -> None:
-    before = threading.active_count()
-    behind = Behind("test")
-    behind.wait()
-    behind.close()
-    assert threading.active_count() == before
