@@ -206,7 +206,9 @@ class Recording:
                 for tracked in self._tracker.selection.modules
                 if all(p.grad is None for p in tracked.module.parameters(recurse=False))
             }
-        self._stack.enter_context(HookSet(self._tracker.selection, self._reader, self._batch, self._watch))
+        hooks = HookSet(self._tracker.selection, self._reader, self._batch, self._watch)
+        self._stack.push(hooks)  # first: Ctrl-C may come while they are being attached
+        hooks.__enter__()
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ class Behind:
     """Runs tasks one after another in a thread of its own; its owner goes on meanwhile.
 
     At most one task is under way and none waits, so what tasks hold is bounded. After a task has failed none is taken
-    any more: the owner hears of it from each call. The thread starts at once: an interpreter that ends starts none.
+    any more: the owner hears of it from each call.
     """
 
     def __init__(self, name: str) -> None:
@@ -18,11 +18,18 @@ class Behind:
         self._task: Callable[[], object] | None = None
         self._error: BaseException | None = None
         self._ended = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._name = name
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread; else the first task does, which fails while the interpreter ends; idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
 
     def run(self, task: Callable[[], object]) -> None:
         """Have ``task`` done, once the one before it is; raises what that one raised."""
+        self.start()
         with self._changed:
             self._wait()
             self._task = task
@@ -38,7 +45,8 @@ class Behind:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _wait(self) -> None:
         self._changed.wait_for(lambda: self._task is None)

@@ -110,6 +110,10 @@ class RowPipeline:
         self.nonfinite = 0
         """How many of them are flagged as not finite."""
 
+    def start(self) -> None:
+        """Called first by the thread that uses this: it starts one more, for which an interpreter's end is too late."""
+        self._behind.start()
+
     @property
     def staged(self) -> int:
         """Rows that wait for their commit."""

@@ -8,10 +8,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from os import PathLike
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
@@ -25,6 +23,7 @@ from logix_like.store.codecs import codec_named
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
 from logix_like.store.files import Place, as_place, files_of, named_errors
+from logix_like.store.inbox import Inbox, Request, Taken
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
 from logix_like.store.sums import Coverage, StoredStatistics
@@ -35,120 +34,14 @@ STATISTICS_SHARE = 0.05
 """Statistics are written at a timed commit only if that takes less than this share of the time."""
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Something to do after all rows put before it."""
-
-    last: bool = False
-    statistics: StoredStatistics | None = None
-    done: Future[int] = field(default_factory=Future)
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """What the worker has to do."""
-
-    batches: Sequence[ProjectedBatch] = ()
-    """Rows to be written, in this order."""
-    requests: Sequence[_Request] = ()
-    """To be answered after that."""
-    due: float = math.inf
-    """When the oldest row is to be committed, by the monotonic clock."""
-
-
-class _Inbox:
-    """A queue of batches, bounded by their bytes, and of requests, which are never held up.
-
-    Nobody is woken for a single batch, since two threads that hand the interpreter to and fro for each take several
-    times as long: the worker is when a chunk of rows has come, when half of the queue is full, when somebody waits, or
-    when the oldest row has waited long enough; who waits is when the worker is done with what it took.
-    """
-
-    def __init__(self, limit: int, commit_seconds: float) -> None:
-        self._limit = limit
-        self._commit_seconds = commit_seconds
-        self._changed = threading.Condition()
-        self._bytes = self._taken = 0  # of what waits or is worked on; of what is worked on
-        self._wanted = 1
-        self._due = math.inf
-        self._clear()
-        self.error: BaseException | None = None
-
-    def put(self, batch: ProjectedBatch) -> bool:
-        """Queue a batch, waiting while it does not fit; False if the worker has failed."""
-        size = batch.rows.nbytes
-        with self._changed:
-            while self.error is None and self._bytes and self._bytes + size > self._limit:
-                self._call()
-                self._changed.wait()
-            if self.error is not None:
-                return False
-            self._batches.append(batch)
-            self._bytes += size
-            self._rows += len(batch.data_id)
-            if self._due == math.inf:
-                self._due = time.monotonic() + self._commit_seconds
-                self._changed.notify_all()  # the worker has to know how long it may wait
-            elif self._worthwhile():
-                self._changed.notify_all()
-            return True
-
-    def ask(self, request: _Request) -> bool:
-        """Queue a request; False if the worker has failed."""
-        with self._changed:
-            if self.error is None:
-                self._requests.append(request)
-                self._call()
-            return self.error is None
-
-    def take(self, wanted: int, due: float) -> _Taken:
-        """All that waits, once it is ``wanted`` rows or urgent, or the time is ``due``; the last is done with."""
-        with self._changed:
-            self._bytes -= self._taken
-            self._taken = 0
-            self._wanted = wanted
-            self._changed.notify_all()
-            while not self._worthwhile() and (left := min(due, self._due) - time.monotonic()) > 0:
-                self._changed.wait(None if left == math.inf else left)
-            taken = _Taken(self._batches, self._requests, min(due, self._due))
-            self._taken = self._bytes
-            self._clear()
-            return taken
-
-    def fail(self, error: BaseException, taken: _Taken) -> None:
-        """Refuse all further items and wake everyone who waits, those whose requests were ``taken`` included."""
-        with self._changed:
-            self.error = error
-            requests = [*taken.requests, *self._requests]
-            self._clear()
-            self._changed.notify_all()
-        for request in requests:
-            if not request.done.done():
-                request.done.set_exception(error)
-
-    def _clear(self) -> None:
-        self._batches: list[ProjectedBatch] = []
-        self._requests: list[_Request] = []
-        self._rows = 0
-        self._due = math.inf
-        self._called = False
-
-    def _call(self) -> None:
-        self._called = True
-        self._changed.notify_all()
-
-    def _worthwhile(self) -> bool:
-        return self._called or self._rows >= self._wanted or 2 * (self._bytes - self._taken) >= self._limit
-
-
 class _Worker:
     """The thread's side: takes items out of the inbox until the last request or an error."""
 
-    def __init__(self, inbox: _Inbox, pipeline: RowPipeline) -> None:
+    def __init__(self, inbox: Inbox, pipeline: RowPipeline) -> None:
         self._inbox = inbox
         self._pipeline = pipeline
         self._next_statistics = 0.0
-        self._ready = threading.Event()
+        self._ready: SimpleQueue[None] = SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="logix_like-writer", daemon=True)
 
     def start(self) -> None:
@@ -159,25 +52,26 @@ class _Worker:
         """
         threads = torch.get_num_threads()
         self.thread.start()
-        self._ready.wait()
+        self._ready.get()
         torch.set_num_threads(threads)
 
     def _run(self) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
-        self._ready.set()
-        taken, due = _Taken(), math.inf
+        self._ready.put(None)
+        taken, due = Taken(), math.inf
         try:
+            self._pipeline.start()
             with torch.no_grad():
                 while not any(request.last for request in taken.requests):
-                    taken = _Taken()  # what it held is not in the queue's bound any more
+                    taken = Taken()  # what it held is not in the queue's bound any more
                     taken = self._inbox.take(self._pipeline.missing, due)
                     due = self._handle(taken)
         except BaseException as error:  # whatever it is, the training thread has to hear of it
             self._pipeline.abandon()
             self._inbox.fail(error, taken)
 
-    def _handle(self, taken: _Taken) -> float:
+    def _handle(self, taken: Taken) -> float:
         """Returns when the oldest row that is left waiting is due.
 
         Full chunks in between do not put a timed commit off: it also writes the statistics.
@@ -202,18 +96,18 @@ class _Worker:
             end = time.monotonic()
             self._next_statistics = end + (end - start) / STATISTICS_SHARE
 
-    def _answer(self, request: _Request) -> None:
+    def _answer(self, request: Request) -> None:
         if request.last:
             self._pipeline.close()
         else:
             self._pipeline.commit()
             self._pipeline.save_statistics(request.statistics)
-        request.done.set_result(self._pipeline.committed)
+        request.done.put(True)
 
 
-def _shut(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
+def _shut(inbox: Inbox, thread: threading.Thread, process: int) -> None:
     """Flush and end the thread when its writer was forgotten or the interpreter exits."""
-    if os.getpid() == process and inbox.ask(_Request(last=True)):
+    if os.getpid() == process and inbox.ask(Request(last=True)):
         thread.join()
 
 
@@ -283,7 +177,7 @@ class StoreWriter:
                 raise
         self._width = layout.width
         self._raises = on_error == "raise"
-        self._inbox = _Inbox(int(queue_mib * 2**20), commit_seconds)
+        self._inbox = Inbox(int(queue_mib * 2**20), commit_seconds)
         worker = _Worker(self._inbox, self._pipeline)
         worker.start()
         self._thread = worker.thread
@@ -325,7 +219,7 @@ class StoreWriter:
     def commit(self) -> int:
         """Make all rows put so far durable, with their statistics; returns the committed rows."""
         self._require_open()
-        return self._ask(_Request())
+        return self._ask(Request())
 
     def require_present(self) -> None:
         """Raise :class:`StoreWriteError` when the store was removed or replaced since the writer began."""
@@ -334,14 +228,14 @@ class StoreWriter:
     def write_statistics(self, statistics: Statistics, coverage: Coverage | None = None) -> None:
         """Commit, with these statistics in place of the gathered ones, and of those of all parts in ``coverage``."""
         self._require_open()
-        self._ask(_Request(statistics=StoredStatistics(statistics, coverage)))
+        self._ask(Request(statistics=StoredStatistics(statistics, coverage)))
 
     def close(self) -> None:
         """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
         if not self._finalizer.alive or os.getpid() != self._process:
             return  # a forked child has no such thread, and its parent's rows are not its to flush
         self._finalizer.detach()
-        self._inbox.ask(_Request(last=True))
+        self._inbox.ask(Request(last=True))
         self._thread.join()
         self._lock.close()
         if self._inbox.error is not None and not self.told:
@@ -355,8 +249,8 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _ask(self, request: _Request) -> int:
-        if not self._inbox.ask(request) or request.done.exception() is not None:
+    def _ask(self, request: Request) -> int:
+        if not self._inbox.ask(request) or not request.done.get():
             self._report()
         return self.committed
 
