@@ -6,44 +6,34 @@ import threading
 from collections.abc import Callable
 
 
-class Inline:
-    """Runs tasks at once: what takes less time than handing the interpreter from thread to thread is done so."""
-
-    def run(self, task: Callable[[], object]) -> None:
-        """Do ``task``."""
-        task()
-
-    def wait(self) -> None:
-        """Nothing is under way."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 class Behind:
     """Runs tasks one after another in a thread of its own; its owner goes on meanwhile.
 
-    At most one task is under way and none waits, so what tasks hold is bounded. The thread starts with the first
-    task. After a task has failed none is taken any more: the owner hears of it from each call.
+    At most one task is under way and none waits, so what tasks hold is bounded. After a task has failed none is taken
+    any more: the owner hears of it from each call.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
         self._changed = threading.Condition()
         self._task: Callable[[], object] | None = None
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
         self._ended = False
+        self._name = name
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread; else the first task does, which fails while the interpreter ends; idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
 
     def run(self, task: Callable[[], object]) -> None:
         """Have ``task`` done, once the one before it is; raises what that one raised."""
+        self.start()
         with self._changed:
             self._wait()
             self._task = task
             self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
 
     def wait(self) -> None:
         """Return once the last task is done; raises what it raised."""

@@ -20,7 +20,6 @@ from logix_like.statistics import Statistics
 from logix_like.store.attempts import WriterInfo, read_intact, read_writers
 from logix_like.store.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.commits import CommitReader
-from logix_like.store.compaction import cache_folder
 from logix_like.store.creation import projections_digest, read_projections
 from logix_like.store.damage import IntactRows
 from logix_like.store.encoding import ENCODINGS
@@ -28,6 +27,7 @@ from logix_like.store.files import Place, as_place, files_of, folder_size
 from logix_like.store.gathered import GatheredStatistics
 from logix_like.store.gradients import GradientReader, RowChunk
 from logix_like.store.journal import load_state, read_path
+from logix_like.store.means import cache_folder
 from logix_like.store.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.schema import (
     CHECKPOINTS,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 from logix_like.errors import StoreWriteError
 from logix_like.layout import Layout
@@ -11,35 +10,17 @@ from logix_like.store.arrays import write_group
 from logix_like.store.codecs import UNCOMPRESSED, Codec
 from logix_like.store.commits import CloseRecord, CommitLog, ReplacesRecord, RowsRecord, StatisticsRecord
 from logix_like.store.encoding import Encoding
-from logix_like.store.files import Pending, Place, files_of
+from logix_like.store.files import Place, files_of
 from logix_like.store.parts import EncodedRows, PartWriter
 from logix_like.store.schema import TAILS
 from logix_like.timing import NOTHING, Timing
 
 
-@dataclass(frozen=True)
-class PendingRows:
-    """Rows that are written and not committed."""
-
-    record: RowsRecord
-    """What is to be said of them, but for its number."""
-    files: Pending
-    """Their files."""
-    writer: RowWriter
-    """Whose they are."""
-
-    def commit(self) -> None:
-        """Publish the files and name them in the record: from here on the rows exist."""
-        self.files.publish()
-        self.writer.record_rows(self.record)
-
-    def discard(self) -> None:
-        """Give them up; idempotent."""
-        self.files.discard()
-
-
 class RowWriter:
-    """One part with its tails and its record; a chunk is written once and then recorded."""
+    """One part with its tails and its record; a chunk is written once and then recorded.
+
+    ``guard`` is asked before the files of a chunk get their names, and raises where nothing more may be written.
+    """
 
     def __init__(
         self,
@@ -51,8 +32,10 @@ class RowWriter:
         column_names: tuple[str, ...],
         codec: Codec = UNCOMPRESSED,
         sync: bool = False,
+        guard: Callable[[], object] = bool,
     ) -> None:
         self._named = folder
+        self._guard = guard
         self._identity = files_of(folder).identity(folder)
         self._anchor = files_of(folder).anchor(folder)
         # By an open handle: what takes the folder's name between a check and a write is never written to.
@@ -70,11 +53,7 @@ class RowWriter:
         self._chunks = self._tails = 0
 
     def write(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing = NOTHING) -> None:
-        """Write at most a chunk of rows and commit them."""
-        self.prepare(rows, epoch=epoch, step=step, timing=timing).commit()
-
-    def prepare(self, rows: EncodedRows, *, epoch: int = -1, step: int = -1, timing: Timing = NOTHING) -> PendingRows:
-        """Write at most a chunk of rows, to be committed in this order; a Zarr array cannot end with a short chunk.
+        """Write at most a chunk of rows and commit them; a Zarr array cannot end with a short chunk.
 
         Raises :class:`StoreWriteError` when the part is no longer the one that this was made for.
         """
@@ -86,14 +65,14 @@ class RowWriter:
             part, name, chunk = self._new_tail(len(rows)), f"{TAILS}/{self._tails}", 0
             self._tails += 1
         crc, files = part.prepare(chunk, rows)
-        start, codec = chunk * self.chunk_rows, self._codec.name
-        record = RowsRecord(0, name, chunk, start, len(rows), crc, epoch, step, codec, timing)
-        return PendingRows(record, files, self)
-
-    def record_rows(self, record: RowsRecord) -> None:
-        """Commit rows whose files are there; the record's number is the next one."""
+        try:
+            self._guard()
+            files.publish()
+        finally:
+            files.discard()
         self.require_present()
-        self._log.append(replace(record, sequence=self._log.sequence))
+        start, codec = chunk * self.chunk_rows, self._codec.name
+        self._log.append(RowsRecord(self._log.sequence, name, chunk, start, len(rows), crc, epoch, step, codec, timing))
 
     def record_replaced(self, parts: Sequence[str]) -> None:
         """Say that this part, once it is sealed, stands in the place of others."""

@@ -26,6 +26,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
@@ -33,7 +34,7 @@ from urllib.parse import quote
 from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.store.documents import SEAL, sealed
-from logix_like.store.files import Place, is_out_of_reach, out_of_reach, read_bytes, write_file
+from logix_like.store.files import Place, is_out_of_reach, names_in, out_of_reach, read_bytes, write_file
 
 FORMAT = "logix_like"
 VERSION = 1
@@ -162,6 +163,10 @@ def write_manifest(store: Place, manifest: StoreManifest) -> None:
     write_file(store / DOCUMENT, [group_document(manifest.to_attributes())], sync=True)
 
 
+LISTED = 100
+"""So many of a folder's names are looked at for stores, where it is none."""
+
+
 def is_store(path: Place) -> bool:
     """Whether ``path`` is a folder that this library made, of whatever version."""
     try:
@@ -175,7 +180,11 @@ def read_manifest(store: Place) -> StoreManifest:
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
     """
-    attributes, where = _attributes(store), store / DOCUMENT
+    where = store / DOCUMENT
+    try:
+        attributes = _attributes(store)
+    except StoreNotFoundError as error:
+        raise StoreNotFoundError(f"{error}{_stores_in(store)}") from error
     if attributes.get("format") != FORMAT:
         raise StoreNotFoundError(
             f"{store} is a Zarr group but no {FORMAT} store; give the folder <root>/<project> of a run"
@@ -191,6 +200,14 @@ def read_manifest(store: Place) -> StoreManifest:
     if attributes.get("digest") != _digest(attributes):
         raise StoreDamagedError(f"{where} does not match its digest: it was damaged or edited; restore it from a copy")
     return _manifest(attributes, where)
+
+
+def _stores_in(folder: Place) -> str:
+    """The stores directly in a folder that is none, to be told to whoever gave it."""
+    with suppress(OSError):
+        found = [name for name in names_in(folder)[:LISTED] if is_store(folder / name)]
+        return f"; in it are the stores {', '.join(found)}" if found else ""
+    return ""
 
 
 def _attributes(store: Place) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,76 +12,61 @@ from torch import Tensor
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import DataId, Layout
 from logix_like.store.columns import id_text, value_text
-from logix_like.store.encoding import Encoding, StoredRows
+from logix_like.store.encoding import Encoding
 from logix_like.store.parts import EncodedRows, flag_nonfinite
 from logix_like.store.schema import DATA_ID, METADATA, WRITER_COLUMNS, Flag, segment
 
 
 class StagedChunk:
-    """One chunk of rows in memory; encoded when it is to be written, and filled again.
+    """One chunk of rows in memory, which is encoded when it is to be written, and filled again."""
 
-    Where neither scales nor whoever wants to ``keep_rows`` needs them together, rows are encoded as they come.
-    """
-
-    def __init__(self, layout: Layout, encoding: Encoding, capacity: int, *, keep_rows: bool) -> None:
+    def __init__(self, layout: Layout, encoding: Encoding, capacity: int) -> None:
         self._layout = layout
         self._encoding = encoding
         # Allocated once, since fresh memory for each chunk costs a page fault every 4 KiB.
-        self._whole = keep_rows or encoding.scaled
-        self._rows = torch.empty(capacity if self._whole else 0, layout.width, dtype=encoding.staging)
-        self._norms: list[Tensor] = []
-        self._values = encoding.buffer(capacity, layout.width)
+        self._rows = torch.empty(capacity, layout.width, dtype=encoding.staging)
+        # Two, since one chunk is written while the next one is encoded.
+        self._values, self._written = (encoding.buffer(capacity, layout.width) for _ in range(2))
         self._columns = StagedColumns()
         self.capacity = capacity
         self.count = 0
         """Rows that wait."""
 
     @property
-    def full(self) -> bool:
-        """Whether no further row fits."""
-        return self.count == self.capacity
+    def missing(self) -> int:
+        """How many rows still fit."""
+        return self.capacity - self.count
 
     @property
     def rows(self) -> Tensor:
-        """The waiting rows as they were given, ``[count, width]``, where they are kept; valid until :meth:`fill`."""
+        """The waiting rows as they were given, ``[count, width]``; valid until :meth:`fill`."""
         return self._rows[: self.count]
 
-    def fill(self, batch: ProjectedBatch, first: int) -> int:
-        """Take rows of ``batch`` from row ``first`` on, as many as fit; returns how many."""
-        taken = min(self.capacity - self.count, len(batch.data_id) - first)
-        if taken < len(batch.data_id):
-            batch = batch.select(slice(first, first + taken))
-        target = slice(self.count, self.count + taken)
-        if self._whole:
-            self._rows[target] = batch.rows
-        else:
-            as_stored = batch.rows.dtype == self._encoding.dtype
-            self._encode(batch.rows if as_stored else batch.rows.to(self._encoding.staging), target)
-        self._columns.add(batch)
-        self.count += taken
-        return taken
+    def fill(self, batches: Sequence[ProjectedBatch]) -> None:
+        """Take the rows of some batches, no more than :attr:`missing`."""
+        start = self.count
+        self.count += sum(len(batch.data_id) for batch in batches)
+        # All at once: the work of one batch is less than that of starting it.
+        torch.cat([batch.rows for batch in batches], out=self._rows[start : self.count])
+        for batch in batches:
+            self._columns.add(batch)
 
     def encoded(self) -> EncodedRows:
-        """The waiting rows as they will stand on disk, valid until :meth:`fill`.
+        """The waiting rows as they will stand on disk.
 
         Rows that are not finite (or would not be, as stored) get their flag.
         """
-        everything = slice(0, self.count)
-        stored = self._encode(self.rows, everything) if self._whole else StoredRows(self._values[everything])
-        norm = torch.cat(self._norms).double()
-        rows = EncodedRows(stored, self._columns.numbers(norm.numpy()), self._columns.texts())
+        norm = torch.linalg.vector_norm(self.rows, dim=1).double().numpy()
+        stored = self._encoding.encode(self.rows, self._layout, self._values[: self.count])
+        rows = EncodedRows(stored, self._columns.numbers(norm), self._columns.texts())
         flag_nonfinite(rows, self._encoding, self._layout)
         return rows
 
     def clear(self) -> None:
-        """Forget the waiting rows."""
+        """Forget the waiting rows; what was encoded of them stays as it is until the next call of this."""
+        self._values, self._written = self._written, self._values
         self.count = 0
-        self._norms = []
         self._columns = StagedColumns()
-
-    def _encode(self, rows: Tensor, target: slice) -> StoredRows:
-        self._norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=self._encoding.staging))
-        return self._encoding.encode(rows, self._layout, self._values[target])
 
 
 class _Piece(NamedTuple):

@@ -10,9 +10,9 @@ import numpy as np
 
 from logix_like.errors import StoreError
 from logix_like.layout import DataId
-from logix_like.store.compaction import cache_folder
 from logix_like.store.files import names_in
 from logix_like.store.hold import remove_unheld
+from logix_like.store.means import cache_folder
 from logix_like.store.reader import GradientStore
 from logix_like.store.retractions import retract_ids, retract_steps
 from logix_like.store.schema import MEAN_VIEWS, Flag
@@ -52,8 +52,6 @@ def supersede_samples(path: str | PathLike[str] | Place, data_id: Collection[Dat
             f"(a {type(unknown[0]).__name__}; a number and its text are two samples); nothing was taken back: give ids "
             "as they were logged"
         )
-    if not data_id:
-        return 0
     retract_ids(store.path, data_id)
     _remove_derived(store)
     return sum(counts[one] for one in set(data_id))

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from logix_like.errors import StoreError
-from logix_like.store.compaction import build_means, cache_folder, open_means
 from logix_like.store.encoding import encoding_of_means
 from logix_like.store.files import Place
+from logix_like.store.means import build_means, cache_folder, open_means
 from logix_like.store.schema import MEAN_VIEWS
 from logix_like.store.table import RowTable
 from logix_like.store.view import Rows, Visits, digest, group_visits, select_last

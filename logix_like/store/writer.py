@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 import weakref
-from contextlib import suppress
-from dataclasses import dataclass, field
 from os import PathLike
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
@@ -24,6 +23,7 @@ from logix_like.store.codecs import codec_named
 from logix_like.store.columns import id_text, require_column_name, value_text
 from logix_like.store.encoding import encoding_named
 from logix_like.store.files import Place, as_place, files_of, named_errors
+from logix_like.store.inbox import Inbox, Request, Taken
 from logix_like.store.pipeline import RowPipeline, chunk_rows, claim_writer
 from logix_like.store.schema import WRITERS, read_manifest
 from logix_like.store.sums import Coverage, StoredStatistics
@@ -33,89 +33,13 @@ _log = logging.getLogger(__name__)
 STATISTICS_SHARE = 0.05
 """Statistics are written at a timed commit only if that takes less than this share of the time."""
 
-ROOM_SECONDS = 1.0
-"""How often somebody who waits for room looks again, where another thread was woken in its place."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Something to do after all rows put before it."""
-
-    last: bool = False
-    statistics: StoredStatistics | None = None
-    done: SimpleQueue[bool] = field(default_factory=SimpleQueue)
-    """Whether it was, once that is known."""
-
-
-class _Inbox:
-    """A queue of batches, bounded by their bytes, and of requests, which are never held up.
-
-    Ctrl-C may break off the training thread anywhere. Here it leaves nothing locked: all that is shared are queues
-    whose calls cannot be broken off half-way, and numbers that one thread writes. (``threading.Condition`` stays
-    locked for good when it is broken off in its ``__enter__``.)
-
-    A putter that found it full is woken when half of it is free, not at each batch taken: two threads
-    that hand the interpreter to and fro for every batch take several times as long.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items: SimpleQueue[tuple[ProjectedBatch | _Request, int]] = SimpleQueue()
-        self._put = self._taken = 0
-        """Bytes so far. A put that is broken off may not be counted: that much more then fits, never less."""
-        self._room: SimpleQueue[None] = SimpleQueue()
-        self._awaited = False
-        """Whether somebody may be waiting for room."""
-        self.error: BaseException | None = None
-
-    def put(self, item: ProjectedBatch | _Request, size: int = 0) -> bool:
-        """Queue an item, waiting while it does not fit; False if the worker has failed."""
-        while size and self.error is None and self._is_full_for(size):
-            self._awaited = True
-            if self._is_full_for(size):  # still: the worker, who looks after each item, cannot have missed the above
-                with suppress(Empty):
-                    self._room.get(timeout=ROOM_SECONDS)
-        if self.error is not None:
-            return False
-        self._items.put((item, size))
-        self._put += size
-        return self.error is None
-
-    def take(self, timeout: float | None) -> ProjectedBatch | _Request | None:
-        """The next item, or None after ``timeout`` seconds without one."""
-        try:
-            item, size = self._items.get(timeout=timeout)
-        except Empty:
-            return None
-        self._taken += size
-        if self._awaited and 2 * (self._put - self._taken) <= self._limit:
-            self._awaited = False
-            self._room.put(None)
-        return item
-
-    def fail(self, error: BaseException) -> None:
-        """Refuse all further items and wake everyone who waits."""
-        self.error = error
-        self._room.put(None)
-        with suppress(Empty):
-            while True:
-                item, _ = self._items.get_nowait()
-                if isinstance(item, _Request):
-                    item.done.put(False)
-
-    def _is_full_for(self, size: int) -> bool:
-        waiting = self._put - self._taken
-        return waiting > 0 and waiting + size > self._limit
-
 
 class _Worker:
     """The thread's side: takes items out of the inbox until the last request or an error."""
 
-    def __init__(self, inbox: _Inbox, pipeline: RowPipeline, commit_seconds: float) -> None:
+    def __init__(self, inbox: Inbox, pipeline: RowPipeline) -> None:
         self._inbox = inbox
         self._pipeline = pipeline
-        self._commit_seconds = commit_seconds
-        self._waiting_since = 0.0
         self._next_statistics = 0.0
         self._ready: SimpleQueue[None] = SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="logix_like-writer", daemon=True)
@@ -135,57 +59,55 @@ class _Worker:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
         self._ready.put(None)
-        request: _Request | None = None
+        taken, due = Taken(), math.inf
         try:
+            self._pipeline.start()
             with torch.no_grad():
-                while request is None or not request.last:
-                    item = self._inbox.take(self._patience())
-                    request = item if isinstance(item, _Request) else None
-                    self._handle(item)
+                while not any(request.last for request in taken.requests):
+                    taken = Taken()  # what it held is not in the queue's bound any more
+                    taken = self._inbox.take(self._pipeline.missing, due)
+                    due = self._handle(taken)
         except BaseException as error:  # whatever it is, the training thread has to hear of it
             self._pipeline.abandon()
-            self._inbox.fail(error)
-            if request is not None:
-                request.done.put(False)
+            self._inbox.fail(error, taken)
 
-    def _patience(self) -> float | None:
+    def _handle(self, taken: Taken) -> float:
+        """Returns when the oldest row that is left waiting is due.
+
+        Full chunks in between do not put a timed commit off: it also writes the statistics.
+        """
+        for batch in taken.batches:
+            batch.wait()
+        self._pipeline.add(taken.batches)
+        for request in taken.requests:
+            self._answer(request)
         if not self._pipeline.staged:
-            return None
-        return max(0.0, self._waiting_since + self._commit_seconds - time.monotonic())
-
-    def _handle(self, item: ProjectedBatch | _Request | None) -> None:
-        if isinstance(item, _Request):
-            self._answer(item)
-            return
-        if item is not None:
-            # Full chunks in between do not put the timed commit off: it also writes the statistics.
-            if not self._pipeline.staged:
-                self._waiting_since = time.monotonic()
-            item.wait()
-            self._pipeline.add(item)
-        if self._pipeline.staged and self._patience() == 0:
-            self._timed_commit()
+            return math.inf
+        if time.monotonic() < taken.due:
+            return taken.due
+        self._timed_commit()
+        return math.inf
 
     def _timed_commit(self) -> None:
-        self._pipeline.flush()
+        self._pipeline.commit()
         start = time.monotonic()
         if start >= self._next_statistics:
             self._pipeline.save_statistics()
             end = time.monotonic()
             self._next_statistics = end + (end - start) / STATISTICS_SHARE
 
-    def _answer(self, request: _Request) -> None:
+    def _answer(self, request: Request) -> None:
         if request.last:
             self._pipeline.close()
         else:
-            self._pipeline.flush()
+            self._pipeline.commit()
             self._pipeline.save_statistics(request.statistics)
         request.done.put(True)
 
 
-def _shut(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
+def _shut(inbox: Inbox, thread: threading.Thread, process: int) -> None:
     """Flush and end the thread when its writer was forgotten or the interpreter exits."""
-    if os.getpid() == process and inbox.put(_Request(last=True)):
+    if os.getpid() == process and inbox.ask(Request(last=True)):
         thread.join()
 
 
@@ -255,8 +177,8 @@ class StoreWriter:
                 raise
         self._width = layout.width
         self._raises = on_error == "raise"
-        self._inbox = _Inbox(int(queue_mib * 2**20))
-        worker = _Worker(self._inbox, self._pipeline, commit_seconds)
+        self._inbox = Inbox(int(queue_mib * 2**20), commit_seconds)
+        worker = _Worker(self._inbox, self._pipeline)
         worker.start()
         self._thread = worker.thread
         self.told = False
@@ -288,7 +210,7 @@ class StoreWriter:
         _check_batch(batch, self._width)
         if not batch.data_id:
             return
-        if self._inbox.put(batch, batch.rows.nbytes):
+        if self._inbox.put(batch):
             self.rows += len(batch.data_id)
         else:
             self.dropped += len(batch.data_id)
@@ -297,7 +219,7 @@ class StoreWriter:
     def commit(self) -> int:
         """Make all rows put so far durable, with their statistics; returns the committed rows."""
         self._require_open()
-        return self._ask(_Request())
+        return self._ask(Request())
 
     def require_present(self) -> None:
         """Raise :class:`StoreWriteError` when the store was removed or replaced since the writer began."""
@@ -306,14 +228,14 @@ class StoreWriter:
     def write_statistics(self, statistics: Statistics, coverage: Coverage | None = None) -> None:
         """Commit, with these statistics in place of the gathered ones, and of those of all parts in ``coverage``."""
         self._require_open()
-        self._ask(_Request(statistics=StoredStatistics(statistics, coverage)))
+        self._ask(Request(statistics=StoredStatistics(statistics, coverage)))
 
     def close(self) -> None:
         """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
         if not self._finalizer.alive or os.getpid() != self._process:
             return  # a forked child has no such thread, and its parent's rows are not its to flush
         self._finalizer.detach()
-        self._inbox.put(_Request(last=True))
+        self._inbox.ask(Request(last=True))
         self._thread.join()
         self._lock.close()
         if self._inbox.error is not None and not self.told:
@@ -327,8 +249,8 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _ask(self, request: _Request) -> int:
-        if not self._inbox.put(request) or not request.done.get():
+    def _ask(self, request: Request) -> int:
+        if not self._inbox.ask(request) or not request.done.get():
             self._report()
         return self.committed
 

@@ -152,14 +152,6 @@ def test_closing_waits_for_the_task_under_way() -> None:
     assert done == [1]
 
 
-def test_one_that_was_never_used_has_no_thread() -> None:
-    before = threading.active_count()
-    behind = Behind("test")
-    behind.wait()
-    behind.close()
-    assert threading.active_count() == before
-
-
 def test_a_put_that_is_broken_off_anywhere_locks_nothing(tmp_path: Path) -> None:
     """Ctrl-C in the training thread, at each step of the interpreter within ``put``."""
     store = new_store(tmp_path / "s")
