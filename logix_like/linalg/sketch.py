@@ -1,9 +1,9 @@
 """Positive semi-definite matrices too large to be held, known by their products with some directions.
 
 The Nystrom approximation of a matrix ``C [k, k]`` from ``Y = C W`` with orthonormal ``W [k, r]`` is
-``Y (W^T Y)^-1 Y^T``. It is ``C`` itself where the rank of ``C`` is at most ``r``, and otherwise never larger: ``C`` minus
-it is positive semi-definite, so that what it leaves of the trace bounds every eigenvalue that it misses (Gittens and
-Mahoney 2016, "Revisiting the Nystrom method"; computed as in Frangella, Tropp and Udell 2023, "Randomized Nystrom
+``Y (W^T Y)^-1 Y^T``. It is ``C`` itself where the rank of ``C`` is at most ``r``, and otherwise never larger: ``C``
+minus it is positive semi-definite, so that what it leaves of the trace bounds every eigenvalue that it misses (Gittens
+and Mahoney 2016, "Revisiting the Nystrom method"; computed as in Frangella, Tropp and Udell 2023, "Randomized Nystrom
 preconditioning", algorithm 2.1).
 """
 
