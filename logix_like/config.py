@@ -153,7 +153,7 @@ class AtSteps(_Section):
     """Numbers of steps taken."""
 
 
-Statistic = Literal["mean", "variance", "covariance", "kronecker", "corrected_eigval"]
+Statistic = Literal["mean", "variance", "covariance", "kronecker", "corrected_eigval", "curvature"]
 
 
 def _kronecker_beside(names: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
@@ -181,10 +181,13 @@ class Config(_Section):
         AfterValidator(_kronecker_beside),
         Field(
             description="a list of any of mean, variance, covariance, kronecker, corrected_eigval "
-            "(the last only with kronecker)"
+            "(only with kronecker) and curvature"
         ),
     ] = ("covariance", "kronecker")
-    """What is gathered over all rows; preconditioners are fitted from it."""
+    """What is gathered over all rows; preconditioners are fitted from it.
+
+    ``curvature`` is EK-FAC at full size, from every eighth block: see :meth:`Run.curvature`.
+    """
     loss_reduction: Literal["mean", "sum", "token_mean"] = "mean"
     """What the loop's loss is: the mean or the sum over a batch's samples, or the mean over its tokens."""
     per_token: Flag = False

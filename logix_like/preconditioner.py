@@ -13,9 +13,13 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           samples, else ekfac where its eigenvalues were
-           gathered, else kfac, else the covariance there is
+           samples (k, where only some coordinates are kept),
+           else ekfac where its eigenvalues were gathered,
+           else kfac, else the covariance there is
 ========== ===================================================== ========================================
+
+Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow
+the basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
 
 A covariance of more than 4,096 numbers a side is not held: it is sketched by a Nystrom approximation of rank
 ``2^24 / k`` (:mod:`logix_like.linalg.sketch`), exact where there are no more rows than that, with the rest of its trace
@@ -34,7 +38,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from logix_like.damping import Damping, DampingSetting, Spectrum
+from logix_like.damping import LEAST, Damping, DampingSetting, shrinkage_damping
 from logix_like.errors import QueryError, StatisticsError
 from logix_like.inverses import Dense, Diagonal, Eigenbasis, Identity, LowRank, Preconditioner
 from logix_like.layout import Layout, ModuleBlock
@@ -97,6 +101,10 @@ class Eigenbases:
         """The module's count ``field`` of rows or samples."""
         return int(self.statistics.sums[block.name][field].item())
 
+    def distinct(self, rows: int) -> int:
+        """How many samples so many rows are of, as far as that is known."""
+        return rows if self.samples is None else min(rows, self.samples)
+
 
 def _fit_identity(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     return ModuleFit("identity", 0.0, Identity())
@@ -104,28 +112,30 @@ def _fit_identity(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) 
 
 def _fit_diagonal(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     values = eigenbases.statistics.second_moment(block.name)
-    rows = eigenbases.counted(block, "rows")
-    shift = damping.shift(_spectrum(values, rows))
-    return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
+    return _in_eigenbasis("diagonal", values, damping, block, eigenbases.counted(block, "rows"))
 
 
 def _fit_covariance(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     rows = eigenbases.counted(block, "rows")
     if eigenbases.statistics.has(block.name, "sketch_sum"):
-        return _fit_sketch(eigenbases.statistics, block, damping, rows)
+        return _fit_sketch(eigenbases, block, damping, rows)
     covariance = eigenbases.statistics.covariance(block.name)
-    squares = covariance.square().sum().item() if damping.kind == "auto" else 0.0
-    shift = damping.shift(Spectrum(block.size, covariance.diagonal().sum().item(), squares, rows))
+    trace, shrinkage = covariance.diagonal().sum().item(), LEAST
+    if damping.kind == "auto":
+        squares = covariance.square().sum().item()
+        shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
     return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
 
 
-def _fit_sketch(statistics: Statistics, block: ModuleBlock, damping: Damping, rows: int) -> ModuleFit:
-    products, trace = statistics.sketch(block.name)
+def _fit_sketch(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping, rows: int) -> ModuleFit:
+    products, trace = eigenbases.statistics.sketch(block.name)
     require_finite(products, block.name)
     found = nystrom(products, trace)
     outside = block.size - len(found.values)
     squares = found.values.square().sum().item() + outside * found.rest**2
-    shift = damping.shift(Spectrum(block.size, trace, squares, rows))
+    shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
     values = torch.cat([found.values, found.values.new_full((1,), found.rest)])
     weights = damped_reciprocal(values, shift, block.name)
     leaf = LowRank(found.vectors, weights[:-1] - weights[-1], weights[-1])
@@ -143,13 +153,13 @@ def _fit_kfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> M
     output, input_ = eigenbases.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
     samples = eigenbases.counted(block, "samples")
-    shift = damping.shift(_spectrum(values, samples))
+    shift = damping.shift(values.mean().item())
     weights = damped_reciprocal(values, shift, block.name)
     return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights), samples)
 
 
 def _in_eigenbasis(kind: str, values: Tensor, damping: Damping, block: ModuleBlock, rows: int) -> ModuleFit:
-    shift = damping.shift(_spectrum(values, rows))
+    shift = damping.shift(values.mean().item())
     return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
@@ -159,21 +169,17 @@ def _fit_ekfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> 
         return _in_eigenbasis("ekfac", values, damping, block, eigenbases.counted(block, "corrected_rows"))
     corrected = eigenbases.corrected(block)
     rows = eigenbases.counted(block, "corrected_rows")
-    shift = damping.shift(_spectrum(corrected.values, rows))
+    shift = damping.shift(corrected.values.mean().item())
     weights = damped_reciprocal(corrected.values, shift, block.name)
     return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights), rows)
-
-
-def _spectrum(values: Tensor, rows: int) -> Spectrum:
-    """Of a block whose eigenvalues are ``values``."""
-    return Spectrum(values.numel(), values.sum().item(), values.square().sum().item(), rows)
 
 
 def _fit_auto(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     statistics = eigenbases.statistics
     gathered = statistics.has(block.name, "outer_sum")
-    known = statistics.sums[block.name]["rows"].item() if gathered else 0
-    if gathered and (known if eigenbases.samples is None else min(known, eigenbases.samples)) >= 2 * block.size:
+    known = eigenbases.counted(block, "rows") if gathered else 0
+    needed = block.size if block.coordinates is not None else 2 * block.size
+    if gathered and eigenbases.distinct(known) >= needed:
         return _fit_covariance(eigenbases, block, damping)
     if has_kronecker(statistics, block):
         if statistics.has(block.name, "corrected_square_sum"):

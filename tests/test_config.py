@@ -59,11 +59,11 @@ def test_presets_are_the_files_in_the_checkout() -> None:
 
 def test_presets_change_what_they_are_for() -> None:
     assert load_config("language_model").loss_reduction == "token_mean"
-    assert load_config("vision").projection.rank == 32
+    assert load_config("vision").projection.init == "eigen"
 
 
 def test_names_that_other_parts_define_are_the_same_here() -> None:
-    assert get_args(Statistic) == STATISTICS
+    assert get_args(Statistic) == (*STATISTICS, "curvature")
     assert get_args(type(Config().projection).model_fields["init"].annotation) == tuple(INITS)
 
 
@@ -236,7 +236,7 @@ def test_a_key_like_no_other_lists_the_settings() -> None:
         ({"modules": {"batch_dim": {"*": "1"}}}, "is {'*': '1'}", "a mapping from globs"),
         ({"statistics": ["covarance"]}, "is ['covarance']", "did you mean 'covariance'?"),
         ({"statistics": "mean"}, "is 'mean'", "a list of any of mean"),
-        ({"statistics": ["corrected_eigval"]}, "'statistics' is", "the last only with kronecker"),
+        ({"statistics": ["corrected_eigval"]}, "'statistics' is", "(only with kronecker)"),
         ({"loss_reduction": "none"}, "is 'none'", "one of mean, sum, token_mean"),
         ({"checkpoints": "every_epochs"}, "is 'every_epochs'", "did you mean 'every_epoch'?"),
         (

@@ -3,11 +3,9 @@
 from logix_like.curvature.curvature import Curvature, Fisher, damped_inverse_of
 from logix_like.curvature.files import load_curvature, save_curvature, stored_curvature
 from logix_like.curvature.fitting import default_selection, fit_curvature
-from logix_like.curvature.stream import CurvatureStream
 
 __all__ = [
     "Curvature",
-    "CurvatureStream",
     "Fisher",
     "damped_inverse_of",
     "default_selection",

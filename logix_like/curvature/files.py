@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.errors import ConfigError, StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
+from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError, StoreVersionError, StoreWriteError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
 from logix_like.store.files import Place, checksum, sync_folder, temporary_name
@@ -26,6 +26,11 @@ SIDES = ("input", "output")
 
 def save_curvature(curvature: Curvature, path: str | Path) -> Path:
     """Write ``curvature`` to the safetensors file ``path``; a file that is there is replaced in one step."""
+    return write_tensors(Path(path), *packed(curvature))
+
+
+def packed(curvature: Curvature) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``curvature`` as tensors and plain data about them."""
     tensors = {f"eigenvalues/{name}": values for name, values in curvature.eigenvalues.items()}
     for block in curvature.layout:
         owners = (block.input_group, block.name)
@@ -37,7 +42,7 @@ def save_curvature(curvature: Curvature, path: str | Path) -> Path:
         "layout": curvature.layout.to_json(),
         "fisher": vars(curvature.fisher),
     }
-    return write_tensors(Path(path), tensors, about)
+    return tensors, about
 
 
 def load_curvature(path: str | Path) -> Curvature:
@@ -49,7 +54,11 @@ def load_curvature(path: str | Path) -> Curvature:
         StoreDamagedError: its bytes are not those that were written.
     """
     path = Path(path)
-    tensors, about = read_tensors(path)
+    return unpacked(*read_tensors(path), path)
+
+
+def unpacked(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> Curvature:
+    """The curvature that ``path`` holds, packed as by :func:`packed`; what else it holds is passed over."""
     if about.get("format") != FORMAT:
         raise StoreVersionError(f"{path} has the format {about.get('format')!r}; this library reads {FORMAT}")
     try:
@@ -73,7 +82,8 @@ def stored_curvature(store: Place, name: str) -> Path:
     if not isinstance(store, Path):
         raise ConfigError(
             f"{store} is an object store, and a curvature is kept in a file; use "
-            "logix_like.curvature.fit_curvature and save_curvature with a path of your own"
+            "logix_like.curvature.fit_curvature and save_curvature with a path of your own (and leave "
+            "'curvature' out of the config's statistics)"
         )
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
@@ -93,7 +103,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:  # the second where the disk is full
-        raise StoreError(f"{path} could not be written: {error}; see to the disk, or name another place") from error
+        raise StoreWriteError(
+            f"{path} could not be written: {error}; see to the disk, or name another place"
+        ) from error
     finally:
         if temporary.is_file():
             temporary.unlink()
@@ -112,7 +124,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("it does not match its checksum")
         about = json.loads(metadata["about"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StoreDamagedError(f"{path} cannot be read: {error!r}; restore it from a copy, or fit again") from error
+        raise StoreDamagedError(
+            f"{path} cannot be read: {error!r}; restore it from a copy, or delete it and fit again"
+        ) from error
     return tensors, about
 
 

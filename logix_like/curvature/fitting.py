@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from logix_like.capture.selection import Selection, select_modules
 from logix_like.curvature.curvature import Curvature, Kind, Labels
+from logix_like.curvature.moments import WIDEST
 from logix_like.curvature.partial import PartialFit
 from logix_like.curvature.passes import At, Batches, Passes, Settings, once
 from logix_like.curvature.sums import Scratch
@@ -16,9 +17,6 @@ from logix_like.curvature.sweep import Sweep
 from logix_like.linalg.products import Precision
 from logix_like.objective import Batch, Objective
 from logix_like.weights import fingerprint
-
-WIDEST = 8192
-"""Sides wider than this are split into parts."""
 
 
 def fit_curvature(

@@ -87,6 +87,7 @@ class EigenSink(Sink):
         self._precision: Precision = precision
         self._single: frozenset[str] | None = None
         self._taken: set[str] = set()
+        self._again: set[str] = set()
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -97,6 +98,7 @@ class EigenSink(Sink):
     def begin(self, samples: int, mask: Tensor | None) -> None:
         # Whatever a batch that was broken off has left here is not of this one.
         self._taken.clear()
+        self._again.clear()
         self._waiting.clear()
         self._last = None
 
@@ -112,6 +114,12 @@ class EigenSink(Sink):
         self._last = None
         if self._single is None:
             self._single = frozenset(name for name, calls in self._waiting.items() if len(calls) == 1)
+        self._single -= self._again
+        if self._again:
+            raise CaptureError(
+                f"module {min(self._again)!r} was called several times in this batch and once in the first: per-sample "
+                "squares need every call; put a batch in which it is called several times first"
+            )
         with products(self._precision):
             while self._waiting:
                 block, calls = self._waiting.popitem()
@@ -120,12 +128,10 @@ class EigenSink(Sink):
 
     def _single_call(self, block: str, rotated: tuple[Tensor, Tensor]) -> None:
         if block in self._taken:
-            raise CaptureError(
-                f"module {block!r} was called several times in this batch and once in the first: per-sample squares "
-                "need every call; put a batch in which it is called several times first"
-            )
-        self._taken.add(block)
-        self.take(block, *rotated)
+            self._again.add(block)
+        else:
+            self._taken.add(block)
+            self.take(block, *rotated)
 
     def _rotated_input(self, block: str, inputs: Tensor) -> Tensor:
         # Modules that share an input go backward one after another: the last one's is kept.

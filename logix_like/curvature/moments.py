@@ -11,6 +11,9 @@ from logix_like.curvature.sweep import Sink, widened
 from logix_like.linalg.basis import part_sizes
 from logix_like.linalg.products import Precision, products
 
+WIDEST = 8192
+"""Sides wider than this are split into parts."""
+
 
 class FactorSums(Sink):
     """``sum_t a_t a_t^T`` of each input group and ``sum_t d_t d_t^T`` of each block.

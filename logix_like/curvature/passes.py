@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from logix_like.curvature.curvature import Curvature, Fisher, Kind, Labels
 from logix_like.curvature.gradients import SquareSums
-from logix_like.curvature.moments import FactorSums, moments
+from logix_like.curvature.moments import WIDEST, FactorSums, moments
 from logix_like.curvature.partial import PartialFit
 from logix_like.curvature.sums import Scratch
 from logix_like.curvature.sweep import Losses, Sweep
 from logix_like.errors import ConfigError, StatisticsError
 from logix_like.layout import Layout
-from logix_like.linalg.basis import Basis, eigenbasis
+from logix_like.linalg.basis import Basis, eigenbasis, part_sizes
 from logix_like.linalg.finite import require_finite
 from logix_like.linalg.kronecker import product_eigenvalues
 from logix_like.linalg.products import PRECISIONS, Precision
@@ -190,6 +190,7 @@ def _side(sums: Mapping[str, Tensor], side: str, layout: Layout, name: str, scra
         require_finite(moment, name)
     if not found:  # never called: it takes no part
         width = layout[name].shape[1 if side == "input" else 0]
-        return torch.zeros(width, dtype=torch.float64), Basis((torch.eye(width, dtype=torch.float64),))
+        parts = (torch.eye(part, dtype=torch.float64) for part in part_sizes(width, WIDEST))
+        return torch.zeros(width, dtype=torch.float64), Basis(tuple(parts))
     values, basis = eigenbasis(found)
     return values, Basis(tuple(scratch.keep(part) for part in basis.parts))

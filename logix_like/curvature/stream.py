@@ -3,153 +3,188 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, get_args
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from zlib import crc32
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logix_like.capture.factors import FactorReader
 from logix_like.capture.hooks import HookSet
 from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import CallReader
 from logix_like.capture.selection import Selection
-from logix_like.curvature.curvature import Curvature, Fisher, Kind
-from logix_like.curvature.fitting import WIDEST, default_selection
+from logix_like.curvature.curvature import Curvature, Fisher
+from logix_like.curvature.files import packed, read_tensors, unpacked, write_tensors
 from logix_like.curvature.gradients import SquareSums
-from logix_like.curvature.moments import FactorSums
-from logix_like.curvature.passes import Settings, kronecker, with_squares
+from logix_like.curvature.moments import WIDEST, FactorSums
+from logix_like.curvature.passes import kronecker, with_squares
 from logix_like.curvature.sums import MEMORY, Sums
-from logix_like.errors import CaptureError, ConfigError, StatisticsError
+from logix_like.errors import CaptureError
 from logix_like.projection import INITS
+from logix_like.timing import Stopwatch
 
-Reduction = Literal["mean", "sum"]
+EVERY = 8
+"""One block in so many is looked at, which costs it about half of a training step."""
+SAVE_SECONDS = 300.0
+"""How much of a training a kill may take out of the averages."""
+SAVE_SHARE = 50
+"""Saving takes at most one part in so many of the time, however large the model is."""
+SUMS = "sums/"
+
+
+class Look:
+    """A context manager around the forward and backward pass of one block that is looked at."""
+
+    def __init__(self, hooks: HookSet, calls: CallReader, sink: FactorSums | SquareSums) -> None:
+        self._stack = ExitStack()
+        self._hooks = hooks
+        self._calls = calls
+        self.sink = sink
+        """Holds what the block gave."""
+
+    def __enter__(self) -> Look:
+        self._stack.callback(self._calls.close)
+        self._stack.enter_context(self._hooks)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
 
 
 class CurvatureStream:
-    """K-FAC or EK-FAC averaged over a training's own steps, each sample at the weights that it was used at.
+    """EK-FAC averaged over a training's own steps, each sample at the weights that it was used at.
 
-    ::
-
-        stream = CurvatureStream(model, basis_samples=4096)
-        for x, y, ids in loader:
-            with run(data_id=ids), stream(len(ids)):
-                loss_fn(model(x), y).backward()
-            ...
-        curvature = stream.curvature()
-
-    It is the empirical Fisher: gradients are those of the training's labels. The first ``basis_samples`` samples give
-    the factors, and so the basis; those after them give EK-FAC's eigenvalues in it (George et al. 2018 keep a basis
-    for many steps in the same way). Blocks that end in an exception, and blocks with numbers that are not finite
-    (steps that a gradient scaler skips), count for nothing. Sums are kept in memory until the process ends.
+    It is the empirical Fisher: gradients are those of the training's labels. Of the blocks that are looked at, drawn
+    by their number, every other one gives the factors, and those between give the eigenvalues in the factors'
+    eigenbasis. That is made anew whenever the factors hold twice the samples, and the eigenvalues are carried over
+    (as George et al. 2018 keep them from basis to basis). Blocks that end in an exception and blocks with numbers
+    that are not finite count for nothing.
 
     Args:
-        model: Is trained; nothing of it is changed.
-        basis_samples: How many samples give the factors.
-        kind: ``ekfac``; or ``kfac``, for which all samples give the factors.
-        selection: Tracked modules; all linear maps unless told otherwise.
-        every: Only every so many blocks are looked at; one costs about a quarter (factors) to a half (eigenvalues)
-            of a training step.
-        widest: Sides wider than this are split into parts whose cross terms are dropped.
+        selection: The tracked modules.
+        file: Where it is kept, a file of :func:`load_curvature`; what is there already is gone on with.
+
+    Raises:
+        ModelMismatchError: the file holds other modules.
+        StoreDamagedError: the file is not as it was written.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        basis_samples: int = 4096,
-        kind: Kind = "ekfac",
-        selection: Selection | None = None,
-        every: int = 1,
-        widest: int = WIDEST,
-    ) -> None:
-        Settings(kind, "empirical", False, 0, widest, "highest")  # refuses what is none
-        for name, value in (("basis_samples", basis_samples), ("every", every)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
-        self._selection = selection or default_selection(model)
-        self._projector = Projector(self._selection.blocks, INITS["identity"], rank=1, seed=0)
-        self._basis_samples = basis_samples
-        self._kind = kind
-        self._every = every
-        self._blocks = 0
-        self._total = Sums(MEMORY)
-        self._sink: FactorSums | SquareSums = FactorSums(widest, "highest")
-        self._factors: Curvature | None = None
+    def __init__(self, selection: Selection, file: Path) -> None:
+        self._selection = selection
+        self._file = file
+        self._projector = Projector(selection.blocks, INITS["identity"], rank=1, seed=0)
+        self._factors, self._squares = Sums(MEMORY), Sums(MEMORY)
+        self._factor_sink = FactorSums(WIDEST, "highest")
+        self._square_sink: SquareSums | None = None
+        self._basis: Curvature | None = None
+        self._next_basis = 1
+        self._blocks = self._looks = 0
+        self._saved, self._took = time.monotonic(), 0.0
+        if file.is_file():
+            self._restore()
 
-    @contextmanager
-    def __call__(
-        self,
-        samples: int,
-        *,
-        mask: Tensor | None = None,
-        scale: float = 1.0,
-        loss_reduction: Reduction = "mean",
-    ) -> Iterator[None]:
-        """Around the forward and backward pass of one batch.
+    def look(
+        self, samples: int, mask: Tensor | None = None, *, detached: bool = False, watch: Stopwatch | None = None
+    ) -> Look | None:
+        """For the block that begins now: what follows it, if it is one of those that are looked at.
 
-        Args:
-            samples: How many the batch has.
-            mask: ``[samples, positions]``, true where a position counts.
-            scale: What the loop multiplied its loss by (1 / accumulated batches, a scaler's scale).
-            loss_reduction: Whether the loss is the mean of the samples' losses or their sum.
-
-        Raises:
-            ConfigError: ``scale`` or ``loss_reduction`` is none of these.
-            CaptureError: no gradient reached a tracked module.
+        ``mask [samples, positions]`` says which positions count; ``detached`` where the weights are frozen; ``watch``
+        counts the time that hooks take.
         """
-        if loss_reduction not in get_args(Reduction):
-            raise ConfigError(f"unknown loss_reduction {loss_reduction!r}; known: {', '.join(get_args(Reduction))}")
-        if not 0 < scale < math.inf:
-            raise ConfigError(
-                f"scale is {scale!r}; it must be a finite number above 0: what the loss was multiplied by"
-            )
         self._blocks += 1
-        if (self._blocks - 1) % self._every:
-            yield
-            return
-        sink = self._sink
+        # The first two always, one for each kind; then by a hash, lest epochs of so many blocks show the same samples.
+        if self._blocks > 2 and crc32(self._blocks.to_bytes(8, "little")) % EVERY:
+            return None
+        sink = self._factor_sink if self._square_sink is None or self._looks % 2 == 0 else self._square_sink
         sink.sums = Sums(MEMORY)  # of this block alone, until it has ended well
         reader = FactorReader(self._projector, sink.add_factors, sink.add_input)
-        device = next(self._selection.modules[0].module.parameters()).device
-        calls = CallReader(samples, reader.read_input, reader.read_gradient, device_type=device.type)
+        device = next(self._selection.modules[0].module.parameters()).device.type
+        watch = watch or Stopwatch()
+        calls = CallReader(
+            samples, reader.read_input, watch.timed(reader.read_gradient), detached=detached, device_type=device
+        )
         sink.begin(samples, mask)
-        with HookSet(self._selection, calls, samples):
-            yield
-        calls.close()
-        if not calls.gradients:
-            raise CaptureError("no gradient reached any tracked module in this block: call loss.backward() inside it")
-        sink.end()
-        factor = (samples if loss_reduction == "mean" else 1) / scale
-        self._total.take(sink.sums, {"output": factor**2, "squares": factor**2})
-        self._turn()
+        return Look(HookSet(self._selection, calls, samples, watch), calls, sink)
 
-    def curvature(self) -> Curvature:
-        """What was gathered so far.
+    def take(self, look: Look, factor: float | Tensor) -> None:
+        """The block of ``look`` has ended well; its gradients times ``factor`` are the samples' own."""
+        try:
+            look.sink.end()
+        except CaptureError:  # a module was called more often than before: this block is left out, the next is not
+            return
+        total = self._factors if look.sink is self._factor_sink else self._squares
+        square = float(factor) ** 2
+        if math.isfinite(square) and total.take(look.sink.sums, {"output": square, "squares": square}):
+            self._looks += 1
+            if self._factors.samples >= self._next_basis:
+                self._turn()
+
+    def curvature(self) -> Curvature | None:
+        """What was gathered so far; None before there are eigenvalues."""
+        if self._basis is None or not self._squares.samples:
+            return None
+        fisher = Fisher("empirical", self._factors.samples + self._squares.samples, "")
+        return with_squares(self._basis, self._squares.all(), fisher)
+
+    def save(self) -> None:
+        """Write what was gathered so far to the file; nothing before there are eigenvalues.
 
         Raises:
-            StatisticsError: nothing was; or, for EK-FAC, no block behind those of the factors.
+            StoreWriteError: the disk refuses.
         """
-        sums = self._total.all()
-        if "samples" not in sums:
-            raise StatisticsError("no block of a training was looked at yet")
-        if self._kind == "kfac":
-            return self._decomposed()
-        if self._factors is None:
-            raise StatisticsError(
-                f"all {int(sums['samples']):,} samples so far went into the factors, none into EK-FAC's eigenvalues: "
-                "train on, or take basis_samples smaller or kind='kfac'"
-            )
-        samples = self._factors.fisher.samples + int(sums["samples"])
-        return with_squares(self._factors, sums, Fisher("empirical", samples, ""))
+        begun, curvature = time.monotonic(), self.curvature()
+        if curvature is not None:
+            tensors, about = packed(curvature)
+            tensors |= {SUMS + name: tensor for name, tensor in self._factors.all().items()}
+            counts = {"blocks": self._blocks, "looks": self._looks, "squares": self._squares.samples}
+            write_tensors(self._file, tensors, {**about, "stream": {**counts, "next_basis": self._next_basis}})
+        self._saved = time.monotonic()
+        self._took = self._saved - begun
+
+    @property
+    def due(self) -> bool:
+        """Whether the last :meth:`save` is long enough ago."""
+        return time.monotonic() - self._saved >= max(SAVE_SECONDS, SAVE_SHARE * self._took)
 
     def _turn(self) -> None:
-        """From factors to eigenvalues, once there are samples enough."""
-        if self._factors is None and self._kind == "ekfac" and self._total.samples >= self._basis_samples:
-            self._factors = self._decomposed()
-            self._total = Sums(MEMORY)
-            self._sink = SquareSums(self._factors.bases, "highest")
+        """A new basis, of all factors so far; the eigenvalues are carried over."""
+        fisher = Fisher("empirical", self._factors.samples, "")
+        basis = kronecker(self._factors.all(), self._projector.layout(), fisher, MEMORY)
+        count = self._squares.samples
+        if self._basis is not None and count:
+            carried = with_squares(self._basis, self._squares.all(), fisher).diagonal_in(basis.bases)
+            self._squares = _sums_of(carried, count)
+        self._set_basis(basis)
+        self._next_basis = 2 * self._factors.samples
 
-    def _decomposed(self) -> Curvature:
-        fisher = Fisher("empirical", self._total.samples, "")
-        return kronecker(self._total.all(), self._projector.layout(), fisher, MEMORY)
+    def _set_basis(self, basis: Curvature) -> None:
+        self._basis = basis
+        self._square_sink = SquareSums(basis.bases, "highest")
+
+    def _restore(self) -> None:
+        tensors, about = read_tensors(self._file)
+        curvature = unpacked(tensors, about, self._file)
+        self._projector.layout().require_same(curvature.layout)
+        for block in curvature.layout:
+            self._projector.assign(block.name, block.input_group)
+        sums = {name.removeprefix(SUMS): tensor for name, tensor in tensors.items() if name.startswith(SUMS)}
+        self._factors.all().update(sums)
+        counts = about["stream"]
+        self._squares = _sums_of(curvature.eigenvalues, counts["squares"])
+        self._blocks, self._looks, self._next_basis = (counts[name] for name in ("blocks", "looks", "next_basis"))
+        self._set_basis(curvature)
+
+
+def _sums_of(means: dict[str, Tensor], count: int) -> Sums:
+    sums = Sums(MEMORY)
+    sums.count("samples", count)
+    sums.all().update({f"squares/{name}": values * count for name, values in means.items()})
+    return sums

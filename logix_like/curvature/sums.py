@@ -68,20 +68,21 @@ class Sums:
         recent = self._recent_like(name, left)
         self._recent[name] = left @ right if recent is None else recent.addmm_(left, right)
 
-    def take(self, other: Sums, scales: Mapping[str, float]) -> None:
+    def take(self, other: Sums, scales: Mapping[str, float]) -> bool:
         """Add all of ``other``, which is given up, times the scale of a name's first word (1 if it has none).
 
-        Nothing is added if a number is not finite.
+        Nothing is added if a number is not finite; whether it was.
         """
         terms = other._recent
         if not all(bool(term.isfinite().all()) for term in terms.values()):
-            return
+            return False
         self.begin(other.samples)
         for name, number in other._settled.items():
             if name != "samples":
                 self.count(name, int(number))
         for name, term in terms.items():
             self.add(name, term.mul_(scales.get(name.split("/", 1)[0], 1.0)))
+        return True
 
     @property
     def samples(self) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from logix_like.capture.selection import Selection
+from logix_like.capture.selection import Selection, select_stored
 from logix_like.curvature.curvature import Curvature, Kind, damped_inverse_of
 from logix_like.curvature.fitting import default_selection, fit_curvature
 from logix_like.curvature.gradients import Gradients, InnerProducts, QuadraticForms, SquareSums
@@ -37,11 +37,12 @@ class KroneckerInfluence(Estimator, ABC):
         model: At the weights that are asked about; not changed.
         loader: Batches of training samples, always in the same order.
         objective: What the model is trained for; a classifier unless told otherwise.
-        curvature: Fitted before (:func:`logix_like.curvature.fit_curvature`); fitted when first needed if not given.
+        curvature: Fitted before (:func:`logix_like.curvature.fit_curvature`), or gathered by a run in training
+            (``run.curvature("training")``); fitted when first needed if not given.
         damping: ``lambda`` as a multiple of the mean eigenvalue of each module's block, ``"auto"``, or
             ``{"absolute": lambda}``; see :mod:`logix_like.damping`.
         data_id: Names of the samples; a sequence, or what takes them from a batch. Running numbers if not given.
-        selection: Tracked modules; all linear maps unless told otherwise.
+        selection: Tracked modules; those of ``curvature``, or all linear maps, unless told otherwise.
         mask: ``mask(batch) -> [batch, positions]``, which positions the factors count.
         rank: Keep each preconditioned query as a matrix of this rank in each module: less memory, an approximation.
         precision: Of the products of factors, in torch's words (``highest``, ``high``, ``medium``).
@@ -71,7 +72,9 @@ class KroneckerInfluence(Estimator, ABC):
         if rank is not None and (type(rank) is not int or rank < 1):
             raise QueryError(f"rank is {rank!r}; it must be a whole number of at least 1, or None for whole matrices")
         self._objective = objective or Objective()
-        self._sweep = Sweep(model, self._objective, selection or default_selection(model), mask=mask)
+        if selection is None:
+            selection = default_selection(model) if curvature is None else select_stored(model, curvature.layout)
+        self._sweep = Sweep(model, self._objective, selection, mask=mask)
         self._samples = Samples(loader, self._objective, data_id=data_id, at=at, progress=progress)
         self._loader = loader
         self._mask = mask
@@ -138,7 +141,7 @@ class KroneckerInfluence(Estimator, ABC):
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
+        inverse = damped_inverse_of(self.damping, self._sweep.dtype)
         sink = QuadraticForms(curvature.bases, curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
@@ -222,7 +225,7 @@ class KroneckerInfluence(Estimator, ABC):
 
     def _preconditioned(self, queries: Batch, losses: Losses | None) -> dict[str, Tensor | LowRank]:
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
+        inverse = damped_inverse_of(self.damping, self._sweep.dtype)
         vectors = curvature.apply(inverse, self.gradients(queries, losses))
         if self._rank is None:
             return dict(vectors)

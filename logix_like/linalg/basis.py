@@ -35,6 +35,13 @@ class Basis:
         """The same in the dtype and on the device of ``like``."""
         return Basis(tuple(part.to(like) for part in self.parts))
 
+    def mixing(self, other: Basis) -> Basis:
+        """``(U^T V)^2``, number by number, for the basis ``V``: squares' means ``x`` are ``x (U^T V)^2`` in ``V``.
+
+        Exact where different coordinates in ``U`` are uncorrelated.
+        """
+        return Basis(tuple((mine.mT @ its).square() for mine, its in zip(self.parts, other.parts, strict=True)))
+
     def _times(self, vectors: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         if len(matrices) == 1:
             return vectors @ matrices[0]

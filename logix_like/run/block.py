@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from logix_like.capture.tracker import Recording
+from logix_like.curvature.stream import Look
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
@@ -123,7 +124,9 @@ class BlockOptions:
 
     def _required_mask(self, asker: str) -> Tensor:
         if self.mask is None:
-            raise CaptureError(f"{asker} needs mask=[batch, positions], true for the tokens that the loss counts")
+            raise CaptureError(
+                f"{asker} needs mask=[batch, positions], true for the tokens that the loss counts (labels != -100)"
+            )
         return self.mask
 
 
@@ -136,6 +139,7 @@ class Block:
     def __init__(
         self,
         recording: Recording | None,
+        look: Look | None,
         options: BlockOptions,
         on_begin: Callable[[Block], None],
         on_end: Callable[[Block], None],
@@ -144,6 +148,8 @@ class Block:
     ) -> None:
         self.recording = recording
         """None when this block is one of those that are not logged."""
+        self.look = look
+        """Beside the recording, for the curvature at full size; None when this block is not looked at."""
         self.options = options
         self._on_begin = on_begin
         self._on_end = on_end
@@ -167,8 +173,9 @@ class Block:
     def drop(self) -> None:
         """Close the block without rows."""
         self._ended = True
-        if self.recording is not None:
-            self.recording.__exit__(None, None, None)
+        for follower in (self.look, self.recording):
+            if follower is not None:
+                follower.__exit__(None, None, None)
         self._on_drop(self)
 
     def __enter__(self) -> Block:
@@ -177,9 +184,14 @@ class Block:
         with self._watch:
             self._measure()
             self._on_begin(self)
-            self._begun = True
-            if self.recording is not None:
-                self.recording.__enter__()
+            try:
+                self._begun = True
+                for follower in (self.recording, self.look):
+                    if follower is not None:
+                        follower.__enter__()
+            except BaseException:  # Ctrl-C, too: the with statement that it keeps from beginning would not end it
+                self.drop()
+                raise
         return self
 
     def _measure(self) -> None:
@@ -196,12 +208,16 @@ class Block:
     ) -> None:
         if self._ended:  # by run.end() or run.abort(), inside the with statement
             return
-        with self._watch:
-            self.drop()
-            if exc_type is None:
-                if self.recording is not None:
-                    self.recording.check()
-                self._on_end(self)
+        try:
+            with self._watch:
+                self.drop()
+                if exc_type is None:
+                    if self.recording is not None:
+                        self.recording.check()
+                    self._on_end(self)
+        except BaseException:
+            self.drop()  # again: Ctrl-C may have broken off the first
+            raise
 
 
 def _require_positive(scale: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.capture.tracker import Recording, Tracker
 from logix_like.config import Config
+from logix_like.curvature.stream import CurvatureStream, Look
 from logix_like.errors import CaptureError
 from logix_like.query.gradients import QueryGradients
 from logix_like.ranks import Ranks
@@ -23,6 +25,11 @@ from logix_like.run.session import StoreSession
 from logix_like.run.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 from logix_like.steps import Progress
 from logix_like.timing import Stopwatch, Timing
+
+UNSTORED = (
+    "this run was finalized or loaded for queries: blocks are kept for get_log() only, and nothing is stored; to log "
+    "further samples, start with logix.init(..., resume=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,16 @@ class Logbook:
         self._compared: Recording | None = None
         self._watch = Stopwatch()
         self._untold = Timing()
-        self.statistics: frozenset[str] = frozenset(config.statistics)
-        """What is gathered beside the rows; fixed by the first batch."""
+        self.statistics: frozenset[str] = frozenset(config.statistics) - {"curvature"}
+        """What is gathered of the rows; fixed by the first batch."""
+        self.curvature: CurvatureStream | None = None
+        """Gathers the curvature at full size, if that is asked for."""
         self.saving = True
         """Whether blocks are stored."""
         self.closed = session is None
         """Whether logging has ended; blocks are then captured for :attr:`last` only."""
+        self._unread = 0
+        """Blocks that were neither stored nor asked for, since logging had ended."""
         self.blocks = 0
         """Blocks that have ended."""
         self.on_block: Callable[[BlockOptions, bool], None] | None = None
@@ -108,6 +119,7 @@ class Logbook:
         """
         if self._last is None:
             raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
+        self._unread = 0
         return self._last
 
     @property
@@ -131,7 +143,7 @@ class Logbook:
             CaptureError: no model is watched.
         """
         tracker = self.tracker
-        recording = None
+        recording = look = None
         if not self._storing or self.blocks % self._config.every == 0:
             recording = tracker.recording(
                 len(options.data_id),
@@ -140,8 +152,10 @@ class Logbook:
                 detached=detached,
                 watch=self._watch,
             )
+            if self._storing and self.curvature is not None:
+                look = self.curvature.look(len(options.data_id), options.mask, detached=detached, watch=self._watch)
         ended = partial(self._ended, detached=detached)
-        return Block(recording, options, self._begin, ended, self._dropped, self._watch)
+        return Block(recording, look, options, self._begin, ended, self._dropped, self._watch)
 
     def end(self) -> None:
         """Close the open block.
@@ -177,6 +191,11 @@ class Logbook:
     def settle(self) -> None:
         """Hand over the rows that were held back, unless a scaler may still skip their step."""
         self._gate.settle(self._progress.step)
+
+    def keep_curvature(self) -> None:
+        """Write what was gathered of the curvature so far."""
+        if self._session is not None and self.curvature is not None:
+            self._session.keep(self.curvature.save)
 
     @property
     def holds(self) -> bool:
@@ -249,11 +268,23 @@ class Logbook:
         if block.recording is not None:
             self._waiting.append(_Ended(block.recording, block.options, self._columns(block.options), overflow))
             self.flush()
+            if block.look is not None:
+                self._look_at(block.look, block.recording.factor)
         self.blocks += 1
+        if self.closed:
+            self._unread += 1
+            if self._unread == 2:
+                warnings.warn(UNSTORED, RuntimeWarning, stacklevel=4)
         if self.on_block is not None and self._storing and not detached:
             self.on_block(block.options, overflow is not None and bool(overflow))
         if not self.closed:
             self._progress.block_ended()
+
+    def _look_at(self, look: Look, factor: float | Tensor) -> None:
+        assert self.curvature is not None
+        self.curvature.take(look, factor)
+        if self.curvature.due:
+            self.keep_curvature()
 
     def _columns(self, options: BlockOptions) -> ProjectedBatch | None:
         """What is stored beside the rows, as it is now; None when nothing is stored."""

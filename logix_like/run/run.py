@@ -21,11 +21,13 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import Config, is_due
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
+from logix_like.curvature.stream import CurvatureStream
 from logix_like.errors import CaptureError, ConfigError, StoreError
-from logix_like.ids import as_data_ids
+from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
+from logix_like.ranks import Ranks
 from logix_like.run.asking import Asker
 from logix_like.run.block import Block
 from logix_like.run.extraction import batch_ids, progress_over
@@ -41,6 +43,9 @@ from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.timing import Timing
 from logix_like.weights import frozen
+
+TRAINING = "training"
+"""Name of the curvature that the training itself gives."""
 
 
 class Run(Questions):
@@ -101,6 +106,8 @@ class Run(Questions):
         if self.config.record == "path" and self._session is not None and optimizer is not None:
             self._recorder = PathRecorder(self._session, model, optimizer, self._progress, self.checkpoint)
             self._logbook.on_block = self._recorder.block
+        if "curvature" in self.config.statistics and self._session is not None and Ranks.here().first:
+            self._logbook.curvature = CurvatureStream(tracker.selection, stored_curvature(self.path, TRAINING))
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -268,6 +275,7 @@ class Run(Questions):
         if self._session is not None and not self._logbook.closed:
             self._logbook.settle()
             self._session.commit()
+            self._logbook.keep_curvature()
 
     def checkpoint(self) -> None:
         """Keep the model's weights in the store (safetensors)."""
@@ -298,7 +306,7 @@ class Run(Questions):
                 "samples cannot be forgotten in the midst of an optimizer step that a gradient scaler may skip; forget "
                 "them behind optimizer.step()"
             )
-        return self._session.forget(as_data_ids(data_id))
+        return self._session.forget(as_stored_ids(data_id))
 
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
@@ -314,6 +322,7 @@ class Run(Questions):
             live.finish(self._progress.step)
         if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
             self.checkpoint()
+        self._logbook.keep_curvature()
         self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
         if dropped:
@@ -329,6 +338,10 @@ class Run(Questions):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def __repr__(self) -> str:
+        state = "for queries" if self._session is None else "finalized" if self._logbook.closed else "logging"
+        return f"Run({str(self.path)!r}, {state}, {self.rows:,} rows logged here)"
 
     def __enter__(self) -> Run:
         return self
@@ -375,7 +388,10 @@ class Run(Questions):
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
-        """``(epoch, step)`` of the last commit of the run that was resumed; None for a new run."""
+        """``(epoch, step)`` of the last committed row of the run that was resumed; None where there is none.
+
+        The epoch is -1 if :meth:`epoch` was never called; without ``init(optimizer=...)`` steps are blocks.
+        """
         return None if self._session is None else self._session.cursor
 
     # Curvature (what can be asked stands in Questions)
@@ -395,7 +411,7 @@ class Run(Questions):
         return curvature
 
     def curvature(self, name: str = "default") -> Curvature:
-        """What :meth:`fit_curvature` kept.
+        """What :meth:`fit_curvature` kept; ``"training"``: what ``statistics: [..., curvature]`` gathered in training.
 
         Raises:
             StoreNotFoundError: there is no curvature of that name.
@@ -407,6 +423,8 @@ class Run(Questions):
             live.add(rows)
 
     def _stepped(self, step: int) -> None:
+        if self._session is not None and self._session.handed_over:
+            return  # the optimizer has outlived this run, and trains for a later one
         if self._recorder is not None:
             self._recorder.stepped(step)
         if self._logbook.watching and is_due(self.config.checkpoints, step):

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from logix_like.config import AtSteps, Config, EverySteps, load_config
-from logix_like.curvature import Curvature
+from logix_like.curvature import Curvature, stored_curvature
 from logix_like.errors import ConfigError
 from logix_like.run.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
-from logix_like.run.run import Run
+from logix_like.run.run import TRAINING, Run
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import new_tracker
 from logix_like.store import OnDamage, Place, as_place, is_store, open_store
@@ -61,6 +61,8 @@ def init(
         raise ConfigError("curvature= makes the projections of a model: give init(model=...) as well")
     resume_step = require_resume_step(resume_step, resume=resume)
     path = place_of(settings)
+    if "curvature" in settings.statistics:
+        stored_curvature(path, TRAINING)  # refuses where none can be kept
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
     if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):

@@ -243,7 +243,10 @@ def test_nothing_of_the_model_changes() -> None:
 def test_what_is_refused() -> None:
     model, data, queries = classifier()
     curvature = fit_curvature(model, data, progress=False)
-    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    fewer = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    with pytest.raises(ModelMismatchError, match="'4', which was tracked, is not in this model"):
+        EKFAC(fewer, data, curvature=curvature, progress=False)
+    other = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     with pytest.raises(ModelMismatchError, match="shape"):
         EKFAC(other, data, curvature=curvature, progress=False)
     with torch.no_grad():
@@ -255,6 +258,15 @@ def test_what_is_refused() -> None:
     shuffled = DataLoader(TensorDataset(*queries), shuffle=True)
     with pytest.raises(ConfigError, match="shuffles"):
         EKFAC(model, shuffled, progress=False)
+    with pytest.raises(ConfigError, match=r"objective is a CrossEntropyLoss.*Objective\(\) for a classifier"):
+        EKFAC(model, data, nn.CrossEntropyLoss(), progress=False)
+    with pytest.raises(ConfigError, match="the model is a list"):
+        EKFAC(data, model, progress=False)
+    one = (queries[0][0], queries[1][0])
+    with pytest.raises(ConfigError, match=r"single number.*x\[None\]"):
+        EKFAC(model, data, progress=False).scores(one)
+    with pytest.raises(ConfigError, match="a DataLoader in place of a dataset"):
+        EKFAC(model, TensorDataset(*queries), progress=False).scores(queries)
     with pytest.raises(StatisticsError, match="no samples"):
         _ = EKFAC(model, [], progress=False).curvature
     with pytest.raises(QueryError, match="not finite"):

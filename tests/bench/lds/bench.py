@@ -65,9 +65,10 @@ class Bench:
     def estimated(self, kind: Callable[..., Estimator], **options: Any) -> Tensor:
         """Scores of an estimator made from a model, batches and an objective; ``at`` is :attr:`at_all` or nothing."""
         model = self.training().model if "at" in options else self.model
-        selection = select_modules(model, types=("Linear", "Conv2d"), exclude=self.problem.exclude)
+        if "curvature" not in options:  # which knows its modules
+            options["selection"] = select_modules(model, types=("Linear", "Conv2d"), exclude=self.problem.exclude)
         batches = [batch for _, batch in self.batches()]
-        estimator = kind(model, batches, self.problem.objective, selection=selection, progress=False, **options)
+        estimator = kind(model, batches, self.problem.objective, progress=False, **options)
         return score_matrix(estimator, self.problem.samples, self.problem.queries, self.problem.asked())
 
     def at_all(self) -> Iterator[nn.Module]:
@@ -98,8 +99,7 @@ class Bench:
         return self._runs[name]
 
     def _init(self, name: str, model: nn.Module, settings: Mapping[str, Any], **options: Any) -> logix.Run:
-        preset = self.problem.preset or None
-        return logix.init(name, model, preset, root=str(self.root), verbose=False, **settings, **options)
+        return logix.init(name, model, self.problem.preset, root=str(self.root), verbose=False, **settings, **options)
 
     def _log_training(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
         run: logix.Run | None = None
