@@ -200,6 +200,11 @@ class Candidates:
         """Tells choices of rows apart; empty where every valid row is wanted."""
         return "" if self.complete else hashlib.blake2b(self.wanted.numpy().tobytes(), digest_size=16).hexdigest()
 
+    @property
+    def factor(self) -> Tensor | None:
+        """``[rows]``: what each row is multiplied by; None for 1."""
+        return None if self.rows.factor is None else torch.as_tensor(self.rows.factor).to(self.dtype)
+
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""
         return self.wanted.nonzero().flatten()
