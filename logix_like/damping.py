@@ -7,13 +7,15 @@ setting                     lambda of one module
 =========================== ================================================================================
 ``0.1`` (a number x)        x times the mean eigenvalue of the module's own block
 ``{"absolute": x}``         x itself, in every module
-``"auto"``                  r / (1 - r) times the mean eigenvalue, at least 0.1 times it, where r is the weight
-                            that the oracle approximating shrinkage estimator (Chen, Wiesel, Eldar and Hero 2010,
-                            eq. 23) gives the identity for a covariance of n rows with these eigenvalues
+``"auto"``                  for a covariance r / (1 - r) times the mean eigenvalue, at least 0.1 times it, where r
+                            is the weight that the oracle approximating shrinkage estimator (Chen, Wiesel, Eldar
+                            and Hero 2010, eq. 23) gives the identity for a covariance of n samples with these
+                            eigenvalues; for any other curvature 0.1 times it
 =========================== ================================================================================
 
-``auto`` is the default 0.1 as long as a module has rows enough, and grows where its rows are too few to tell its small
-eigenvalues from noise.
+``auto`` is 0.1 as long as a covariance has samples enough, and grows where they are too few to tell its small
+eigenvalues from noise. It counts samples, not their visits, which are much alike. Eigenvalues of Kronecker factors, and
+those that EK-FAC corrects, are each a mean over all samples: few samples do not spread them, and they need no more.
 """
 
 from __future__ import annotations
@@ -32,25 +34,6 @@ MOST = 10.0
 
 DampingSetting = float | str | Mapping[str, float]
 """A multiple of the mean eigenvalue, ``"auto"``, or ``{"absolute": x}``."""
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """What damping needs to know of a block's eigenvalues."""
-
-    size: int
-    """How many there are."""
-    total: float
-    """Their sum."""
-    squares: float
-    """The sum of their squares."""
-    rows: int
-    """How many rows they were estimated from."""
-
-    @property
-    def mean(self) -> float:
-        """The mean eigenvalue."""
-        return self.total / self.size
 
 
 @dataclass(frozen=True)
@@ -110,11 +93,11 @@ class Damping:
     def __str__(self) -> str:
         return {"relative": f"{self.value:g}", "absolute": f"{self.value:g} (absolute)", "auto": "auto"}[self.kind]
 
-    def shift(self, spectrum: Spectrum) -> float:
-        """The lambda for a block with these eigenvalues."""
+    def shift(self, mean: float, shrinkage: float = LEAST) -> float:
+        """The lambda for a block whose eigenvalues have this ``mean``; ``auto`` takes ``shrinkage`` times it."""
         if self.kind == "absolute":
             return self.value
-        return spectrum.mean * (self.value if self.kind == "relative" else shrinkage_damping(spectrum))
+        return mean * (self.value if self.kind == "relative" else shrinkage)
 
 
 def require_amount(damping: object) -> float:
@@ -125,12 +108,14 @@ def require_amount(damping: object) -> float:
     return found.value
 
 
-def shrinkage_damping(spectrum: Spectrum) -> float:
-    """The multiple of the mean eigenvalue that ``auto`` stands for."""
-    size, rows = spectrum.size, spectrum.rows
-    spread = spectrum.squares - spectrum.total**2 / size
-    if spread <= 0 or rows <= 0:  # all eigenvalues equal, or nothing known: any multiple gives the same order
+def shrinkage_damping(size: int, trace: float, squares: float, samples: int) -> float:
+    """The multiple of its mean eigenvalue that ``auto`` stands for in a covariance ``[size, size]`` of so many samples.
+
+    ``squares`` is the sum of its squared entries, or eigenvalues.
+    """
+    spread = squares - trace**2 / size
+    if spread <= 0 or samples <= 0:  # all eigenvalues equal, or nothing known: any multiple gives the same order
         return LEAST
-    weight = ((1 - 2 / size) * spectrum.squares + spectrum.total**2) / ((rows + 1 - 2 / size) * spread)
+    weight = ((1 - 2 / size) * squares + trace**2) / ((samples + 1 - 2 / size) * spread)
     weight = min(weight, MOST / (1 + MOST))
     return max(LEAST, weight / (1 - weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,8 +29,13 @@ def as_data_ids(ids: Any, mask: Tensor | None = None) -> tuple[DataId, ...]:
     if isinstance(ids, Tensor):
         return _from_tensor(ids, mask)
     if isinstance(ids, str | int) or not isinstance(ids, Iterable):
-        raise CaptureError(f"data_id is {ids!r}; give a sequence with one id (str or int) for each sample")
+        raise CaptureError(f"data_id is {reprlib.repr(ids)}; give a sequence with one id (str or int) for each sample")
     return tuple(_single(value) for value in ids)
+
+
+def as_stored_ids(ids: Any) -> tuple[DataId, ...]:
+    """The same for samples that were logged, of which one may be named by its id alone."""
+    return as_data_ids([ids] if isinstance(ids, str | int | np.integer) else ids)
 
 
 def _from_tensor(ids: Tensor, mask: Tensor | None) -> tuple[DataId, ...]:

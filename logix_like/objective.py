@@ -216,8 +216,18 @@ class Objective:
         return _outputs(model, batch) if self.outputs is None else self.outputs(model, batch)
 
     def labels(self, batch: Batch) -> Tensor:
-        """Targets of ``batch``, ``[batch, ...]``."""
-        return _targets(batch) if self.targets is None else self.targets(batch)
+        """Targets of ``batch``, ``[batch, ...]``.
+
+        Raises:
+            ConfigError: they are a single number.
+        """
+        labels = _targets(batch) if self.targets is None else self.targets(batch)
+        if not getattr(labels, "ndim", 1):
+            raise ConfigError(
+                "the targets are a single number: a batch of samples [batch, ...] is needed (a DataLoader in place of "
+                "a dataset; x[None], y[None] in place of one sample)"
+            )
+        return labels
 
     def losses(self, model: Model, batch: Batch) -> Tensor:
         """``[batch]``: each sample's loss, summed over its positions."""
@@ -298,6 +308,15 @@ def _first_above(cumulative: Tensor, level: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     level = torch.minimum(level.clamp_min(0), total * (1 - torch.finfo(total.dtype).eps))
     return torch.searchsorted(cumulative, level, right=True).clamp_max_(cumulative.shape[1] - 1)
+
+
+def require_objective(objective: object) -> None:
+    """Raise :class:`ConfigError` for what is no objective, such as a loss function."""
+    if not isinstance(objective, Objective):
+        raise ConfigError(
+            f"the objective is a {type(objective).__name__}; a logix.Objective is needed: Objective() for a "
+            "classifier, Objective.language_model(), or Objective(outputs=..., targets=..., likelihood=...)"
+        )
 
 
 def bound(model: nn.Module, parameters: Mapping[str, Tensor]) -> Model:

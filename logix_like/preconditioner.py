@@ -13,9 +13,17 @@ covariance E[g g^T], the empirical Fisher                        trace / k
 kfac       S (x) A (Martens and Grosse 2015)                     mean of S's times mean of A's eigenvalues
 ekfac      U diag(Lambda) U^T (George et al. 2018)               mean of Lambda
 auto       covariance where it was gathered over at least 2 k    that of the one chosen
-           samples, else ekfac where its eigenvalues were
-           gathered, else kfac, else the covariance there is
+           samples (k, where only some coordinates are kept),
+           else ekfac where its eigenvalues were gathered,
+           else kfac, else the covariance there is
 ========== ===================================================== ========================================
+
+Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow
+the basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
+
+A covariance of more than 4,096 numbers a side is not held: it is sketched by a Nystrom approximation of rank
+``2^24 / k`` (:mod:`logix_like.linalg.sketch`), exact where there are no more rows than that, with the rest of its trace
+spread over the directions outside; what share of the trace the sketch holds is said with the answer.
 
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
 block is zero (it was never used) gets the preconditioner 0: it takes no part in any score.
@@ -23,7 +31,6 @@ block is zero (it was never used) gets the preconditioner 0: it takes no part in
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -31,75 +38,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from logix_like.damping import Damping, DampingSetting, Spectrum
+from logix_like.damping import LEAST, Damping, DampingSetting, shrinkage_damping
 from logix_like.errors import QueryError, StatisticsError
+from logix_like.inverses import Dense, Diagonal, Eigenbasis, Identity, LowRank, Preconditioner
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.linalg.eigen import Eigen, symmetric_eigen
 from logix_like.linalg.finite import require_finite
 from logix_like.linalg.inverse import damped_inverse, damped_reciprocal
-from logix_like.linalg.kronecker import product_eigenvalues, scale_in_eigenbasis
+from logix_like.linalg.kronecker import product_eigenvalues
+from logix_like.linalg.sketch import nystrom
 from logix_like.statistics import CorrectedEigenvalues, Statistics
-
-
-class Preconditioner(ABC):
-    """The damped inverse of one block, or of m blocks of equal size at once.
-
-    Leaves are dataclasses of tensors. Stacking the tensors of m leaves of one kind along a new first
-    dimension makes a leaf for all m.
-    """
-
-    @abstractmethod
-    def apply(self, block: Tensor) -> Tensor:
-        """``block [n, k]`` (or ``[m, n, k]`` when stacked) times the inverse; the input is not changed."""
-
-
-@dataclass(frozen=True)
-class Identity(Preconditioner):
-    """Leaves rows as they are."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """A copy of ``block``."""
-        return block.clone()
-
-
-@dataclass(frozen=True)
-class Diagonal(Preconditioner):
-    """Multiplies each number of a row by a weight of its own."""
-
-    weights: Tensor
-    """``[k]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` times the weights."""
-        return block * self.weights.unsqueeze(-2)
-
-
-@dataclass(frozen=True)
-class Dense(Preconditioner):
-    """Multiplies rows by a full symmetric matrix."""
-
-    inverse: Tensor
-    """``[k, k]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` times the matrix."""
-        return block @ self.inverse
-
-
-@dataclass(frozen=True)
-class Eigenbasis(Preconditioner):
-    """Multiplies the coordinates of a row's matrix in a Kronecker eigenbasis by weights."""
-
-    output_basis: Tensor
-    """``[rank_out, rank_out]``, eigenvectors in columns."""
-    input_basis: Tensor
-    """``[rank_in, rank_in]``, eigenvectors in columns."""
-    weights: Tensor
-    """``[rank_out, rank_in]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` turned into the basis, weighted, and turned back."""
-        return scale_in_eigenbasis(block, self.output_basis, self.input_basis, self.weights)
 
 
 @dataclass(frozen=True)
@@ -114,6 +62,12 @@ class ModuleFit:
     """Its tensors are float64."""
     rows: int | None = None
     """How many rows it was fitted to; None where no row matters."""
+    held: float = 1.0
+    """The share of the curvature's trace that it knows direction by direction."""
+
+
+ROUNDED = 1e-6
+"""A curvature of which less than this share is not known is known."""
 
 
 class Eigenbases:
@@ -147,6 +101,10 @@ class Eigenbases:
         """The module's count ``field`` of rows or samples."""
         return int(self.statistics.sums[block.name][field].item())
 
+    def distinct(self, rows: int) -> int:
+        """How many samples so many rows are of, as far as that is known."""
+        return rows if self.samples is None else min(rows, self.samples)
+
 
 def _fit_identity(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     return ModuleFit("identity", 0.0, Identity())
@@ -154,17 +112,34 @@ def _fit_identity(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) 
 
 def _fit_diagonal(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     values = eigenbases.statistics.second_moment(block.name)
-    rows = eigenbases.counted(block, "rows")
-    shift = damping.shift(_spectrum(values, rows))
-    return ModuleFit("diagonal", shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
+    return _in_eigenbasis("diagonal", values, damping, block, eigenbases.counted(block, "rows"))
 
 
 def _fit_covariance(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
-    covariance = eigenbases.statistics.covariance(block.name)
     rows = eigenbases.counted(block, "rows")
-    squares = covariance.square().sum().item() if damping.kind == "auto" else 0.0
-    shift = damping.shift(Spectrum(block.size, covariance.diagonal().sum().item(), squares, rows))
+    if eigenbases.statistics.has(block.name, "sketch_sum"):
+        return _fit_sketch(eigenbases, block, damping, rows)
+    covariance = eigenbases.statistics.covariance(block.name)
+    trace, shrinkage = covariance.diagonal().sum().item(), LEAST
+    if damping.kind == "auto":
+        squares = covariance.square().sum().item()
+        shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
     return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
+
+
+def _fit_sketch(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping, rows: int) -> ModuleFit:
+    products, trace = eigenbases.statistics.sketch(block.name)
+    require_finite(products, block.name)
+    found = nystrom(products, trace)
+    outside = block.size - len(found.values)
+    squares = found.values.square().sum().item() + outside * found.rest**2
+    shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
+    values = torch.cat([found.values, found.values.new_full((1,), found.rest)])
+    weights = damped_reciprocal(values, shift, block.name)
+    leaf = LowRank(found.vectors, weights[:-1] - weights[-1], weights[-1])
+    return ModuleFit(f"covariance sketched at rank {len(found.values):,}", shift, leaf, rows, found.held)
 
 
 def _fit_kfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
@@ -178,13 +153,13 @@ def _fit_kfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> M
     output, input_ = eigenbases.kronecker(block)
     values = product_eigenvalues(output.values, input_.values)
     samples = eigenbases.counted(block, "samples")
-    shift = damping.shift(_spectrum(values, samples))
+    shift = damping.shift(values.mean().item())
     weights = damped_reciprocal(values, shift, block.name)
     return ModuleFit("kfac", shift, Eigenbasis(output.vectors, input_.vectors, weights), samples)
 
 
 def _in_eigenbasis(kind: str, values: Tensor, damping: Damping, block: ModuleBlock, rows: int) -> ModuleFit:
-    shift = damping.shift(_spectrum(values, rows))
+    shift = damping.shift(values.mean().item())
     return ModuleFit(kind, shift, Diagonal(damped_reciprocal(values, shift, block.name)), rows)
 
 
@@ -194,21 +169,17 @@ def _fit_ekfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> 
         return _in_eigenbasis("ekfac", values, damping, block, eigenbases.counted(block, "corrected_rows"))
     corrected = eigenbases.corrected(block)
     rows = eigenbases.counted(block, "corrected_rows")
-    shift = damping.shift(_spectrum(corrected.values, rows))
+    shift = damping.shift(corrected.values.mean().item())
     weights = damped_reciprocal(corrected.values, shift, block.name)
     return ModuleFit("ekfac", shift, Eigenbasis(corrected.output_basis, corrected.input_basis, weights), rows)
-
-
-def _spectrum(values: Tensor, rows: int) -> Spectrum:
-    """Of a block whose eigenvalues are ``values``."""
-    return Spectrum(values.numel(), values.sum().item(), values.square().sum().item(), rows)
 
 
 def _fit_auto(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
     statistics = eigenbases.statistics
     gathered = statistics.has(block.name, "outer_sum")
-    known = statistics.sums[block.name]["rows"].item() if gathered else 0
-    if gathered and (known if eigenbases.samples is None else min(known, eigenbases.samples)) >= 2 * block.size:
+    known = eigenbases.counted(block, "rows") if gathered else 0
+    needed = block.size if block.coordinates is not None else 2 * block.size
+    if gathered and eigenbases.distinct(known) >= needed:
         return _fit_covariance(eigenbases, block, damping)
     if has_kronecker(statistics, block):
         if statistics.has(block.name, "corrected_square_sum"):
@@ -251,6 +222,7 @@ class FittedPreconditioner:
         self._fit = fit
         self._described: dict[str, tuple[str, float]] = {}
         self._rows: dict[str, int] = {}
+        self._held: dict[str, float] = {}
         # Fitted at once in float32, so that what is wrong is said now; in float64 only when such rows come,
         # since for large blocks both would not be held without need.
         self._groups = {torch.float32: self._materialise(torch.float32)}
@@ -276,6 +248,7 @@ class FittedPreconditioner:
         for block in self.layout:
             fitted = self._fit(block)
             self._described[block.name] = fitted.kind, fitted.damping
+            self._held[block.name] = fitted.held
             if fitted.rows is not None:
                 self._rows[block.name] = fitted.rows
             leaf = _cast(fitted.preconditioner, dtype)
@@ -294,7 +267,9 @@ class FittedPreconditioner:
     def summary(self) -> str:
         """How many modules are preconditioned in which way, e.g. ``covariance (28 modules)``."""
         kinds = [kind for kind, _ in self._described.values()]
-        return ", ".join(f"{kind} ({kinds.count(kind)} modules)" for kind in dict.fromkeys(kinds))
+        told = ", ".join(f"{kind} ({kinds.count(kind)} modules)" for kind in dict.fromkeys(kinds))
+        least = min(self._held.values(), default=1.0)
+        return told if least > 1 - ROUNDED else f"{told}, at least {least:.1%} of each trace held"
 
     def describe(self) -> dict[str, str]:
         """By module: the kind of preconditioner, the block's size and the damping that was added."""

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import secrets
 import warnings
@@ -39,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import RetrainingError
-from logix_like.subsets import require_subsets, subset_name
+from logix_like.subsets import require_subsets, subset_name, whole_number
 
 Train = Callable[[list[int], int], Any]
 """``train(samples, seed) -> model``: trains on the samples with these indices (ascending)."""
@@ -91,9 +90,9 @@ class Measurements:
         Raises:
             RetrainingError: none is left.
         """
-        if not self.failures:
-            return self
         good = self.means.isfinite().all(1)
+        if bool(good.all()):
+            return self
         if not bool(good.any()):
             raise RetrainingError(_told("all retrainings failed", self.failures))
         warnings.warn(
@@ -105,7 +104,7 @@ class Measurements:
 def _told(what: str, failures: Sequence[Failure]) -> str:
     shown = "; ".join(map(str, failures[:SHOWN_FAILURES]))
     more = len(failures) - SHOWN_FAILURES
-    return f"{what}: {shown}" + (f"; and {more} more" if more > 0 else "")
+    return what + (f": {shown}" if shown else "") + (f"; and {more} more" if more > 0 else "")
 
 
 class SubsetOracle:
@@ -116,7 +115,8 @@ class SubsetOracle:
         measure: ``measure(model) -> [queries]``, larger is better.
         n: Number of training samples.
         seeds: Each subset is trained this many times, with the seeds 0, 1, ..., and the mean is taken.
-        cache: Folder that keeps results; without one they last as long as this object.
+        cache: Folder that keeps results; without one they last as long as this object. Several processes may use one
+            at once, but what they need at the same time each trains for itself: share work by ``executor``.
         name: What is trained and measured, in a word; a cache made under another name is refused. Change it
             when ``train`` or ``measure`` change.
         executor: Any ``concurrent.futures`` executor, or a ``dask.distributed`` client; None trains in this process.
@@ -142,7 +142,7 @@ class SubsetOracle:
         empty: Tensor | float | None = None,
         progress: bool | None = None,
     ) -> None:
-        n, seeds = _whole(n, "n"), _whole(seeds, "seeds")
+        n, seeds = whole_number(n, "n"), whole_number(seeds, "seeds")
         if n < 2:
             raise RetrainingError(f"there is {n} training sample; comparing subsets needs at least 2")
         if seeds < 1:
@@ -152,7 +152,7 @@ class SubsetOracle:
         self._train = train
         self._measure = measure
         self._executor = _as_executor(executor)
-        self._empty = empty
+        self._empty = None if empty is None else torch.tensor(_numbers(empty, "empty"), dtype=torch.float64)
         self._progress = progress
         self._results = _Results(None if cache is None else Path(cache), {"format": FORMAT, "name": name, "n": n})
         self._queries: int | None = None
@@ -209,8 +209,7 @@ class SubsetOracle:
 
     def _known(self, key: tuple[str, int], mask: Tensor) -> Tensor | None:
         if self._empty is not None and not bool(mask.any()):
-            value = torch.as_tensor(self._empty, dtype=torch.float64)
-            return value.expand(self.queries) if value.ndim == 0 else value
+            return self._empty.expand(self.queries) if self._empty.numel() == 1 else self._empty
         return self._results.get(key)
 
     def _compute(self, wanted: Mapping[tuple[str, int], Tensor]) -> list[Failure]:
@@ -286,23 +285,16 @@ def _outcome(future: Future[list[float] | str]) -> list[float] | str:
     return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
-def _numbers(value: Any) -> list[float]:
+def _numbers(value: Any, who: str = "measure()") -> list[float]:
     measured = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     if measured.ndim > 1 or not measured.numel():
-        raise RetrainingError(f"measure() gave a tensor of shape {tuple(measured.shape)}; it must give [queries]")
+        raise RetrainingError(f"{who} gave a tensor of shape {tuple(measured.shape)}; it must give [queries]")
     measured = measured.reshape(-1)
     if not bool(measured.isfinite().all()):
         first = int(measured.isfinite().to(torch.uint8).argmin())
-        raise RetrainingError(f"measure() gave {measured[first].item()} for query {first}; all must be finite numbers")
+        raise RetrainingError(f"{who} gave {measured[first].item()} for query {first}; all must be finite numbers")
     numbers: list[float] = measured.tolist()
     return numbers
-
-
-def _whole(value: Any, what: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise RetrainingError(f"{what} is {value!r}; it must be a whole number") from error
 
 
 def _as_executor(executor: Any) -> Executor | None:
@@ -322,7 +314,10 @@ class _Results:
         self._folder = folder
         self._held: dict[tuple[str, int], Tensor] = {}
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RetrainingError(f"the cache {folder} cannot be made ({error}); give another folder") from error
             self._require_same(folder / "about.json", dict(about))
 
     def get(self, key: tuple[str, int]) -> Tensor | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +16,22 @@ MOST_ENUMERATED = 12
 """All subsets of at most so many samples are enumerated (4,096 of them)."""
 
 
+def whole_number(value: Any, what: str) -> int:
+    """``value`` as an int; :class:`RetrainingError` where it is none."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise RetrainingError(f"{what} is {value!r}; it must be a whole number") from error
+
+
+def size_of(share: float, n: int) -> int:
+    """How many of ``n`` samples a share of them is, rounded; 0 for what is no number, which no caller takes."""
+    return round(share * n) if math.isfinite(share) else 0
+
+
 def random_subsets(n: int, size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """``count`` subsets of ``size`` samples each, every one equally likely: ``[count, n]`` bool."""
+    count = _drawn(count)
     if not 0 <= size <= n:
         raise RetrainingError(f"subsets of {size} samples were asked for, but there are {n}")
     order = torch.rand(count, n, generator=generator, dtype=torch.float64).argsort(1)
@@ -24,7 +41,13 @@ def random_subsets(n: int, size: int, count: int, generator: torch.Generator | N
 
 def coin_subsets(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """``count`` subsets that hold each sample with probability one half: ``[count, n]`` bool."""
-    return torch.rand(count, n, generator=generator) < 0.5
+    return torch.rand(_drawn(count), n, generator=generator) < 0.5
+
+
+def _drawn(count: int) -> int:
+    if whole_number(count, "the number of subsets") < 1:
+        raise RetrainingError(f"the number of subsets is {count}; at least 1 must be drawn")
+    return count
 
 
 def all_subsets(n: int) -> Tensor:

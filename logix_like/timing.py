@@ -6,6 +6,7 @@ writer's threads do beside the training is not in the figure either, but for the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -48,9 +49,13 @@ NOTHING = Timing()
 
 
 class Stopwatch:
-    """Counts the seconds within its ``with`` statements, once where they are nested, and those of whole laps."""
+    """Counts the seconds within its ``with`` statements, once where they are nested, and those of whole laps.
+
+    Hooks may run in several threads at once, one for each device: their time counts once, too.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._depth = 0
         self._entered = 0.0
         self._inside = 0.0
@@ -60,14 +65,16 @@ class Stopwatch:
         """All laps together."""
 
     def __enter__(self) -> None:
-        if not self._depth:
-            self._entered = perf_counter()
-        self._depth += 1
+        with self._lock:
+            if not self._depth:
+                self._entered = perf_counter()
+            self._depth += 1
 
     def __exit__(self, *exception: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._inside += perf_counter() - self._entered
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._inside += perf_counter() - self._entered
 
     def timed(self, act: Callable[..., Answer]) -> Callable[..., Answer]:
         """``act``, whose time counts as inside."""

@@ -26,6 +26,7 @@ from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
 from logix_like.query.table import shown_id
 from logix_like.retraining import SubsetOracle
 from logix_like.run.extraction import batch_ids
+from logix_like.subsets import size_of
 
 SHOWN = 10
 
@@ -163,7 +164,7 @@ def find_mislabeled(
         assert result.scores is not None  # asked for without k
         assert result.data_id is not None
         names, scores = result.data_id, -result.scores.sum(0)
-    count = round(share * len(names))
+    count = size_of(share, len(names))
     if not 0 < count <= len(names):
         raise EvaluationError(
             f"share is {share}: {count} of {len(names)} samples to check; it must be above 0, up to 1"
@@ -224,10 +225,16 @@ def curate(
         EvaluationError: the values do not fit, or nothing is dropped or kept.
         RetrainingError: a retraining failed.
     """
+    if not isinstance(oracle, SubsetOracle):
+        raise EvaluationError(
+            f"the oracle is a {type(oracle).__name__}; curate retrains to see what dropping is worth, and needs a "
+            "SubsetOracle(train, measure, n=...); to rank samples without retraining take "
+            "find_mislabeled(run, validation=query), whose first samples harm the queries most"
+        )
     vector = score_vector(values, oracle.n, data_id)
     curve: RemovalCurve = removal_curve(oracle, vector, shares=(drop,), draws=draws, seed=seed)
     order = vector.argsort(stable=True).tolist()
-    count = round(drop * oracle.n)
+    count = size_of(drop, oracle.n)
     return Curation(
         kept=tuple(sorted(order[count:])),
         dropped=tuple(order[:count]),
@@ -274,7 +281,7 @@ class Poison:
 
 
 def detect_poison(
-    scores: InfluenceResult | Tensor,
+    scores: InfluenceResult | Any,
     *,
     top: int = 10,
     group: int = 5,
@@ -291,7 +298,7 @@ def detect_poison(
     at what is named. Most queries should be clean.
 
     Args:
-        scores: A result with all scores, or ``[queries, samples]``.
+        scores: A result with all scores, or anything that makes a ``[queries, samples]`` tensor.
         top: Length of the lists that are compared.
         group: So many other queries must be alike.
         overlap: How much of the lists they must have in common, 0 to 1; below, nothing is suspicious.
@@ -302,8 +309,11 @@ def detect_poison(
         EvaluationError: the scores are those of the top samples only, not finite, or of too few queries or samples.
     """
     matrix, names = _scores_and_names(scores, data_id)
-    if top < 1 or group < 1:
-        raise EvaluationError(f"top is {top} and group {group}; lists and groups need 1 or more")
+    if top < 1 or group < 1 or not (0 <= overlap <= 1 and deviations >= 0):
+        raise EvaluationError(
+            f"top is {top}, group {group}, overlap {overlap} and deviations {deviations}; lists and groups need 1 or "
+            "more, an overlap is a share, and deviations are at least 0"
+        )
     if len(matrix) <= 2 * group or matrix.shape[1] < top:
         raise EvaluationError(
             f"there are {len(matrix)} queries and {matrix.shape[1]} samples; groups of {group + 1} queries can only "
@@ -332,13 +342,13 @@ def _most_alike(scores: Tensor, top: int, group: int) -> tuple[float, Tensor]:
     return nearest.values[query].mean().item(), (votes >= (group + 1) / 2).nonzero().flatten()
 
 
-def _scores_and_names(scores: InfluenceResult | Tensor, data_id: Sequence[DataId] | None) -> tuple[Tensor, Ids]:
+def _scores_and_names(scores: InfluenceResult | Any, data_id: Sequence[DataId] | None) -> tuple[Tensor, Ids]:
     if isinstance(scores, InfluenceResult):
         if scores.scores is None or scores.data_id is None:
             raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
         matrix, names = scores.scores.double(), scores.data_id
     else:
-        matrix = scores.detach().cpu().double()
+        matrix = torch.as_tensor(scores).detach().cpu().double()
         if data_id is not None and len(data_id) != matrix.shape[-1]:
             raise EvaluationError(f"data_id names {len(data_id)} samples; the scores have {matrix.shape[-1]} columns")
         names = np.empty(matrix.shape[-1], dtype=object)

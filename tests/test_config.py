@@ -59,7 +59,7 @@ def test_presets_are_the_files_in_the_checkout() -> None:
 
 def test_presets_change_what_they_are_for() -> None:
     assert load_config("language_model").loss_reduction == "token_mean"
-    assert load_config("vision").projection.rank == 32
+    assert load_config("vision").projection.init == "eigen"
 
 
 def test_names_that_other_parts_define_are_the_same_here() -> None:

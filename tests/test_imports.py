@@ -43,6 +43,7 @@ LAYERS = (
     ("logix_like.statistics",),
     ("logix_like.capture",),
     ("logix_like.store",),
+    ("logix_like.inverses",),
     ("logix_like.preconditioner",),
     ("logix_like.curvature",),
     ("logix_like.query",),
@@ -67,7 +68,7 @@ LAYERS = (
     ("logix_like.run",),
     ("logix_like.planning", "logix_like.scalars", "logix_like.run.starting"),
     ("logix_like", "logix_like.explorer"),
-    ("logix_like.cli", "logix_like.examples", "logix_like.integrations"),
+    ("logix_like.cli", "logix_like.__main__", "logix_like.examples", "logix_like.integrations"),
 )
 
 ALLOWED_UPWARDS = {("logix_like.query.result", "logix_like.report")}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from logix_like.damping import Damping, shrinkage_damping
 from logix_like.errors import ModelMismatchError, QueryError, StatisticsError
 from logix_like.layout import Layout
 from logix_like.preconditioner import PRECONDITIONERS, Eigenbases, FittedPreconditioner, fit_preconditioner
@@ -187,10 +190,29 @@ class TestAuto:
         assert kinds == ["covariance", "ekfac", "covariance", "covariance"]  # 2 k = 12, 16, 12, 12
         assert fitted.summary() == "covariance (3 modules), ekfac (1 modules)"
 
+    def test_kept_coordinates_need_half_as_many(self, layout: Layout, rows: Tensor) -> None:
+        kept = Layout([replace(b, coordinates=tuple(range(b.size)), input_group=b.name) for b in layout])
+        for samples, kinds in ((8, "covariance (4 modules)"), (7, "covariance (3 modules), ekfac (1 modules)")):
+            assert fit_preconditioner("auto", gathered(kept, rows[:samples]), kept, 0.1).summary() == kinds
+
     def test_visits_of_few_samples_count_as_few(self, layout: Layout, rows: Tensor) -> None:
         statistics = gathered(layout, rows[:12])
         fitted = fit_preconditioner("auto", statistics, layout, 0.1, eigenbases=Eigenbases(statistics, samples=6))
         assert fitted.summary() == "ekfac (4 modules)"
+
+    def test_automatic_damping_shrinks_a_covariance_by_its_samples(self, layout: Layout, rows: Tensor) -> None:
+        """Not by the visits of these; and no other curvature, whose eigenvalues few samples do not spread."""
+        statistics = gathered(layout, rows[:12])
+        covariance = statistics.covariance("layer.0")
+        size, trace, squares = len(covariance), covariance.trace().item(), covariance.square().sum().item()
+        for samples, counted in ((None, 12), (6, 6), (40, 12)):
+            eigenbases = Eigenbases(statistics, samples)
+            of = {name: PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of("auto")) for name in DAMPED}
+            expected = shrinkage_damping(size, trace, squares, counted) * trace / size
+            assert of["covariance"].damping == pytest.approx(expected)
+            for name in ("diagonal", "kfac", "ekfac"):
+                plain = PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of(0.1))
+                assert of[name].damping == plain.damping
 
     def test_kfac_where_its_corrected_eigenvalues_were_not_gathered(self, layout: Layout, rows: Tensor) -> None:
         sums = {

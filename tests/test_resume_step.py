@@ -97,7 +97,7 @@ def test_a_step_beyond_the_rows_is_warned_of(tmp_path: Path) -> None:
     run, optimizer = begin(tmp_path, model)
     train(run, model, optimizer, range(3))
     run.finalize()
-    with pytest.warns(RuntimeWarning, match="from step 6, but rows were committed up to step 2 only"):
+    with pytest.warns(RuntimeWarning, match="from step 6, but rows of the first 3 steps only were committed"):
         again, _ = begin(tmp_path, model, resume=True, resume_step=6)
     again.finalize()
 

@@ -214,6 +214,12 @@ def test_what_no_training_measures_can_be_told() -> None:
     assert () not in ridge.trained
     oracle = ridge.oracle(empty=torch.arange(4))
     assert oracle.values(torch.zeros(1, 8, dtype=torch.bool)).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+    for wrong, said in (
+        (float("nan"), "empty gave nan"),
+        (torch.zeros(1, 4), r"empty gave a tensor of shape \(1, 4\)"),
+    ):
+        with pytest.raises(RetrainingError, match=said):
+            ridge.oracle(empty=wrong)
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -222,6 +228,8 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
         Ridge().oracle(tmp_path, name="another")
     with pytest.raises(RetrainingError, match="holds results of"):
         Ridge(9).oracle(tmp_path, name="ridge")
+    with pytest.raises(RetrainingError, match="cannot be made"):
+        Ridge().oracle(tmp_path / "about.json" / "below")
 
 
 def test_arguments_that_make_no_sense() -> None:

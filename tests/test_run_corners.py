@@ -314,7 +314,7 @@ def test_a_query_in_train_mode_leaves_averages_and_random_state_alone(tmp_path: 
         log(run, model)
     buffers, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
     x, y = data()
-    with run.query(data_id=range(5)):
+    with pytest.warns(RuntimeWarning, match=r"query was taken in train mode.*\(1, 2\)"), run.query(data_id=range(5)):
         F.cross_entropy(model(x[:5]), y[:5]).backward()
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
     assert torch.equal(state, torch.get_rng_state())

@@ -1,5 +1,6 @@
 """Bad input is answered by a clear error, and nothing that was logged is lost."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from logix_like.errors import (
     StoreNotFoundError,
     UnsupportedModuleError,
 )
+from tests.interrupts import broken_off_at
 from tests.training import SAMPLES, data, network, trained_run
 
 
@@ -109,6 +111,22 @@ def test_an_exception_in_a_block_loses_that_block_only(run: logix.Run, model: nn
     assert list(run.store.data_id[:]) == list("abcdefgh")
 
 
+def test_a_block_that_is_broken_off_anywhere_leaves_nothing_on_the_model(run: logix.Run, model: nn.Module) -> None:
+    """Ctrl-C at every 101st step of the interpreter: at most the open block is to be dropped by hand, as is said."""
+    left = 0
+    for at in itertools.count(1, 101):
+        if broken_off_at(at, lambda: step(run, model, range(4))):
+            break
+        run.abort()
+        left += sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+        for module in model.modules():
+            module._forward_hooks.clear()
+    assert at > 1000 and left <= 4, "more than what is broken off within torch's own register_forward_hook"
+    run.finalize()
+    assert len(run.store) % 4 == 0 and len(run.store)
+    assert len({tuple(row.tolist()) for row in run.store.gradients[:]}) == 4, "torn or mixed rows"
+
+
 def test_blocks_are_not_nested(run: logix.Run, model: nn.Module) -> None:
     run.start(data_id=range(4))
     with pytest.raises(CaptureError, match="already"):
@@ -136,6 +154,43 @@ def test_a_path_that_holds_another_run(tmp_path: Path, run: logix.Run, model: nn
     step(fresh, model, ["new"] * 4)
     fresh.finalize()
     assert set(fresh.store.data_id[:]) == {"new"}
+
+
+def test_a_notebook_goes_on_with_a_run_that_it_has_lost(tmp_path: Path, run: logix.Run, model: nn.Module) -> None:
+    """The traceback of an interrupted cell keeps its run alive, and nobody can end it any more."""
+    step(run, model, range(4))
+    resumed = logix.init("run", model, root=str(tmp_path), resume=True, verbose=False)
+    assert resumed.resumed_at == (-1, 0)
+    step(resumed, model, range(4, 8))
+    with pytest.raises(StoreError, match="a later init"):
+        step(run, model, range(8, 12))
+    for act in (run.commit, run.checkpoint, run.finalize):
+        with pytest.raises(StoreError, match="a later init"):
+            act()
+    resumed.finalize()
+    assert list(resumed.store.data_id[:]) == list(range(8))
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_an_optimizer_that_outlives_its_run_trains_for_the_next(tmp_path: Path, model: nn.Module, how: str) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings: dict[str, Any] = {"root": str(tmp_path), "verbose": False, "checkpoints": {"every_steps": 1}}
+    first = logix.init("run", model, optimizer=optimizer, **settings)
+    step(first, model, range(4))
+    optimizer.step()
+    again = logix.init("run", model, optimizer=optimizer, **{how: True}, **settings)
+    step(again, model, range(4, 8))
+    optimizer.step()
+    again.finalize()
+    assert [record.step for record in again.store.checkpoints] == ([1, 2] if how == "resume" else [1])
+
+
+def test_a_resumed_store_without_rows_is_at_no_step(tmp_path: Path, run: logix.Run, model: nn.Module) -> None:
+    again = logix.init("run", model, root=str(tmp_path), resume=True, verbose=False)
+    assert again.resumed_at is None
+    step(again, model, range(4))
+    again.finalize()
+    assert list(again.store.step[:]) == [0] * 4
 
 
 def test_resuming_with_another_model_is_refused(tmp_path: Path, run: logix.Run, model: nn.Module) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import logix_like as logix
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, QueryError
 from logix_like.run.asking import Query
 
 COUNT = 40
@@ -73,3 +76,69 @@ def test_a_copy_is_found(run: logix.Run) -> None:
 
 def test_leverages_of_a_run(run: logix.Run) -> None:
     assert run.compute_self_influence().leverage.max() < 1
+
+
+def test_a_query_in_train_mode_is_warned_of_where_that_matters(tmp_path: Path) -> None:
+    """Dropout makes a query one of a random mask; a network without any answers alike in both modes."""
+    x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    for model, heard in ((nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5)), 1), (nn.Sequential(nn.Linear(6, 3)), 0)):
+        run = logix.init(f"run{heard}", model, root=tmp_path, verbose=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                with run.query(data_id=["q"]) as query:
+                    F.cross_entropy(model(x[:1]), y[:1]).backward()
+            assert len(said) == heard
+            assert all("(1)" in str(w.message) and "model.eval()" in str(w.message) for w in said)
+            assert all(w.filename == __file__ for w in said)
+            model.eval()
+            with run.query(data_id=["q"]) as query:
+                assert "no gradients" in repr(query)
+                with pytest.raises(QueryError, match="still open"):
+                    query.gradients  # noqa: B018
+                F.cross_entropy(model(x[:1]), y[:1]).backward()
+        assert repr(query) == "Query(data_id=['q'], gradients)"
+
+
+def test_blocks_of_a_closed_run_that_nobody_asks_for_are_warned_of(tmp_path: Path) -> None:
+    """LogIX's way of asking reads each; a training that goes on with the wrong run does not."""
+    model, x, y = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    run = logix.init("run", model, root=tmp_path, verbose=False)
+
+    def block() -> None:
+        with run(data_id=range(4)):
+            F.cross_entropy(model(x), y).backward()
+
+    block()
+    assert "logging, 4 rows" in repr(run)
+    run.finalize()
+    for _ in range(3):
+        block()
+        run.get_log()
+    block()
+    with pytest.warns(RuntimeWarning, match=r"nothing is stored.*resume=True") as said:
+        block()
+    assert said[0].filename == __file__
+    assert "finalized" in repr(run) and len(run.store) == 4
+
+
+def test_one_stored_sample_may_be_named_by_its_id_alone(tmp_path: Path) -> None:
+    model, x, y = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 6), torch.zeros(4, dtype=torch.long)
+    with logix.init("run", model, root=tmp_path, verbose=False) as run, run(data_id=["a", "b", "c", 7]):
+        F.cross_entropy(model(x), y).backward()
+    log = run.get_log()
+    assert run.find_similar("b", k=2).top.ids.tolist() == run.find_similar(["b"], k=2).top.ids.tolist()
+    assert run.compute_influence(log, data_id=7).data_id.tolist() == [7]
+    assert run.forget("a") == 1
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logix.init("run", nn.Sequential(nn.Linear(6, 3)), root="~/stores", verbose=False).finalize()
+    assert logix.load("~/stores/run").path == tmp_path / "stores" / "run"
+
+
+@pytest.mark.parametrize(("model", "found"), [(nn.Linear, "the class Linear"), ([nn.Linear(2, 2)], "a list")])
+def test_what_is_no_model_is_refused(tmp_path: Path, model: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"the model is {found}"):
+        logix.init("run", model, root=tmp_path)

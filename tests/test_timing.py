@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,29 @@ def log(run: logix.Run, model: nn.Module, blocks: int) -> None:
     for number in range(blocks):
         with run(data_id=[2 * number, 2 * number + 1]):
             model(torch.ones(2, 3)).square().sum().backward()
+
+
+def test_seconds_of_two_threads_count_once() -> None:
+    watch = Stopwatch()
+    watch.lap()
+    watch.lap()
+    begun = threading.Barrier(2)
+
+    def hook() -> None:
+        for _ in range(200):
+            with watch:
+                pass
+        begun.wait()
+        with watch:
+            time.sleep(PAUSE)
+
+    threads = [threading.Thread(target=hook) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = watch.lap()
+    assert PAUSE <= took.logging <= took.seconds
 
 
 def test_nested_seconds_count_once() -> None:

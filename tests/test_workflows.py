@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
         find_mislabeled(StoredInfluence(run), damping=0.5)
     with pytest.raises(EvaluationError, match=r"share is 0\.001: 0 of 23"):
         find_mislabeled(run, share=0.001)
+    with pytest.raises(EvaluationError, match="share is nan: 0 of 23"):
+        find_mislabeled(run, share=math.nan)
 
 
 def test_curate_drops_what_harms() -> None:
@@ -117,6 +120,8 @@ def test_curate_drops_what_harms() -> None:
     assert "without 15 of 60 samples" in str(found)
     with pytest.raises(EvaluationError, match="must remove some"):
         curate(world.oracle, values, drop=0.0)
+    with pytest.raises(EvaluationError, match=r"needs a SubsetOracle.*find_mislabeled"):
+        curate(values, values)
 
 
 def planted(queries: int = 60, samples: int = 500) -> Tensor:
@@ -127,7 +132,7 @@ def planted(queries: int = 60, samples: int = 500) -> Tensor:
 
 
 def test_a_planted_group_is_found() -> None:
-    found = detect_poison(planted())
+    found = detect_poison(planted().numpy())
     assert found.suspicious.nonzero().flatten().tolist() == list(range(8))
     assert set(found.first(8)) == set(range(100, 108))
     assert found.overlap > 0.7
@@ -150,8 +155,10 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
         detect_poison(explain(run, model, (x, y), k=2))
     with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
         detect_poison(planted(), data_id=["a"])
-    with pytest.raises(EvaluationError, match="top is 10 and group 0"):
+    with pytest.raises(EvaluationError, match="top is 10, group 0"):
         detect_poison(planted(), group=0)
+    with pytest.raises(EvaluationError, match="deviations nan"):
+        detect_poison(planted(), deviations=math.nan)
     with pytest.raises(EvaluationError, match="there are 10 queries"):
         detect_poison(planted()[:10])
     with pytest.raises(EvaluationError, match=r"shape \(500,\)"):

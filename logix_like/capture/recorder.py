@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+import threading
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +17,8 @@ from logix_like.capture.selection import TrackedModule
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
 
-
-@dataclass
-class _Moments:
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
+WAITING = 8 * 2**20
+"""Bytes of projected factors that may wait to be multiplied."""
 
 
 class CallReader:
@@ -104,8 +103,31 @@ class CallReader:
         return value
 
 
+class _Part(NamedTuple):
+    """Factors of one call, or an input that several calls share."""
+
+    name: str
+    """Of the block, or of the group that shares the input."""
+    inward: Tensor
+    outward: Tensor | None
+    """None for a shared input, which adds to the moments alone."""
+    counted: bool
+    """Whether the input adds to the moments; it does so when it is read where it is shared."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Parts of one kind are multiplied in one operation."""
+        inward, outward = self.inward, self.outward
+        outer = None if outward is None else (outward.shape, outward.dtype)
+        return inward.device, inward.shape, inward.dtype, outer, self.counted
+
+
 class BlockRecorder:
-    """Sums what the tracked modules' calls contribute to the rows of one batch."""
+    """Sums what the tracked modules' calls contribute to the rows of one batch.
+
+    Projected factors wait for others of their kind, since products of so small ones cost more in calls than in
+    arithmetic. A backward pass may add from several threads, one for each device.
+    """
 
     def __init__(
         self,
@@ -118,32 +140,39 @@ class BlockRecorder:
         device: torch.device | None = None,
     ) -> None:
         self._mask = mask
-        self._moments = _Moments() if moments else None
         self._masked = 0 if mask is None else int(mask.sum())
+        self._moments = moments
         self._batch = batch
         self._layout = layout
         self._dtype = dtype
         self._device = device
+        self._live = {block.name for block in layout if any(map(operator.ge, block.rank, block.shape))}
+        self._lock = threading.Lock()
+        self._waiting: list[_Part] = []
+        self._bytes = 0
         self._blocks: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._positions: dict[str, int] = {}
 
     def add_factors(self, block: str, inward: Tensor, outward: Tensor, shared: bool) -> None:
         """Add a call's part of every sample's gradient to its block; ``shared`` inputs were announced before."""
-        if inward.dtype != self._dtype or outward.dtype != self._dtype:
-            inward, outward = inward.to(self._dtype), outward.to(self._dtype)
-        _add(self._blocks, block, torch.bmm(outward.mT, inward))
-        if self._moments is not None:
-            _add(self._moments.outputs, block, _outer_sum(self._counted(outward)))
-            # A shared input was counted when it was read, once for all who read it.
-            if not shared:
-                self._add_input_moment(block, inward)
+        part = _Part(block, inward, outward, not shared)
+        if block not in self._live:
+            self._wait(part, inward.nbytes + outward.nbytes)
+            return
+        # What is not projected may be the gradient itself, which may be changed in place when this has returned.
+        with self._lock:
+            self._multiply([part])
 
     def add_shared_input(self, group: str, kept: Tensor) -> None:
         """Count an input that several modules share in the moments."""
-        if self._moments is not None:
-            self._add_input_moment(group, kept.to(self._dtype))
+        if self._moments:
+            self._wait(_Part(group, kept, None, True), kept.nbytes)
 
     def rows(self) -> Tensor:
         """``[batch, width]``: the blocks side by side; zero for a module that got no gradient."""
+        self._multiply_waiting()
         rows = []
         for block in self._layout:
             found = self._blocks.get(block.name)
@@ -155,33 +184,63 @@ class BlockRecorder:
 
     def moments(self, factor: float | Tensor) -> FactorMoments | None:
         """The Kronecker moments of the batch, gradients multiplied by ``factor``."""
-        if self._moments is None:
+        if not self._moments:
             return None
-        outputs = {name: moment * factor**2 for name, moment in self._moments.outputs.items()}
-        return FactorMoments(self._moments.inputs, outputs, self._moments.positions, self._batch)
+        self._multiply_waiting()
+        outputs = {name: moment * factor**2 for name, moment in self._outputs.items()}
+        return FactorMoments(self._inputs, outputs, self._positions, self._batch)
 
-    def _add_input_moment(self, group: str, inward: Tensor) -> None:
-        assert self._moments is not None
-        masked = self._masks(inward)
-        _add(self._moments.inputs, group, _outer_sum(self._counted(inward)))
-        positions = self._masked if masked else inward.shape[0] * inward.shape[1]
-        self._moments.positions[group] = self._moments.positions.get(group, 0) + positions
+    def _wait(self, part: _Part, size: int) -> None:
+        with self._lock:
+            self._waiting.append(part)
+            self._bytes += size
+            if self._bytes > WAITING:
+                self._multiply_waiting(part.inward.device)
 
-    def _masks(self, factor: Tensor) -> bool:
-        return self._mask is not None and self._mask.shape == factor.shape[:2]
+    def _multiply_waiting(self, device: torch.device | None = None) -> None:
+        """Multiply what waits; within a backward pass only what this thread's ``device`` has computed."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        alike: defaultdict[tuple[object, ...], list[_Part]] = defaultdict(list)
+        for part in waiting:
+            if device is None or part.inward.device == device:
+                alike[part.kind].append(part)
+            else:
+                self._waiting.append(part)
+        for parts in alike.values():
+            self._multiply(parts)
 
-    def _counted(self, factor: Tensor) -> Tensor:
-        """``factor [batch, positions, rank]`` with zeros at the positions that the mask leaves out."""
-        if self._mask is None or not self._masks(factor):
-            return factor
-        return factor * self._mask.to(factor).unsqueeze(-1)
+    def _multiply(self, parts: list[_Part]) -> None:
+        names = [part.name for part in parts]
+        inward = self._stacked([part.inward for part in parts])
+        outward = [part.outward for part in parts if part.outward is not None]
+        if outward:
+            stacked = self._stacked(outward)
+            _add(self._blocks, names, stacked.mT @ inward)
+            if self._moments:
+                _add(self._outputs, names, self._squares(stacked))
+        if self._moments and parts[0].counted:
+            _add(self._inputs, names, self._squares(inward))
+            positions = self._masked if self._masks(inward) else inward.shape[1] * inward.shape[2]
+            for name in names:
+                self._positions[name] = self._positions.get(name, 0) + positions
+
+    def _stacked(self, factors: list[Tensor]) -> Tensor:
+        """``[calls, batch, positions, rank]``."""
+        together = torch.stack(factors) if len(factors) > 1 else factors[0].unsqueeze(0)
+        return together.to(self._dtype)
+
+    def _masks(self, factors: Tensor) -> bool:
+        return self._mask is not None and self._mask.shape == factors.shape[1:3]
+
+    def _squares(self, factors: Tensor) -> Tensor:
+        """``[calls, rank, rank]``: second moments summed over the positions that the mask leaves in."""
+        if self._mask is not None and self._masks(factors):
+            factors = factors * self._mask.to(factors).unsqueeze(-1)
+        vectors = factors.flatten(1, 2)
+        return vectors.mT @ vectors
 
 
-def _outer_sum(factor: Tensor) -> Tensor:
-    flat = factor.reshape(-1, factor.shape[-1])
-    return flat.T @ flat
-
-
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    known = sums.get(name)
-    sums[name] = value if known is None else known + value
+def _add(sums: dict[str, Tensor], names: list[str], values: Tensor) -> None:
+    for name, value in zip(names, values.unbind(), strict=True):
+        known = sums.get(name)
+        sums[name] = value if known is None else known + value

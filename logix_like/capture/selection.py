@@ -123,6 +123,7 @@ def select_modules(
         UnsupportedModuleError: a module named exactly has no rule, or cannot be captured.
         ConfigError: a type has no rule, a pattern fits nothing, or nothing is left to track.
     """
+    require_model(model)
     unknown = [name for name in types if name not in RULES]
     if unknown:
         raise ConfigError(f"modules.types: {unknown[0]!r} has no rule; rules exist for {', '.join(RULES)}")
@@ -191,12 +192,20 @@ def _with_partners(
     return [(name, module, rules[name]) for name, module in candidates.items() if name in rules]
 
 
+def require_model(model: object) -> None:
+    """Raise :class:`ConfigError` for what is no model."""
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"the model is {found}; a torch.nn.Module is needed")
+
+
 def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, int] | None = None) -> Selection:
     """The modules of a store's (or a curvature's) layout, with the parts (weight, bias) it has, trainable now or not.
 
     Raises:
         ModelMismatchError: a module is missing or is of a kind without a rule (names the first).
     """
+    require_model(model)
     candidates = trackable(model)
     parts: dict[str, tuple[bool, bool]] = {}
     for name in dict.fromkeys(name for block in layout for name in (block.name, *block.tied)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.curvature.sweep import Blocks
-from logix_like.damping import Damping, DampingSetting, Spectrum
+from logix_like.damping import Damping, DampingSetting
 from logix_like.errors import ModelMismatchError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
@@ -117,7 +117,7 @@ class Curvature:
 
     def shift(self, block: str, damping: DampingSetting) -> float:
         """``lambda`` of a block, by a setting of :mod:`logix_like.damping`."""
-        return _shift(self.eigenvalues[block], Damping.of(damping), self.fisher.samples)
+        return Damping.of(damping).shift(self.eigenvalues[block].mean().item())
 
     def weights(self, f: Function) -> dict[str, Tensor]:
         """``f(Lambda)`` of every block."""
@@ -148,10 +148,10 @@ class Curvature:
         return self.restore({name: rotated.mul_(weights.to(rotated))})[name]
 
 
-def damped_inverse_of(damping: DampingSetting, samples: int = 0, dtype: torch.dtype = torch.float64) -> Function:
+def damped_inverse_of(damping: DampingSetting, dtype: torch.dtype = torch.float64) -> Function:
     """``1 / (Lambda + lambda)`` with ``lambda`` = ``damping`` times the mean eigenvalue of the block.
 
-    The other settings of :mod:`logix_like.damping` are taken too; ``"auto"`` needs to know of how many ``samples``.
+    The other settings of :mod:`logix_like.damping` are taken too.
     A block that was never used has only zeros and gets zeros: it takes no part. The function raises
     :class:`StatisticsError` where a block is singular, so far as gradients of ``dtype`` can tell.
     """
@@ -160,13 +160,9 @@ def damped_inverse_of(damping: DampingSetting, samples: int = 0, dtype: torch.dt
     def inverse(block: str, values: Tensor) -> Tensor:
         # A coordinate of rounding alone is a sum of some eps of its gradient, and eigenvalues are its square.
         noise = sum(values.shape) * torch.finfo(dtype).eps ** 2
-        return damped_reciprocal(values, _shift(values, checked, samples), block, noise).to(values.device)
+        return damped_reciprocal(values, checked.shift(values.mean().item()), block, noise).to(values.device)
 
     return inverse
-
-
-def _shift(values: Tensor, damping: Damping, samples: int) -> float:
-    return damping.shift(Spectrum(values.numel(), float(values.sum()), float(values.square().sum()), samples))
 
 
 def ones(block: str, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from logix_like.capture.recorder import CallReader
 from logix_like.capture.selection import Selection
 from logix_like.errors import CaptureError
 from logix_like.layout import Layout
-from logix_like.objective import Batch, Model, Objective
+from logix_like.objective import Batch, Model, Objective, require_objective
 from logix_like.projection import INITS
 from logix_like.weights import frozen
 
@@ -72,6 +72,7 @@ class Sweep:
         mask: Callable[[Batch], Tensor | None] | None = None,
         projector: Projector | None = None,
     ) -> None:
+        require_objective(objective)
         self.model = model
         self.objective = objective
         self.selection = selection

@@ -50,7 +50,7 @@ class Estimator(ABC):
             mode="dot",
             preconditioner=self.name,
             damping=self.damping_setting,
-            reduce="none",
+            reduce="sum",  # one score for a sample, whatever number of visits is in it
             engine=self.name,
             note=f"{self.name}.",
             data_id=self.data_id,

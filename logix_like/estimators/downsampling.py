@@ -11,7 +11,7 @@ from logix_like.errors import RetrainingError
 from logix_like.estimators.retrained import SampledSubsets
 from logix_like.layout import DataId
 from logix_like.retraining import SubsetOracle
-from logix_like.subsets import random_subsets
+from logix_like.subsets import random_subsets, size_of
 
 
 class Downsampling(SampledSubsets):
@@ -41,7 +41,7 @@ class Downsampling(SampledSubsets):
         own: Sequence[int] | None = None,
     ) -> None:
         super().__init__(oracle, subsets=subsets, seed=seed, data_id=data_id, own=own)
-        self._size = round(share * oracle.n)
+        self._size = size_of(share, oracle.n)
         if not 0 < self._size < oracle.n:
             raise RetrainingError(
                 f"share is {share}: subsets of {self._size} of {oracle.n} samples; each sample must be in some and "

@@ -39,9 +39,11 @@ class KNNShapley(Estimator):
     def __init__(
         self, features: Tensor, labels: Tensor, *, k: int = 5, data_id: Sequence[DataId] | None = None
     ) -> None:
-        _require_pair(features, labels, "the training samples")
-        if k < 1:
-            raise QueryError(f"k is {k}; there must be at least 1 neighbour")
+        features, labels = _pair(features, labels, "the training samples")
+        if not len(labels):
+            raise QueryError("there are no training samples; nothing can be a neighbour")
+        if not (k >= 1 and k % 1 == 0):
+            raise QueryError(f"k is {k}; it must be a whole number: there must be at least 1 neighbour")
         if data_id is not None and len(data_id) != len(labels):
             raise QueryError(f"data_id names {len(data_id)} samples, but there are {len(labels)}")
         self._features, self._labels, self._k = features, labels, k
@@ -55,8 +57,11 @@ class KNNShapley(Estimator):
 
     def scores(self, queries: Any) -> Tensor:
         """``[queries, samples]`` float64; the sum over samples is the utility of all of them."""
-        features, labels = queries
-        _require_pair(features, labels, "the queries")
+        try:
+            given, asked = queries
+        except (TypeError, ValueError) as error:
+            raise QueryError("a query is a pair (features [queries, d], labels [queries])") from error
+        features, labels = _pair(given, asked, "the queries", self._features.shape[1])
         order = torch.cdist(features.double(), self._features.double()).argsort(dim=1, stable=True)
         return self._ranked(order, labels)
 
@@ -83,9 +88,13 @@ class KNNShapley(Estimator):
         return torch.zeros_like(values).scatter_(1, order, values)
 
 
-def _require_pair(features: Tensor, labels: Tensor, whose: str) -> None:
-    if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels):
+def _pair(features: Any, labels: Any, whose: str, width: int | None = None) -> tuple[Tensor, Tensor]:
+    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels) or width not in (None, features.shape[1]):
         raise QueryError(
             f"the features of {whose} have shape {tuple(features.shape)} and the labels {tuple(labels.shape)}; they "
-            "must be [samples, d] and [samples]"
+            f"must be [samples, {width or 'd'}] and [samples]"
         )
+    if not bool(features.isfinite().all()):
+        raise QueryError(f"features of {whose} are NaN or infinite; distances to them mean nothing")
+    return features, labels

@@ -141,7 +141,7 @@ class KroneckerInfluence(Estimator, ABC):
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
+        inverse = damped_inverse_of(self.damping, self._sweep.dtype)
         sink = QuadraticForms(curvature.bases, curvature.weights(inverse), self._precision)
 
         def values(batch: Batch) -> Tensor:
@@ -225,7 +225,7 @@ class KroneckerInfluence(Estimator, ABC):
 
     def _preconditioned(self, queries: Batch, losses: Losses | None) -> dict[str, Tensor | LowRank]:
         curvature = self._present_curvature()
-        inverse = damped_inverse_of(self.damping, curvature.fisher.samples, self._sweep.dtype)
+        inverse = damped_inverse_of(self.damping, self._sweep.dtype)
         vectors = curvature.apply(inverse, self.gradients(queries, losses))
         if self._rank is None:
             return dict(vectors)

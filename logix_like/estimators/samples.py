@@ -13,7 +13,7 @@ from tqdm import tqdm
 from logix_like.curvature.passes import At, once, shuffles
 from logix_like.errors import ConfigError, EmptyStoreError, QueryError
 from logix_like.ids import as_data_ids
-from logix_like.objective import Batch, Objective
+from logix_like.objective import Batch, Objective, require_objective
 from logix_like.query.result import Ids
 
 DataIds = Sequence[Any] | Callable[[Batch], Any] | None
@@ -51,6 +51,7 @@ class Samples:
         at: At = once,
         progress: bool = True,
     ) -> None:
+        require_objective(objective)
         if shuffles(loader):
             raise ConfigError("the loader shuffles, so that scores would lose their samples; give one that does not")
         self._loader = loader

@@ -14,7 +14,7 @@ from logix_like.errors import RetrainingError
 from logix_like.estimators.retrained import RetrainedEstimator
 from logix_like.layout import DataId
 from logix_like.retraining import SubsetOracle
-from logix_like.subsets import all_subsets
+from logix_like.subsets import all_subsets, whole_number
 
 
 class ExactShapley(RetrainedEstimator):
@@ -74,9 +74,14 @@ class Shapley(RetrainedEstimator):
         own: Sequence[int] | None = None,
     ) -> None:
         super().__init__(oracle, data_id=data_id, own=own)
-        if permutations < 2 or batch < 2:
+        if whole_number(permutations, "permutations") < 2 or whole_number(batch, "batch") < 2:
             raise RetrainingError(
                 f"permutations is {permutations} and batch {batch}; standard errors need at least 2 of each"
+            )
+        if not (tolerance >= 0 and 0 <= truncation < 1):
+            raise RetrainingError(
+                f"tolerance is {tolerance} and truncation {truncation}; they are shares of |v(N) - v(nothing)|, at "
+                "least 0, and truncation is below 1"
             )
         self._most, self._batch, self._seed = permutations, batch, seed
         self._tolerance, self._truncation = tolerance, truncation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class LabelErrors:
         return f"AUROC {self.auroc:.3f} (standard error {self.standard_error:.3f}); errors found: {points}"
 
 
-def label_errors(scores: Scores, wrong: Tensor, *, data_id: Sequence[DataId] | None = None) -> LabelErrors:
+def label_errors(scores: Scores, wrong: Any, *, data_id: Sequence[DataId] | None = None) -> LabelErrors:
     """Hold suspicion against known label errors; the highest score is the most suspicious.
 
     Args:
@@ -56,6 +57,7 @@ def label_errors(scores: Scores, wrong: Tensor, *, data_id: Sequence[DataId] | N
     Raises:
         EvaluationError: the shapes differ, or all labels are wrong, or none.
     """
+    wrong = torch.as_tensor(wrong)
     if wrong.ndim != 1 or wrong.dtype != torch.bool:
         raise EvaluationError(f"wrong is {wrong.dtype} of shape {tuple(wrong.shape)}; it must be [samples] bool")
     errors, n = int(wrong.sum()), len(wrong)

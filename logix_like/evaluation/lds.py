@@ -15,7 +15,7 @@ from logix_like.evaluation.scored import Scores, score_matrix
 from logix_like.evaluation.statistics import correlation, interval, ranks, resampled, spearman
 from logix_like.layout import DataId
 from logix_like.retraining import Measurements, SubsetOracle
-from logix_like.subsets import random_subsets
+from logix_like.subsets import random_subsets, size_of
 
 FEWEST_SUBSETS = 3
 DRAWS = 1000
@@ -33,7 +33,7 @@ def subset_truth(oracle: SubsetOracle, *, subsets: int = 100, share: float = 0.5
     """
     if subsets < FEWEST_SUBSETS:
         raise EvaluationError(f"subsets is {subsets}; a rank correlation needs at least {FEWEST_SUBSETS}")
-    size = round(share * oracle.n) if math.isfinite(share) else 0
+    size = size_of(share, oracle.n)
     if not 0 < size < oracle.n:
         raise EvaluationError(f"share is {share}: subsets of {size} of {oracle.n} samples cannot be compared")
     masks = random_subsets(oracle.n, size, subsets, torch.Generator().manual_seed(seed))
@@ -86,9 +86,14 @@ def lds(
         seed: Of the bootstrap.
 
     Raises:
-        EvaluationError: the scores do not fit the truth, or there are fewer than 3 subsets.
+        EvaluationError: the scores do not fit the truth, which has failed retrainings or fewer than 3 subsets.
     """
     measured = truth.means
+    if not bool(measured.isfinite().all()):
+        raise EvaluationError(
+            f"{int((~measured.isfinite()).any(1).sum())} of the truth's {len(measured)} subsets have no measurement; "
+            "leave them out by truth.complete()"
+        )
     if len(measured) < FEWEST_SUBSETS:
         raise EvaluationError(f"the truth has {len(measured)} subsets; a rank correlation needs at least 3")
     matrix = score_matrix(scores, truth.masks.shape[1], measured.shape[1], queries, data_id)

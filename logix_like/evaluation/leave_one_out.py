@@ -64,10 +64,11 @@ def leave_one_out_correlation(
     Raises:
         EvaluationError: the scores do not fit, or fewer than 3 samples are to be left out.
     """
-    chosen = torch.arange(oracle.n) if samples is None else torch.tensor(list(samples))
-    if len(chosen) < 3 or not 0 <= int(chosen.min()) <= int(chosen.max()) < oracle.n:
+    chosen = list(range(oracle.n) if samples is None else samples)
+    if len(set(chosen) & set(range(oracle.n))) < max(3, len(chosen)):
         raise EvaluationError(
-            f"{len(chosen)} samples are to be left out; a correlation needs at least 3, from 0 to {oracle.n - 1}"
+            f"samples to be left out are {chosen[:10]}; a correlation needs at least 3 different ones, from 0 to "
+            f"{oracle.n - 1}"
         )
     matrix = score_matrix(scores, oracle.n, oracle.queries, queries, data_id)[:, chosen].T
     differences = oracle.full() - oracle.values(without_each(oracle.n)[chosen])

@@ -16,7 +16,7 @@ from logix_like.evaluation.statistics import mean_and_error
 from logix_like.layout import DataId
 from logix_like.query.ranking import stable_top
 from logix_like.retraining import SubsetOracle
-from logix_like.subsets import random_subsets
+from logix_like.subsets import random_subsets, size_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def query_loss_difference(
     """
     if not 0 < share < 1:
         raise EvaluationError(f"share is {share}; it must be above 0 and below 1, e.g. 0.01")
-    return brittleness(oracle, scores, removed=(max(1, round(share * oracle.n)),), **options)
+    return brittleness(oracle, scores, removed=(max(1, size_of(share, oracle.n)),), **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def removal_curve(
         RetrainingError: a retraining failed.
     """
     vector, n = score_vector(values, oracle.n, data_id), oracle.n
-    counts = [round(share * n) for share in shares]
+    counts = [size_of(share, n) for share in shares]
     if not counts or not all(0 < count < n for count in counts):
         raise EvaluationError(f"shares are {tuple(shares)} of {n} samples; each must remove some and leave some")
     chosen = torch.cat([_masks(ranked[None], counts)[:, 0] for ranked in (vector, -vector)])

@@ -81,6 +81,8 @@ def _as_tensor(scores: Any) -> Tensor:
             f"scores are a {type(scores).__name__}; give an estimator, a result with all scores, or numbers as a "
             "tensor, an array or lists"
         ) from error
+    if tensor.is_complex():
+        raise EvaluationError("the scores are complex numbers, which have no order; give real ones")
     return tensor
 
 
@@ -92,8 +94,8 @@ def _finite(scores: Tensor) -> Tensor:
 
 def _reordered(scores: Tensor, held: Ids, n: int, data_id: Sequence[DataId] | None) -> Tensor:
     wanted: list[DataId] = list(range(n)) if data_id is None else list(data_id)
-    if len(wanted) != n:
-        raise EvaluationError(f"data_id names {len(wanted)} samples; the truth has {n}")
+    if (named := len(set(wanted))) != n or len(wanted) != n:
+        raise EvaluationError(f"data_id names {named} samples ({len(wanted)} names); the truth has {n}")
     place = {name: column for column, name in enumerate(held.tolist())}
     missing = [name for name in wanted if name not in place]
     if missing:

@@ -69,7 +69,9 @@ class Fitter:
 
     def _make(self, key: tuple[str, str, Damping], progress: bool | None) -> Fit:
         _, name, damping = key
-        eigenbases = self._eigenbases.get(key[:2], lambda: self._decomposed(name, progress))
+        # Only what is automatic asks how many samples there are; telling visits apart is not free.
+        counted = name == "auto" or damping.kind == "auto"
+        eigenbases = self._eigenbases.get((*key[:2], counted), lambda: self._decomposed(name, counted, progress))
         statistics = eigenbases.statistics
         layout = statistics.layout
         fitted = fit_preconditioner(name, statistics, layout, damping, eigenbases=eigenbases)
@@ -81,9 +83,8 @@ class Fitter:
             described += f", Kronecker factors also of {statistics.superseded:,} rows that were taken back since"
         return Fit(fitted, described, rows, key)
 
-    def _decomposed(self, name: str, progress: bool | None) -> Eigenbases:
-        # Only the choice by ``auto`` asks how many samples there are; telling visits apart is not free.
-        samples = len(self._store.view("mean")) if name == "auto" else None
+    def _decomposed(self, name: str, counted: bool, progress: bool | None) -> Eigenbases:
+        samples = len(self._store.view("mean")) if counted else None
         return Eigenbases(statistics_for(name, self._store, progress), samples)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.preconditioner import FittedPreconditioner
+from logix_like.query.codes import Codes
 from logix_like.query.fitting import Recent
 from logix_like.query.modes import Mode
 from logix_like.query.scan import Candidates
@@ -36,10 +37,12 @@ ITERATIONS = 3
 """Of the search for the largest directions."""
 SMALLEST_VALUE = 1e-10
 """Directions that count less than this, against the largest, are taken to count so much."""
-SMALLEST_POOL = 200
+SMALLEST_POOL = 100
 """Candidates for each side of a query, at least."""
-POOL = 20
+POOL = 10
 """Candidates for each side of a query, at least so many times k."""
+SCANNED = ("SQ8",)
+"""Factory strings of indexes that many queries are asked of in one pass (:mod:`logix_like.query.codes`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,14 +187,17 @@ class RowIndex:
         ``[queries, c]`` among the store's rows, the most likely first; -1 stands for no row.
         """
         asked = self.reduction.queries(self._mode.asked(queries).to(torch.float32))
-        parameters, limit = None, len(self._positions)
-        if wanted is not None:
-            inside = wanted[self._positions].nonzero().flatten().numpy()
-            parameters, limit = self._parameters(inside), len(inside)
-        both = self._search(np.concatenate([asked, -asked]), min(limit, count), parameters)
+        inside = None if wanted is None else wanted[self._positions]
+        count = min(count, len(self._positions) if inside is None else int(inside.sum()))
+        codes = _plain_codes(self._searched)
+        if codes is not None:
+            top, bottom = codes.extremes(torch.from_numpy(asked), count, inside)
+            return self._positions[top], self._positions[bottom]
+        both = self._search(np.concatenate([asked, -asked]), count, inside)
         return both[: len(asked)], both[len(asked) :]
 
-    def _search(self, asked: NDArray[np.float32], count: int, parameters: Any) -> Tensor:
+    def _search(self, asked: NDArray[np.float32], count: int, inside: Tensor | None) -> Tensor:
+        parameters = None if inside is None else self._parameters(inside.nonzero().flatten().numpy())
         try:
             _, found = self._searched.search(asked, count, params=parameters)
         except (RuntimeError, TypeError) as error:
@@ -218,6 +224,17 @@ def _on_gpus(index: Any) -> Any:
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
     return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def _plain_codes(index: Any) -> Codes | None:
+    """The codes of an index that is scanned whole and keeps 8 bits a number (``SQ8``); None of any other."""
+    faiss = load_faiss()
+    if not isinstance(index, faiss.IndexScalarQuantizer) or index.sq.qtype != faiss.ScalarQuantizer.QT_8bit:
+        return None
+    codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.d)  # a view: good until rows are added
+    least_and_span = faiss.vector_to_array(index.sq.trained)
+    step = torch.from_numpy(least_and_span[index.d :]) / 255
+    return Codes(torch.from_numpy(codes).view(index.ntotal, index.d), step)
 
 
 def load_faiss() -> Any:

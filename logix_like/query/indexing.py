@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logix_like.query.fitting import Recent
-from logix_like.query.index import POOL, SMALLEST_POOL, RowIndex, Vectors
+from logix_like.query.index import POOL, SCANNED, SMALLEST_POOL, RowIndex, Vectors
 from logix_like.query.keeping import IndexKey, index_for
 from logix_like.query.scoring import Sides, Task, exact_extremes, extremes_among
 
@@ -20,10 +20,12 @@ WANTED_RECALL = 0.99
 """With less on the choosing queries, twice as many candidates are named: above what is to be told, as a margin."""
 SHARE_OF_EACH = 1 / 25
 """With more candidates than this share of the rows, for one query, every row is scored: a row that is fetched by itself
-costs about as much as scanning 25 (measured on 100,000 rows of 3,584 numbers)."""
-SHARE_OF_ALL = 1 / 8
-"""The same for the candidates of all queries together: a scan costs less for each of many queries, while the search in
-the index and the fetching cost each query the same (12 queries were even there, whatever the kind of index)."""
+costs about as much as scanning ten."""
+SHARE_OF_ALL = 1 / 4
+"""The same for the candidates of all queries together: a scan costs less for each of many queries, while fetching costs
+each the same. (64 queries with an eighth of 100,000 rows for candidates took a third of the exact engine's time.)"""
+MOST_SEARCHED = 12
+"""With more queries every row is scored where FAISS itself searches, which costs each query the same."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +65,31 @@ class IndexSearch:
             cache: Where indexes of this store are kept; None to keep them in memory alone.
             vectors: Gives the rows to index.
         """
-        remark = slower_than_exact(task, max(POOL * k, SMALLEST_POOL))
+        remark = slower_than_exact(task, max(POOL * k, SMALLEST_POOL), key.factory)
         if remark:
             return exact_extremes(task, k), remark
         index = self._indexes.get((key, rows), lambda: index_for(vectors(), key, cache))
         # Two queries tell less than twenty: a recall is measured again where there are many more to measure it on.
         size = min(len(task.scorer.queries), MEASURED_QUERIES).bit_length()
         measured = index.measured.get((k, way, size), lambda: self._measured(task, k, index))
-        remark = slower_than_exact(task, measured.count)
+        remark = slower_than_exact(task, measured.count, key.factory)
         if remark:
             return exact_extremes(task, k), remark
         named = _named(task, measured.count, index)
         if _too_few(named, k):
             return exact_extremes(task, k), f"the index {key.factory} named too few rows: every row was scored"
-        positions = torch.cat(named, dim=1).unique()
-        found = extremes_among(task, positions[positions >= 0], k)
-        return found, f"index {key.factory}, {measured.told}"
+        return extremes_among(task, torch.cat(named, dim=1), k), f"index {key.factory}, {measured.told}"
 
     def _measured(self, task: Task, k: int, index: RowIndex) -> Measured:
-        """How many candidates are named, chosen on some of the queries, and their recall on others.
-
-        What is measured is whether a query's own candidates hold its extremes. An answer can only be better: each
-        query is scored with the candidates of all.
-        """
+        """How many candidates are named, chosen on some of the queries, and their recall on others."""
         some, alone = _first_queries(task), _first_queries(task, 1)
         truth, rows = exact_extremes(some, k), task.candidates.count
         choosing, telling = slice(0, None, 2), slice(1, None, 2)
         count = min(rows, max(POOL * k, SMALLEST_POOL))
         found = _recalls(_named(some, count, index), truth)
-        while found[choosing].mean() < WANTED_RECALL and count < rows and not slower_than_exact(alone, 2 * count):
+        while found[choosing].mean() < WANTED_RECALL and count < rows:
+            if slower_than_exact(alone, 2 * count, index.factory):
+                break
             count = min(rows, 2 * count)
             found = _recalls(_named(some, count, index), truth)
         if len(found) == 1:
@@ -100,9 +98,11 @@ class IndexSearch:
         return Measured(count, f"recall@{k} {_with_error(others)} on queries apart from those it was set up with")
 
 
-def slower_than_exact(task: Task, count: int) -> str:
+def slower_than_exact(task: Task, count: int, factory: str) -> str:
     """Why every row should be scored rather than ``count`` candidates for each side of each query; empty if not."""
     queries, rows = len(task.scorer.queries), task.candidates.count
+    if queries > MOST_SEARCHED and factory not in SCANNED:
+        return f"every row was scored: for {queries:,} queries an index {factory} would be slower"
     if 2 * count <= min(SHARE_OF_EACH, SHARE_OF_ALL / queries) * rows:
         return ""
     named = f"{2 * count:,} candidates for {'the query' if queries == 1 else f'each of {queries:,} queries'}"

@@ -16,8 +16,8 @@ MEASURED_ROWS = 256
 """The two ways are compared on so many rows, once."""
 NARROW_ROUNDING = 2.0**-8
 """A bfloat16 result is within this share of the exact one (its last bit, twice over)."""
-WIDE_ROUNDING = 2.0**-20
-"""A float32 sum of some thousand products is within this share of both norms' product, with room to spare."""
+FURTHER_ROUNDINGS = 8
+"""Of each term beside those of its product and its sum: a row's scale and unit, and what makes a product a score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,8 @@ class Products:
 
     @cached_property
     def _wide_error(self) -> Tensor:
-        rounding = WIDE_ROUNDING if self._queries.dtype == torch.float32 else torch.finfo(torch.float64).eps * 2**10
         norms: Tensor = torch.linalg.vector_norm(self._queries.double(), dim=1)
-        return norms * rounding
+        return norms * summation_error(self._queries.shape[1] + FURTHER_ROUNDINGS, self._queries.dtype)
 
     @cached_property
     def _narrow_error(self) -> Tensor:
@@ -98,6 +97,16 @@ class Products:
         exact = values @ self._queries.double().T
         bound = NARROW_ROUNDING * exact.abs() + torch.outer(values.norm(dim=1), self._narrow_error)
         return bool(((torch.mm(raw[:rows], self._narrow.T) - exact).abs() <= bound).all())
+
+
+def summation_error(roundings: int, dtype: torch.dtype) -> float:
+    """``n u / (1 - n u)`` for ``n`` roundings and the unit roundoff ``u`` of ``dtype``.
+
+    A computed inner product of ``n`` terms is within this share of ``|x|^T |y|``, at most both norms' product, of the
+    exact one, in whatever order it is summed (Higham 2002, Accuracy and Stability of Numerical Algorithms, eq. 3.5).
+    """
+    share = roundings * torch.finfo(dtype).eps / 2
+    return share / (1 - share)
 
 
 def _seconds(act: Callable[[], object]) -> float:

@@ -239,9 +239,13 @@ class Candidates:
         return self.memory.tile
 
     def _streamed(self) -> Iterator[Tile]:
-        positions = self.positions()
-        chunks = self.rows.chunks() if self.count == len(self.rows) else self.rows.gradients.selected(positions.numpy())
-        if not self.rows.gradients.mapped:
+        return self.tiles_at(self.positions())
+
+    def tiles_at(self, positions: Tensor) -> Iterator[Tile]:
+        """Yield the rows at ascending ``positions``, whichever are wanted."""
+        gradients = self.rows.gradients
+        chunks = self.rows.chunks() if len(positions) == len(self.rows) else gradients.selected(positions.numpy())
+        if not gradients.mapped:
             chunks = ahead(chunks)
         for chunk in chunks:
             yield ChunkTile(positions[chunk.start : chunk.stop], chunk)

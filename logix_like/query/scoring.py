@@ -12,7 +12,7 @@ from torch import Tensor
 from logix_like.query.parts import Parts
 from logix_like.query.products import Products
 from logix_like.query.ranking import RunningTop
-from logix_like.query.scan import Candidates, HeldTile, Tile
+from logix_like.query.scan import Candidates, Tile
 from logix_like.query.sieve import SMALLEST_NORM, Group, Scorer, Sieve
 
 SIEVED_ROWS = 16_384
@@ -104,36 +104,46 @@ def parts_of_extremes(task: Task, side: Extremes, parts: Parts) -> Tensor:
 
 
 def exact_extremes(task: Task, k: int) -> Sides:
-    """The ``k`` highest and the ``k`` lowest in one pass over the rows, in bounded memory.
-
-    Scores are those of float64 products, but for small stores that are kept in memory and for a ``k`` so large that
-    most rows would have to be multiplied twice.
-    """
+    """The ``k`` highest and the ``k`` lowest by float64 products, in one pass over the rows, in bounded memory."""
+    if 8 * k > min(task.group_rows, task.candidates.count):  # a sieve would let most rows pass
+        return _by_float64(task, k)
     group = Group()
     sieve: Sieve | None = None
-    plain = RunningTop(k, largest=True), RunningTop(k, largest=False)
     for tile in task.candidates.tiles(task.progress, "influence"):
-        if isinstance(tile, HeldTile) or 8 * k > task.group_rows:
-            scores = task.scores(tile)
-            for side in plain:
-                side.update(scores, tile.positions)
-            continue
         group.add(tile, task.products.of(tile))
         if group.rows >= task.group_rows:
             sieve = _sieved(sieve, group, task, k)
             group = Group()
     if group.rows:
         sieve = _sieved(sieve, group, task, k)
-    highest, lowest = plain if sieve is None else (sieve.highest, sieve.lowest)
+    assert sieve is not None
+    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
+
+
+def _by_float64(task: Task, k: int) -> Sides:
+    """The same, every row multiplied in float64."""
+    highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
+    queries = task.scorer.queries.double()
+    with task.candidates.buffer() as buffer:
+        for tile in task.candidates.tiles(task.progress, "influence"):
+            products = torch.empty(len(tile), len(queries), dtype=torch.float64)
+            for start, stop, values in tile.pieces(buffer):
+                torch.mm(values.double(), queries.T, out=products[start:stop])
+            scores = task.scorer.scores(products.T.contiguous(), tile.positions)
+            for side in (highest, lowest):
+                side.update(scores, tile.positions)
     return _extremes(highest, task), _extremes(lowest, task)
 
 
 def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
-    if sieve is None:
-        norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
-        sieve = Sieve(task.scorer, norms, k)
+    sieve = _sieve(task, k) if sieve is None else sieve
     sieve.update(group)
     return sieve
+
+
+def _sieve(task: Task, k: int) -> Sieve:
+    norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
+    return Sieve(task.scorer, norms, k)
 
 
 def _extremes(running: RunningTop, task: Task) -> Extremes:
@@ -141,18 +151,20 @@ def _extremes(running: RunningTop, task: Task) -> Extremes:
     return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
-def extremes_among(task: Task, positions: Tensor, k: int) -> Sides:
-    """The ``k`` highest and the ``k`` lowest among the rows at ascending ``positions``, at least ``k`` of them.
+def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
+    """The ``k`` highest and the ``k`` lowest of each query among rows of its own, scored in float64.
 
-    Rows are fetched once for all queries, a bounded number at a time, and every query is scored with every one.
+    ``named [queries, n]`` are their positions, at least ``k`` different ones; -1 stands for none. A row is read once.
     """
-    sieve: Sieve | None = None
-    for some in positions.split(max(task.group_rows, k)):
-        tile = HeldTile(some, task.candidates.fetch(some))
-        group = Group()
-        group.add(tile, task.products.of(tile))
-        sieve = _sieved(sieve, group, task, k)
-    assert sieve is not None
+    queries = torch.arange(len(named))[:, None].expand_as(named)[named >= 0]
+    rows, columns = named[named >= 0].unique(return_inverse=True)
+    sieve, start = _sieve(task, k), 0
+    for tile in task.candidates.tiles_at(rows):
+        here = (columns >= start) & (columns < start + len(tile))
+        wanted = torch.zeros(len(named), len(tile), dtype=torch.bool)
+        wanted[queries[here], columns[here] - start] = True
+        sieve.take_in(Group([tile]), wanted, tile.positions)
+        start += len(tile)
     return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
 
 

@@ -41,11 +41,13 @@ class Scorer:
 
     def scores(self, products: Tensor, positions: Tensor) -> Tensor:
         """``[queries, n]`` from products of that shape, for the rows at ``positions [n]``."""
+        dtype = products.dtype
         if self.factor is not None:
-            products = products * self.factor[positions]
+            products = products * self.factor[positions].to(dtype)
         if not self.mode.uses_lengths:
             return products
-        return self.mode.scores(products, self.query_lengths[:, None], self.row_lengths[positions])
+        lengths = self.query_lengths[:, None].to(dtype), self.row_lengths[positions].to(dtype)
+        return self.mode.scores(products, *lengths)
 
     def pair_scores(self, products: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
         """``[pairs]``, float64, from products ``[pairs]``."""
@@ -142,7 +144,7 @@ class Sieve:
             relative = max(found.relative for found in group.products)
             least = (least - least.abs() * relative - slack).to(scores.dtype)
             passing |= ~(signed < least[:, None])  # so that what is not a number passes
-        self._take_in(group, passing, positions)
+        self.take_in(group, passing, positions)
 
     def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[queries]``: how far a score of the group can be off, its own rounding aside."""
@@ -158,7 +160,8 @@ class Sieve:
         exact = self._exact(group, queries, chosen.sort(dim=1).values.flatten(), positions)
         return (sign * exact).view(len(signed), -1).amin(dim=1)
 
-    def _take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
+    def take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
+        """Score those pairs of a query and a row of ``group`` exactly where ``passing [queries, n]`` holds."""
         queries, columns = passing.nonzero(as_tuple=True)
         if not len(queries):
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.tokens import TokenCollector, TokenScores
 from logix_like.run.block import BlockOptions
 from logix_like.run.logbook import Logbook, per_token
-from logix_like.run.tracking import stored_projections
+from logix_like.run.tracking import first_of, stored_projections
 from logix_like.store import GradientStore, OnDamage, Place, open_store, projections_digest
 from logix_like.weights import fingerprint, load_weights, restored_weights, undisturbed
+from logix_like.wrapping import named_modules
 
 OPTIONS = ("where", "per", "normalize", "client", "index", "progress")
 """Options of a question that no config holds."""
@@ -37,6 +39,16 @@ class Query:
         self._layout: Layout | None = None
         self._projections = ""
         self._count = 0
+        self._open = False
+
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """While a block is captured; nothing can be asked meanwhile."""
+        self._open = True
+        try:
+            yield self
+        finally:
+            self._open = False
 
     def add(self, rows: Tensor, layout: Layout, projections: str) -> None:
         """Take one block's rows ``[queries, width]`` and the digest of what projected them; blocks are averaged."""
@@ -52,6 +64,8 @@ class Query:
         Raises:
             QueryError: the block has not ended, or ended with an exception.
         """
+        if self._open:
+            raise QueryError("the query's block is still open: ask behind 'with run.query(...)', not inside it")
         if self._sum is None or self._layout is None:
             raise QueryError("the query holds no gradient: run forward and backward inside 'with run.query(...)'")
         note = "" if self._count == 1 else f"query gradient averaged over {self._count} checkpoints"
@@ -59,6 +73,9 @@ class Query:
 
     def __len__(self) -> int:
         return len(self.data_id)
+
+    def __repr__(self) -> str:
+        return f"Query(data_id={reprlib.repr(list(self.data_id))}, {'no ' if self._sum is None else ''}gradients)"
 
 
 class _Averages:
@@ -92,7 +109,7 @@ class Asker:
         self._engine_key = ""
         self._projections = ""
         self._averaged: _Averages | None = None
-        self._warned = False
+        self._warned = self._warned_of_mode = False
 
     @contextmanager
     def query(self, options: BlockOptions) -> Iterator[Query]:
@@ -105,9 +122,10 @@ class Asker:
         if self._averaged is not None:
             query = self._averaged.of(options.data_id)
         recording = tracker.recording(len(options.data_id))
-        with undisturbed(tracker.model), recording:
+        with undisturbed(tracker.model), recording, query.opened():
             yield query
         recording.check()
+        self._warn_of_train_mode(tracker.model)
         recording.factor = options.factor(options.loss_scale())
         query.add(per_token(recording.project()[0], options).cpu(), tracker.layout, self._digest(tracker))
         if self._logbook.closed and self._averaged is None:
@@ -209,6 +227,19 @@ class Asker:
             self._projections = projections_digest(tracker.layout, stored_projections(tracker))
         return self._projections
 
+    def _warn_of_train_mode(self, model: nn.Module) -> None:
+        if self._warned_of_mode:
+            return
+        changing = [name for name, module in named_modules(model) if module.training and _differs_in_training(module)]
+        if changing:
+            self._warned_of_mode = True
+            warnings.warn(
+                f"the query was taken in train mode, in which the model answers otherwise ({first_of(changing)}): call "
+                "model.eval() before asking",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def _warn_of_other_weights(self, model: nn.Module) -> None:
         if self._warned:
             return
@@ -218,9 +249,9 @@ class Asker:
         known = {weights, *(record.fingerprint for record in store.checkpoints)} - {None}
         if known and fingerprint(model) not in known:
             warnings.warn(
-                "the model's weights are neither those at the end of the logged run nor those of a "
-                "checkpoint: scores compare gradients of different models; load the trained weights, "
-                "or use run.at_checkpoints()",
+                "the model's weights are neither those at the end of the logged run nor those of a checkpoint, bit by "
+                "bit: scores compare gradients of different models; load the trained weights, or use "
+                "run.at_checkpoints() (a cast to another dtype alone does no harm)",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -229,6 +260,12 @@ class Asker:
 def as_gradients(query: Query | QueryGradients) -> QueryGradients:
     """The gradients of whatever can be asked with."""
     return query.gradients if isinstance(query, Query) else query
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _chosen(known: Sequence[int], which: str | Sequence[int]) -> Sequence[int]:

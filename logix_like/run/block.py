@@ -124,7 +124,9 @@ class BlockOptions:
 
     def _required_mask(self, asker: str) -> Tensor:
         if self.mask is None:
-            raise CaptureError(f"{asker} needs mask=[batch, positions], true for the tokens that the loss counts")
+            raise CaptureError(
+                f"{asker} needs mask=[batch, positions], true for the tokens that the loss counts (labels != -100)"
+            )
         return self.mask
 
 
@@ -182,10 +184,14 @@ class Block:
         with self._watch:
             self._measure()
             self._on_begin(self)
-            self._begun = True
-            for follower in (self.recording, self.look):
-                if follower is not None:
-                    follower.__enter__()
+            try:
+                self._begun = True
+                for follower in (self.recording, self.look):
+                    if follower is not None:
+                        follower.__enter__()
+            except BaseException:  # Ctrl-C, too: the with statement that it keeps from beginning would not end it
+                self.drop()
+                raise
         return self
 
     def _measure(self) -> None:
@@ -202,12 +208,16 @@ class Block:
     ) -> None:
         if self._ended:  # by run.end() or run.abort(), inside the with statement
             return
-        with self._watch:
-            self.drop()
-            if exc_type is None:
-                if self.recording is not None:
-                    self.recording.check()
-                self._on_end(self)
+        try:
+            with self._watch:
+                self.drop()
+                if exc_type is None:
+                    if self.recording is not None:
+                        self.recording.check()
+                    self._on_end(self)
+        except BaseException:
+            self.drop()  # again: Ctrl-C may have broken off the first
+            raise
 
 
 def _require_positive(scale: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,11 @@ from logix_like.run.session import StoreSession
 from logix_like.run.tracking import compare_with_gradients, stored_projections, warn_of_coupling
 from logix_like.steps import Progress
 from logix_like.timing import Stopwatch, Timing
+
+UNSTORED = (
+    "this run was finalized or loaded for queries: blocks are kept for get_log() only, and nothing is stored; to log "
+    "further samples, start with logix.init(..., resume=True)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Logbook:
         """Whether blocks are stored."""
         self.closed = session is None
         """Whether logging has ended; blocks are then captured for :attr:`last` only."""
+        self._unread = 0
+        """Blocks that were neither stored nor asked for, since logging had ended."""
         self.blocks = 0
         """Blocks that have ended."""
         self.on_block: Callable[[BlockOptions, bool], None] | None = None
@@ -111,6 +119,7 @@ class Logbook:
         """
         if self._last is None:
             raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
+        self._unread = 0
         return self._last
 
     @property
@@ -262,6 +271,10 @@ class Logbook:
             if block.look is not None:
                 self._look_at(block.look, block.recording.factor)
         self.blocks += 1
+        if self.closed:
+            self._unread += 1
+            if self._unread == 2:
+                warnings.warn(UNSTORED, RuntimeWarning, stacklevel=4)
         if self.on_block is not None and self._storing and not detached:
             self.on_block(block.options, overflow is not None and bool(overflow))
         if not self.closed:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logix_like.ids import as_data_ids
+from logix_like.ids import as_stored_ids
 from logix_like.layout import DataId
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence
@@ -92,7 +92,7 @@ class Questions(ABC):
     ) -> InfluenceResult:
         """Scores of the samples named by ``data_id`` (all if None) for each query; else as above."""
         self.commit()
-        ids = None if data_id is None else as_data_ids(data_id)
+        ids = None if data_id is None else as_stored_ids(data_id)
         settings = self._asker.settings(options)
         return self._asker.engine().influence(as_gradients(query), k=k, data_id=ids, **settings)
 
@@ -131,7 +131,7 @@ class Questions(ABC):
         self.commit()
         chosen = self._asker.settings(options)
         settings = {"preconditioner": "identity", "mode": "cosine", "reduce": chosen["reduce"], **options}
-        return self._asker.engine().similar(as_data_ids(data_id), k=k, **settings)
+        return self._asker.engine().similar(as_stored_ids(data_id), k=k, **settings)
 
     def token_scores(
         self,

@@ -57,10 +57,13 @@ def require_resume_step(step: int | None, *, resume: bool) -> int | None:
 
 def warn_of_missing_steps(session: StoreSession, resume_step: int | None) -> None:
     """Warn when the store ends before the step that training goes on from."""
-    if resume_step is None or session.cursor is None or session.cursor[1] >= resume_step - 1:
+    if resume_step is None or session.resumed is None:
+        return
+    committed = 0 if session.cursor is None else session.cursor[1] + 1
+    if committed >= resume_step:
         return
     warnings.warn(
-        f"training goes on from step {resume_step}, but rows were committed up to step {session.cursor[1]} only: the "
+        f"training goes on from step {resume_step}, but rows of the first {committed} steps only were committed: the "
         "steps between are missing in the store; call run.commit() whenever the training saves a checkpoint",
         RuntimeWarning,
         stacklevel=3,

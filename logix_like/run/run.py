@@ -23,7 +23,7 @@ from logix_like.config import Config, is_due
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.curvature.stream import CurvatureStream
 from logix_like.errors import CaptureError, ConfigError, StoreError
-from logix_like.ids import as_data_ids
+from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
 from logix_like.query.gradients import QueryGradients
@@ -306,7 +306,7 @@ class Run(Questions):
                 "samples cannot be forgotten in the midst of an optimizer step that a gradient scaler may skip; forget "
                 "them behind optimizer.step()"
             )
-        return self._session.forget(as_data_ids(data_id))
+        return self._session.forget(as_stored_ids(data_id))
 
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
@@ -338,6 +338,10 @@ class Run(Questions):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def __repr__(self) -> str:
+        state = "for queries" if self._session is None else "finalized" if self._logbook.closed else "logging"
+        return f"Run({str(self.path)!r}, {state}, {self.rows:,} rows logged here)"
 
     def __enter__(self) -> Run:
         return self
@@ -384,7 +388,10 @@ class Run(Questions):
 
     @property
     def resumed_at(self) -> tuple[int, int] | None:
-        """``(epoch, step)`` of the last commit of the run that was resumed; None for a new run."""
+        """``(epoch, step)`` of the last committed row of the run that was resumed; None where there is none.
+
+        The epoch is -1 if :meth:`epoch` was never called; without ``init(optimizer=...)`` steps are blocks.
+        """
         return None if self._session is None else self._session.cursor
 
     # Curvature (what can be asked stands in Questions)
@@ -416,6 +423,8 @@ class Run(Questions):
             live.add(rows)
 
     def _stepped(self, step: int) -> None:
+        if self._session is not None and self._session.handed_over:
+            return  # the optimizer has outlived this run, and trains for a later one
         if self._recorder is not None:
             self._recorder.stepped(step)
         if self._logbook.watching and is_due(self.config.checkpoints, step):

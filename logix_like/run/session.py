@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -51,6 +52,9 @@ DESCRIPTION_SECONDS = 300.0
 
 Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
+_writing: weakref.WeakValueDictionary[str, StoreSession] = weakref.WeakValueDictionary()
+"""The last session of this process at each place."""
+
 
 class StoreSession:
     """One process's writing into one store, from its creation to :meth:`finish`.
@@ -69,6 +73,10 @@ class StoreSession:
         _require_projections_for(config, self._ranks)
         plain = config.model_dump(mode="json")
         self._writer: StoreWriter | None = None
+        self.handed_over = False
+        """Whether a later run of this process has taken over the store."""
+        if (resume or overwrite) and (earlier := _writing.get(str(path))) is not None:
+            earlier.hand_over()
         self.stopped = False
         """Whether the storage failed and the config's ``store.on_error`` is ``stop_logging``: nothing is written."""
         opened = self._ranks.agree(
@@ -81,11 +89,12 @@ class StoreSession:
         self._statistics: frozenset[str] = frozenset()
         kept = () if self.resumed is None else self.resumed.checkpoints
         self._last_checkpoint = (kept[-1].step, kept[-1].fingerprint) if kept else None
+        _writing[str(path)] = self
 
     @property
     def cursor(self) -> tuple[int, int] | None:
         """``(epoch, step)`` of the last row of the run that is being resumed, but for rows that were taken back."""
-        if self.resumed is None:
+        if self.resumed is None or not len(self.resumed):
             return None
         if not self.resumed.retractions:
             return max((writer.cursor for writer in self.resumed.writers), key=lambda cursor: cursor[1], default=None)
@@ -161,6 +170,25 @@ class StoreSession:
             on_error=settings.on_error,
         )
 
+    def hand_over(self) -> None:
+        """Commit and close, since a later run of this process takes over the store.
+
+        A notebook whose cell was interrupted has no name for its run any more, which the traceback keeps alive.
+        """
+        self.handed_over = True
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except StoreWriteError as error:  # what is committed is what the later run finds
+                _log.error("%s", error)
+
+    def _require_own(self) -> None:
+        if self.handed_over:
+            raise StoreError(
+                f"this run has ended: a later init(...) of this process has taken over {self.path}; log with the run "
+                "that it returned"
+            )
+
     @property
     def begun(self) -> bool:
         """Whether a batch has arrived, or none is waited for any more."""
@@ -182,11 +210,13 @@ class StoreSession:
         Raises:
             StoreWriteError: the writer failed and the config's ``store.on_error`` is ``raise``.
         """
+        self._require_own()
         if self._writer is not None and not self.stopped:
             self._writer.put(batch)
 
     def commit(self) -> None:
         """Everything put so far is durable when this returns."""
+        self._require_own()
         if self._writer is not None and not self.stopped:
             self._writer.commit()
 
@@ -201,6 +231,7 @@ class StoreSession:
 
         Where weights are spread over processes (FSDP), all must call this together; the first one writes.
         """
+        self._require_own()
         if self.stopped and self._ranks.size == 1:
             return
         seen = (step, fingerprint(model))
@@ -218,6 +249,7 @@ class StoreSession:
         Raises:
             StoreError: another process has died; this one's rows are safe by then.
         """
+        self._require_own()
         if self._writer is None and self._ranks.size == 1:
             return
         with self._writer or nullcontext(), self._together():

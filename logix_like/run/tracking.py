@@ -101,10 +101,10 @@ def describe(tracker: Tracker, config: Config) -> str:
     ]
     if tracker.projector.capped:
         names = [repr(name) for name in sorted(tracker.projector.capped)]
-        lines.append(f"  rank capped by a layer's size: {_first(names)}")
+        lines.append(f"  rank capped by a layer's size: {first_of(names)}")
     if selection.skipped:
         reasons = [f"{name} ({reason})" for name, reason in selection.skipped.items()]
-        lines.append(f"  not tracked: {_first(reasons)}")
+        lines.append(f"  not tracked: {first_of(reasons)}")
     if tracker.needs_warmup:
         lines.append(
             f"  the first {config.projection.warmup} samples are kept un-projected in memory until the "
@@ -123,14 +123,15 @@ def warn_of_coupling(recording: Recording, model: nn.Module) -> None:
     if coupled:
         warnings.warn(
             f"batch normalisation in train mode couples the samples of a batch, so that no per-sample gradient exists: "
-            f"{_first(coupled)}; rows are the batch's gradient split by sample",
+            f"{first_of(coupled)}; rows are the batch's gradient split by sample",
             RuntimeWarning,
             stacklevel=6,
         )
-    bypassed = [t.name for t in recording.uncalled if t.module.weight.grad is not None]
+    used = recording.called_weights
+    bypassed = [t.name for t in recording.uncalled if t.module.weight.grad is not None and t.module.weight not in used]
     if bypassed:
         warnings.warn(
-            f"the weights of {_first(bypassed)} were used without calling the modules: their gradients are not "
+            f"the weights of {first_of(bypassed)} were used without calling the modules: their gradients are not "
             "captured; exclude them",
             RuntimeWarning,
             stacklevel=6,
@@ -159,7 +160,7 @@ def compare_with_gradients(recording: Recording, rows: Tensor, tracker: Tracker)
     ]
     if wrong:
         warnings.warn(
-            f"the rows of {_first(wrong)} do not add up to the gradients of their weights in this block: a weight is "
+            f"the rows of {first_of(wrong)} do not add up to the gradients of their weights in this block: a weight is "
             "also used without calling its module, something else went backward, or gradients were changed inside the "
             "block (clip, step and zero_grad belong behind it); such modules' rows are not the samples' gradients",
             RuntimeWarning,
@@ -180,6 +181,7 @@ def projected(gradients: Mapping[str, Tensor], rows: Tensor, tracker: Tracker) -
     return found
 
 
-def _first(names: list[str], most: int = 5) -> str:
+def first_of(names: list[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

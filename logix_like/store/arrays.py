@@ -84,12 +84,17 @@ def write_document(folder: Place, spec: ArraySpec, rows: int, chunk_rows: int, *
 
 
 def chunk_file(folder: Place, chunk: int, dimensions: int) -> Place:
-    """The file of a chunk of whole rows, by Zarr's default key encoding with the separator ``.``.
+    """The file of a chunk of whole rows."""
+    return folder / chunk_name(chunk, dimensions)
+
+
+def chunk_name(chunk: int, dimensions: int) -> str:
+    """Its name, by Zarr's default key encoding with the separator ``.``.
 
     With the usual ``/`` each chunk would have a folder of its own: twice the inodes, and one more
     folder to be forced to the disk at each commit.
     """
-    return folder / ".".join(["c", str(chunk), *["0"] * (dimensions - 1)])
+    return ".".join(["c", str(chunk), *["0"] * (dimensions - 1)])
 
 
 def write_array(folder: Place, spec: ArraySpec, rows: int, buffers: Iterable[Bytes], *, sync: bool) -> int:

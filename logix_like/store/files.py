@@ -45,7 +45,7 @@ def as_place(path: str | PathLike[str] | ObjectPath) -> Place:
         if isinstance(path, str) and "://" in path:
             return place_of_url(path)
         require_no_url(path)
-    return Path(path).absolute()  # once: where the process stands later changes nothing
+    return Path(path).expanduser().absolute()  # once: where the process stands later changes nothing
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading gradients: chunk files are mapped, and decoded only where asked for."""
+"""Reading gradients: chunk files are mapped, and decoded only where asked for; a few rows of one are read alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from logix_like.layout import Layout
-from logix_like.store.arrays import chunk_file, damaged, unreadable
+from logix_like.store.arrays import chunk_file, chunk_name, damaged, unreadable
 from logix_like.store.codecs import CODECS
 from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.files import CHECKSUM_BYTES, Place, checksum, file_size, map_bytes
+from logix_like.store.files import CHECKSUM_BYTES, Place, as_bytes, checksum, file_size, map_bytes
 from logix_like.store.hold import FolderHold
+from logix_like.store.local import read_items
 from logix_like.store.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.segments import Segment
 
 KEPT_BYTES = 32 * 2**20
 """Mappings of this size are kept open, so that small stores are mapped once."""
+
+FEW = 1 / 2
+"""Fewer rows of a chunk than this share are read one by one: where rows of a mapping are copied, each of its pages
+costs as much as a whole row that is read."""
+
+JOINED_BYTES = 8 * 2**20
+"""Such rows come together, from several chunks, up to about this size."""
 
 ALL = slice(None)
 
@@ -84,6 +92,18 @@ class RowChunk:
         return StoredRows(self.raw, self.scale, self.coordinate_scale)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Some wanted rows of one chunk."""
+
+    segment: int
+    """Number of the chunk."""
+    rows: np.ndarray
+    """Ascending numbers within the chunk."""
+    start: int
+    """Where the first stands among all wanted rows."""
+
+
 class GradientReader:
     """The gradients of a table: ``reader[a:b]``, ``reader[[3, 1]]``, ``reader[mask]``, ``reader[7]``."""
 
@@ -113,18 +133,20 @@ class GradientReader:
     @property
     def mapped(self) -> bool:
         """Whether chunks are mapped files; else each is read, and decompressed, when it comes."""
-        return all(segment.codec == "none" and isinstance(segment.folder, Path) for segment in self._segments)
+        return all(map(is_mapped, self._segments))
 
     def __getitem__(self, key: RowKey) -> Tensor:
         """Decoded rows ``[n, width]``, or one row ``[width]`` for a single number."""
         wanted = row_numbers(key, self.rows)
         order = np.argsort(wanted, kind="stable")
-        if len(wanted):
-            self._map(int(np.searchsorted(self._starts, wanted[0], side="right")) - 1)  # refuses an absurd width
-        result = torch.empty(len(wanted), self._layout.width, dtype=self._encoding.staging)
+        result = torch.empty(0, self._layout.width, dtype=self._encoding.staging)
         for chunk in self.selected(wanted[order]):
-            result[torch.from_numpy(order[chunk.start : chunk.stop])] = chunk.decode()
-        return result[0] if isinstance(key, int | np.integer) else result
+            if not len(result):  # now: the first chunk refuses an absurd width
+                result = result.new_empty(len(wanted), self._layout.width)
+            chunk.decode(out=result[chunk.start : chunk.stop])
+        if isinstance(key, int | np.integer):
+            return result[0]
+        return result if np.all(np.diff(order) == 1) else result[torch.from_numpy(np.argsort(order))]
 
     def chunks(self) -> Iterator[RowChunk]:
         """All rows in order, chunk by chunk."""
@@ -132,16 +154,69 @@ class GradientReader:
             yield self._map(number)
 
     def selected(self, rows: np.ndarray) -> Iterator[RowChunk]:
-        """The rows of these ascending numbers (repeats allowed), by chunk; ``start`` counts within them."""
+        """The rows of these ascending numbers (repeats allowed), by chunk; ``start`` counts within them.
+
+        Rows that are few in their chunks come together, from several chunks.
+        """
+        few: list[_Run] = []
+        for run in self._runs(rows):
+            single = self._reads_singly(run)
+            if few and not (single and run.start - few[0].start < self._joined):
+                yield self._read(few)
+                few = []
+            if single:
+                few.append(run)
+            else:
+                yield self._map(run.segment).select(run.rows, run.start)
+        if few:
+            yield self._read(few)
+
+    def _runs(self, rows: np.ndarray) -> Iterator[_Run]:
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         edges = np.flatnonzero(np.diff(owners)) + 1
         begin = 0
         for end in (*edges.tolist(), len(rows)):
             if begin < end:
                 owner = int(owners[begin])
-                local = rows[begin:end] - self._starts[owner]
-                yield self._map(owner).select(local, begin)
+                yield _Run(owner, rows[begin:end] - self._starts[owner], begin)
             begin = end
+
+    def _reads_singly(self, run: _Run) -> bool:
+        """Whether rows are read one by one: from a chunk that was checked before and is not at hand anyway."""
+        segment = self._segments[run.segment]
+        known = run.segment in self._checked and run.segment not in self._kept
+        return known and is_mapped(segment) and len(run.rows) < FEW * segment.rows
+
+    @property
+    def _joined(self) -> int:
+        """So many rows of several chunks come together; where coordinates have scales, each chunk has its own."""
+        return 0 if self._encoding.coordinate_scaled else JOINED_BYTES // self._encoding.row_bytes(self._layout)
+
+    def _read(self, runs: Sequence[_Run]) -> RowChunk:
+        """The rows of some runs, read one by one."""
+        encoding, layout = self._encoding, self._layout
+        count = sum(len(run.rows) for run in runs)
+        raw = torch.empty(count, encoding.stored_width(layout.width), dtype=encoding.dtype)
+        scale = torch.empty(count, len(layout)) if encoding.scaled else None
+        coordinate = torch.empty(layout.width) if encoding.coordinate_scaled else None
+        self._read_rows(GRADIENTS, runs, raw)
+        if scale is not None:
+            self._read_rows(SCALE, runs, scale)
+        if coordinate is not None:
+            self._read_rows(COORDINATE_SCALE, [_Run(runs[0].segment, np.zeros(1, dtype=np.int64), 0)], coordinate)
+        return RowChunk(runs[0].start, raw, scale, encoding, layout, coordinate)
+
+    def _read_rows(self, array: str, runs: Sequence[_Run], into: Tensor) -> None:
+        content = as_bytes(into)
+        size, start = len(content) // sum(len(run.rows) for run in runs), 0
+        for run in runs:
+            segment, stop = self._segments[run.segment], start + size * len(run.rows)
+            file = f"{segment.folder}/{array}/{chunk_name(segment.chunk, 2)}"  # a path object would cost as much again
+            try:
+                read_items(file, run.rows, content[start:stop])
+            except OSError as error:
+                raise unreadable(Path(file), str(segment), error) from error
+            start = stop
 
     def _map(self, number: int) -> RowChunk:
         with self._lock:
@@ -167,6 +242,11 @@ class GradientReader:
         if encoding.coordinate_scaled:
             coordinate = _mapped(segment, COORDINATE_SCALE, torch.float32, (1, layout.width), check=check)[0]
         return RowChunk(segment.first, raw, scale, encoding, layout, coordinate)
+
+
+def is_mapped(segment: Segment) -> bool:
+    """Whether a chunk is a plain file of this machine."""
+    return segment.codec == "none" and isinstance(segment.folder, Path)
 
 
 def _mapped(

@@ -7,10 +7,10 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Literal, Self
 
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 STATISTICS_SHARE = 0.05
 """Statistics are written at a timed commit only if that takes less than this share of the time."""
 
+ROOM_SECONDS = 1.0
+"""How often somebody who waits for room looks again, where another thread was woken in its place."""
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -40,11 +43,16 @@ class _Request:
 
     last: bool = False
     statistics: StoredStatistics | None = None
-    done: Future[int] = field(default_factory=Future)
+    done: SimpleQueue[bool] = field(default_factory=SimpleQueue)
+    """Whether it was, once that is known."""
 
 
 class _Inbox:
     """A queue of batches, bounded by their bytes, and of requests, which are never held up.
+
+    Ctrl-C may break off the training thread anywhere. Here it leaves nothing locked: all that is shared are queues
+    whose calls cannot be broken off half-way, and numbers that one thread writes. (``threading.Condition`` stays
+    locked for good when it is broken off in its ``__enter__``.)
 
     A putter that found it full is woken when half of it is free, not at each batch taken: two threads
     that hand the interpreter to and fro for every batch take several times as long.
@@ -52,46 +60,52 @@ class _Inbox:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._bytes = 0
-        self._items: deque[tuple[ProjectedBatch | _Request, int]] = deque()
-        lock = threading.Lock()
-        self._filled = threading.Condition(lock)
-        self._emptied = threading.Condition(lock)
+        self._items: SimpleQueue[tuple[ProjectedBatch | _Request, int]] = SimpleQueue()
+        self._put = self._taken = 0
+        """Bytes so far. A put that is broken off may not be counted: that much more then fits, never less."""
+        self._room: SimpleQueue[None] = SimpleQueue()
+        self._awaited = False
+        """Whether somebody may be waiting for room."""
         self.error: BaseException | None = None
 
     def put(self, item: ProjectedBatch | _Request, size: int = 0) -> bool:
         """Queue an item, waiting while it does not fit; False if the worker has failed."""
-        with self._filled:
-            while self.error is None and size and self._bytes and self._bytes + size > self._limit:
-                self._emptied.wait()
-            if self.error is not None:
-                return False
-            self._items.append((item, size))
-            self._bytes += size
-            self._filled.notify()
-            return True
+        while size and self.error is None and self._is_full_for(size):
+            self._awaited = True
+            if self._is_full_for(size):  # still: the worker, who looks after each item, cannot have missed the above
+                with suppress(Empty):
+                    self._room.get(timeout=ROOM_SECONDS)
+        if self.error is not None:
+            return False
+        self._items.put((item, size))
+        self._put += size
+        return self.error is None
 
     def take(self, timeout: float | None) -> ProjectedBatch | _Request | None:
         """The next item, or None after ``timeout`` seconds without one."""
-        with self._filled:
-            if not self._items and not self._filled.wait_for(lambda: bool(self._items), timeout):
-                return None
-            item, size = self._items.popleft()
-            self._bytes -= size
-            if 2 * self._bytes <= self._limit:
-                self._emptied.notify_all()
-            return item
+        try:
+            item, size = self._items.get(timeout=timeout)
+        except Empty:
+            return None
+        self._taken += size
+        if self._awaited and 2 * (self._put - self._taken) <= self._limit:
+            self._awaited = False
+            self._room.put(None)
+        return item
 
     def fail(self, error: BaseException) -> None:
         """Refuse all further items and wake everyone who waits."""
-        with self._filled:
-            self.error = error
-            requests = [item for item, _ in self._items if isinstance(item, _Request)]
-            self._items.clear()
-            self._bytes = 0
-            self._emptied.notify_all()
-        for request in requests:
-            request.done.set_exception(error)
+        self.error = error
+        self._room.put(None)
+        with suppress(Empty):
+            while True:
+                item, _ = self._items.get_nowait()
+                if isinstance(item, _Request):
+                    item.done.put(False)
+
+    def _is_full_for(self, size: int) -> bool:
+        waiting = self._put - self._taken
+        return waiting > 0 and waiting + size > self._limit
 
 
 class _Worker:
@@ -103,7 +117,7 @@ class _Worker:
         self._commit_seconds = commit_seconds
         self._waiting_since = 0.0
         self._next_statistics = 0.0
-        self._ready = threading.Event()
+        self._ready: SimpleQueue[None] = SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="logix_like-writer", daemon=True)
 
     def start(self) -> None:
@@ -114,13 +128,13 @@ class _Worker:
         """
         threads = torch.get_num_threads()
         self.thread.start()
-        self._ready.wait()
+        self._ready.get()
         torch.set_num_threads(threads)
 
     def _run(self) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
-        self._ready.set()
+        self._ready.put(None)
         request: _Request | None = None
         try:
             with torch.no_grad():
@@ -132,7 +146,7 @@ class _Worker:
             self._pipeline.abandon()
             self._inbox.fail(error)
             if request is not None:
-                request.done.set_exception(error)
+                request.done.put(False)
 
     def _patience(self) -> float | None:
         if not self._pipeline.staged:
@@ -166,7 +180,7 @@ class _Worker:
         else:
             self._pipeline.flush()
             self._pipeline.save_statistics(request.statistics)
-        request.done.set_result(self._pipeline.committed)
+        request.done.put(True)
 
 
 def _shut(inbox: _Inbox, thread: threading.Thread, process: int) -> None:
@@ -314,7 +328,7 @@ class StoreWriter:
         self.close()
 
     def _ask(self, request: _Request) -> int:
-        if not self._inbox.put(request) or request.done.exception() is not None:
+        if not self._inbox.put(request) or not request.done.get():
             self._report()
         return self.committed
 

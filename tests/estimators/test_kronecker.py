@@ -258,6 +258,15 @@ def test_what_is_refused() -> None:
     shuffled = DataLoader(TensorDataset(*queries), shuffle=True)
     with pytest.raises(ConfigError, match="shuffles"):
         EKFAC(model, shuffled, progress=False)
+    with pytest.raises(ConfigError, match=r"objective is a CrossEntropyLoss.*Objective\(\) for a classifier"):
+        EKFAC(model, data, nn.CrossEntropyLoss(), progress=False)
+    with pytest.raises(ConfigError, match="the model is a list"):
+        EKFAC(data, model, progress=False)
+    one = (queries[0][0], queries[1][0])
+    with pytest.raises(ConfigError, match=r"single number.*x\[None\]"):
+        EKFAC(model, data, progress=False).scores(one)
+    with pytest.raises(ConfigError, match="a DataLoader in place of a dataset"):
+        EKFAC(model, TensorDataset(*queries), progress=False).scores(queries)
     with pytest.raises(StatisticsError, match="no samples"):
         _ = EKFAC(model, [], progress=False).curvature
     with pytest.raises(QueryError, match="not finite"):

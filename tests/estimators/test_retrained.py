@@ -178,6 +178,16 @@ def test_neighbours_errors() -> None:
         KNNShapley(features, labels, data_id=[1, 2])
     with pytest.raises(QueryError, match="of the queries"):
         KNNShapley(features, labels).scores((features[0], labels))
+    with pytest.raises(QueryError, match=r"must be \[samples, 2\]"):
+        KNNShapley(features, labels).scores((torch.randn(4, 3), labels))
+    with pytest.raises(QueryError, match="a query is a pair"):
+        KNNShapley(features, labels).scores(features)
+    with pytest.raises(QueryError, match=r"k is 2\.5"):
+        KNNShapley(features, labels, k=2.5)
+    with pytest.raises(QueryError, match="no training samples"):
+        KNNShapley(features[:0], labels[:0])
+    with pytest.raises(QueryError, match="features of the queries are NaN"):
+        KNNShapley(features, labels).scores((features * math.nan, labels))
 
 
 ALL: list[type[RetrainedEstimator]] = [LeaveOneOut, Downsampling, Banzhaf, ExactShapley, Shapley]
@@ -209,8 +219,18 @@ def test_too_few_subsets_are_refused(ridge: Ridge) -> None:
         Downsampling(ridge.oracle(), subsets=2).scores()
     with pytest.raises(RetrainingError, match="share is 1"):
         Downsampling(ridge.oracle(), share=1.0)
+    with pytest.raises(RetrainingError, match="share is nan"):
+        Downsampling(ridge.oracle(), share=math.nan)
+    for count in (0, -1):
+        with pytest.raises(RetrainingError, match=f"the number of subsets is {count}; at least 1"):
+            Banzhaf(ridge.oracle(), subsets=count).scores()
+    with pytest.raises(RetrainingError, match=r"the number of subsets is 1\.5; it must be a whole number"):
+        Downsampling(ridge.oracle(), subsets=1.5).scores()
     with pytest.raises(RetrainingError, match="at least 2 of each"):
         Shapley(ridge.oracle(), permutations=1)
+    for wrong in ({"tolerance": -0.1}, {"tolerance": math.nan}, {"truncation": 1.0}, {"truncation": math.nan}):
+        with pytest.raises(RetrainingError, match="they are shares of"):
+            Shapley(ridge.oracle(), **wrong)
 
 
 def test_a_subset_that_cannot_be_trained_is_named() -> None:

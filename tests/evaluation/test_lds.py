@@ -35,6 +35,13 @@ def test_g1_true_scores_reach_1_and_their_opposite_minus_1() -> None:
     assert lds(3 * world.effects + 1, truth).value == pytest.approx(1)
 
 
+def test_an_estimator_s_result_is_as_good_as_its_scores() -> None:
+    world = Additive()
+    truth = subset_truth(world.oracle, subsets=20)
+    result = LeaveOneOut(world.oracle).influence(None)
+    assert lds(result, truth).value == pytest.approx(lds(LeaveOneOut(world.oracle), truth).value)
+
+
 def test_g1_random_scores_tell_nothing() -> None:
     truth = subset_truth(Additive(q=200).oracle, subsets=50)
     found = lds(torch.randn(200, 60, generator=torch.Generator().manual_seed(5)), truth)
@@ -116,6 +123,15 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         subset_truth(world.oracle, share=math.nan)
     with pytest.raises(EvaluationError, match="subsets is 0; a rank correlation needs at least 3"):
         subset_truth(world.oracle, subsets=0)
+    with pytest.raises(EvaluationError, match="complex numbers"):
+        lds(torch.complex(world.effects, world.effects), truth)
+    broken = truth.values.clone().index_fill_(0, torch.tensor([4]), math.nan)
+    with pytest.raises(EvaluationError, match=r"1 of the truth's 20 subsets have no measurement"):
+        lds(world.effects, Measurements(truth.masks, broken))
+    with pytest.warns(RuntimeWarning, match="1 of 20 subsets are left out$"):
+        assert lds(world.effects, Measurements(truth.masks, broken).complete()).subsets == 19
+    with pytest.raises(EvaluationError, match=r"data_id names 1 samples \(60 names\)"):
+        lds(_result(world.effects, np.arange(60).astype(object)), truth, data_id=[0] * 60)
     with pytest.raises(EvaluationError, match="level is 95"):
         lds(world.effects, truth, level=95)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -88,10 +90,15 @@ def test_what_is_refused() -> None:
         brittleness(world.oracle, world.effects[:, 1:], removed=(5,))
     with pytest.raises(EvaluationError, match="must remove some and leave some"):
         removal_curve(world.oracle, world.effects[0], shares=(1.0,))
+    with pytest.raises(EvaluationError, match="must remove some and leave some"):
+        removal_curve(world.oracle, world.effects[0], shares=(math.nan,))
     with pytest.raises(EvaluationError, match=r"\(60,\) is needed"):
         removal_curve(world.oracle, world.effects)
     with pytest.raises(EvaluationError, match="at least 3"):
         leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])
+    for samples in ([1, 1, 1, 1], [0.5, 1.5, 2.5], [58, 59, 60]):
+        with pytest.raises(EvaluationError, match="at least 3 different ones, from 0 to 59"):
+            leave_one_out_correlation(world.oracle, world.effects, samples=samples)
 
 
 def test_one_query_and_one_draw_print_without_an_error_bar() -> None:

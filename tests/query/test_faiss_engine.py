@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import MissingDependencyError
-from logix_like.query import indexing
+from logix_like.query import codes, indexing
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.index import RowIndex
+from logix_like.query.index import RowIndex, _plain_codes, load_faiss
 from logix_like.query.indexing import IndexSearch, Measured
 from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
-from logix_like.query.scoring import Task
+from logix_like.query.scan import Candidates
+from logix_like.query.scoring import Task, extremes_among
+from logix_like.query.sieve import Scorer
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout
 
@@ -99,14 +101,15 @@ def test_equal_rows_rank_in_row_order() -> None:
     _assert_same(*_both(engine, query, k=5, preconditioner="identity"))
 
 
-def test_the_index_is_kept_until_something_changes(rows: Tensor, query: QueryGradients) -> None:
+def test_the_index_is_kept_until_something_changes(
+    rows: Tensor, query: QueryGradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = MemoryStore(LAYOUT, rows)
     engine = QueryEngine(store, keep_bytes=0)
     engine.influence(query, k=5, engine="faiss")
-    view = store.view("mean")
-    scans = view.scans
-    engine.influence(query, k=5, engine="faiss")
-    assert view.scans == scans
+    with monkeypatch.context() as patch:
+        patch.delattr(RowIndex, "build")
+        engine.influence(query, k=5, engine="faiss")
     for change in ({"damping": 1.0}, {"mode": "relatif", "damping": 1.0}, {"reduce": "sum"}):
         _assert_same(*_both(engine, query, k=5, **change))
     store.grow(rows.flip(0), store.statistics)
@@ -151,3 +154,50 @@ def test_a_recall_is_measured_anew_for_another_curvature(
     assert measured == [3, 3, 3]
     for note, recall in zip(notes, ("0.100", "0.200", "0.300", "0.200"), strict=True):
         assert f"recall@3 {recall}" in note
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_a_product_with_the_codes_names_what_faiss_names(some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "PIECE_ROWS", 7)
+    monkeypatch.setattr(codes, "TILE_SCORES", 100)
+    faiss = load_faiss()
+    index = faiss.index_factory(24, "SQ8", faiss.METRIC_INNER_PRODUCT)
+    rows = torch.randn(300, 24).numpy() * 3 + 1
+    index.train(rows)
+    index.add(rows)
+    asked = torch.randn(4, 24)
+    inside = torch.rand(300) < 0.5 if some else None
+    parameters = (
+        None
+        if inside is None
+        else faiss.SearchParameters(sel=faiss.IDSelectorBatch(inside.nonzero().flatten().numpy()))
+    )
+    found = _plain_codes(index)
+    assert found is not None
+    for sign, numbers in zip((1, -1), found.extremes(asked, 20, inside), strict=True):
+        _, expected = index.search((sign * asked).numpy(), 20, params=parameters)
+        assert numbers.tolist() == expected.tolist()
+
+
+def test_only_plain_codes_are_multiplied() -> None:
+    faiss = load_faiss()
+    for factory in ("Flat", "SQ4", "SQ6", "SQfp16", "HNSW4", "IVF2,SQ8"):
+        assert _plain_codes(faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)) is None
+
+
+def test_queries_are_ranked_among_rows_of_their_own(rows: Tensor) -> None:
+    store = MemoryStore(LAYOUT, rows)
+    candidates = Candidates.valid(store.view("none"))
+    queries = torch.randn(3, LAYOUT.width)
+    scorer = Scorer(MODES["dot"], queries, torch.empty(0), torch.empty(0), None)
+    named = torch.stack([torch.randperm(200)[:12] for _ in range(3)])
+    named[1, 4:6] = named[1, 0]  # named twice
+    named[2, 7] = -1  # no row
+    found = extremes_among(Task(candidates, scorer, None), named, 5)
+    for side, sign in zip(found, (1, -1), strict=True):
+        for query, (scores, positions) in enumerate(zip(side.scores, side.positions, strict=True)):
+            own = named[query][named[query] >= 0].unique()
+            products = rows[own].double() @ queries[query].double()
+            best = (sign * products).argsort(descending=True)[:5]
+            assert positions.tolist() == own[best].tolist()
+            assert scores.equal(products[best].float())

@@ -122,16 +122,26 @@ def test_the_stated_recall_is_the_true_one_of_queries_it_was_not_tuned_on(
     assert f"recall@5 {np.mean(shares):.3f} ± {error:.3f} (6 queries) on queries apart" in stated
 
 
-@pytest.mark.parametrize(("queries", "k", "indexed"), [(1, 1, True), (1, 200, False), (20, 1, False)])
+@pytest.mark.parametrize(
+    ("index", "queries", "k", "indexed"),
+    [
+        ("Flat", 1, 1, True),
+        ("Flat", 1, 200, False),
+        ("Flat", 12, 1, True),
+        ("Flat", 13, 1, False),
+        ("SQ8", 13, 1, True),
+        ("SQ8", 16, 1, False),
+    ],
+)
 def test_every_row_is_scored_where_an_index_would_be_slower(
-    store: GradientStore, monkeypatch: pytest.MonkeyPatch, queries: int, k: int, indexed: bool
+    store: GradientStore, monkeypatch: pytest.MonkeyPatch, index: str, queries: int, k: int, indexed: bool
 ) -> None:
-    for name, value in (("SHARE_OF_EACH", 1 / 25), ("SHARE_OF_ALL", 1 / 8), ("POOL", 1), ("SMALLEST_POOL", 5)):
+    for name, value in (("SHARE_OF_EACH", 1 / 25), ("SHARE_OF_ALL", 1 / 4), ("POOL", 1), ("SMALLEST_POOL", 5)):
         monkeypatch.setattr(indexing, name, value)
     asked = QueryGradients(tuple(range(queries)), _rows(queries, 5), LAYOUT)
-    note = QueryEngine(store, keep_bytes=0).influence(asked, k=k, engine="faiss", index="Flat").note
-    assert ("index Flat, recall@" in note) == indexed
-    assert ("among 600 rows an index would be slower" in note) != indexed
+    note = QueryEngine(store, keep_bytes=0).influence(asked, k=k, engine="faiss", index=index).note
+    assert (f"index {index}, recall@" in note) == indexed
+    assert ("every row was scored" in note) != indexed
 
 
 def test_low_recall_takes_more_candidates(

@@ -10,6 +10,7 @@ from torch import Tensor
 from logix_like.query import products, scoring
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.products import summation_error
 from logix_like.query.result import InfluenceResult
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, dense_ranking, dense_scores
@@ -58,7 +59,7 @@ def _assert_is_the_reference(result: InfluenceResult, expected: Tensor, k: int) 
         torch.testing.assert_close(ranking.scores.double(), own, rtol=SINGLE, atol=0)
 
 
-@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize("k", [1, 10, 100])
 @pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_ids_order_and_scores_are_those_of_float64(arithmetic: str, queries: int, mode: str, k: int) -> None:
@@ -113,8 +114,39 @@ def test_one_giant_row_hides_no_other(arithmetic: str) -> None:
 def test_a_large_k(arithmetic: str, k: int) -> None:
     rows, asked = _rows(300), torch.randn(2, LAYOUT.width)
     expected = asked.double() @ rows.double().T
+    _assert_is_the_reference(_ask(rows, asked, k), expected, k)
+
+
+def test_rows_that_are_kept_in_memory_rank_by_float64_too(arithmetic: str) -> None:
+    rows, asked = _rows(300).float(), torch.randn(2, LAYOUT.width)
+    rows[100:200] = rows[100] * (1 + 2.0**-20 * torch.randn(100, 1))  # float32 products hardly tell them apart
+    store = MemoryStore(LAYOUT, rows, range(300))
+    engine, query = QueryEngine(store), QueryGradients((0, 1), asked, LAYOUT)
+    for k in (5, 200):
+        result = engine.influence(query, k=k, preconditioner="identity")
+        _assert_is_the_reference(result, asked.double() @ rows.double().T, k)
+
+
+@pytest.mark.parametrize("k", [3, 300])
+def test_many_equal_rows_rank_in_row_order(arithmetic: str, k: int) -> None:
+    rows, asked = _rows(7)[torch.arange(331) % 7], torch.randn(3, LAYOUT.width)
     result = _ask(rows, asked, k)
-    assert result.proponents().ids.tolist() == dense_ranking(expected, k)
+    for line, scores in zip(result.proponents().ids.tolist(), asked.double() @ rows.double()[:7].T, strict=True):
+        order = scores.argsort(descending=True).tolist()
+        assert line == [row for kind in order for row in range(kind, 331, 7)][:k]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_order_of_summation_errs_by_more_than_is_said(dtype: torch.dtype) -> None:
+    # The worst order for the worst numbers: one by one, each sum rounded down by half a unit.
+    terms = torch.ones(4000, dtype=dtype)
+    terms[1:] *= torch.finfo(dtype).eps / 2
+    total = torch.zeros((), dtype=dtype)
+    for term in terms:
+        total = total + term
+    exact = 1 + 3999 * torch.finfo(dtype).eps / 2
+    error = summation_error(4000, dtype) * exact
+    assert 0.9 * error < exact - total.item() <= error
 
 
 def test_summed_visits(arithmetic: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from logix_like.store.objects import ObjectFiles
 from logix_like.store.pipeline import STAGED_SHARE
 from logix_like.store.storage import Bytes, ObjectPath, Pending
 from logix_like.store.writer import StoreWriter
-from tests.store.store_runs import WIDTH, batches, chunk_mib, projections, small_layout
+from tests.interrupts import broken_off_at
+from tests.store.store_runs import WIDTH, batches, chunk_mib, new_store, projections, small_layout, writer
 
 CHUNK_ROWS, BATCH, QUEUED = 32, 8, 5
 ROW_BYTES = 4 * WIDTH
@@ -155,3 +158,21 @@ def test_one_that_was_never_used_has_no_thread() -> None:
     behind.wait()
     behind.close()
     assert threading.active_count() == before
+
+
+def test_a_put_that_is_broken_off_anywhere_locks_nothing(tmp_path: Path) -> None:
+    """Ctrl-C in the training thread, at each step of the interpreter within ``put``."""
+    store = new_store(tmp_path / "s")
+    given = list(batches(torch.randn(8 * 4000, WIDTH), size=8))
+    with writer(store, queue_mib=2 * 8 * ROW_BYTES / 2**20) as out:
+        for step in itertools.count(1):
+            if broken_off_at(step, partial(out.put, given[step])):
+                break
+        asked = threading.Thread(target=out.commit, daemon=True)
+        asked.start()
+        asked.join(timeout=20)
+        assert not asked.is_alive(), "the writer's thread or this one waits for ever"
+    assert step > 50, "nothing was broken off"
+    numbers = open_store(store).data_id.tolist()
+    assert numbers[-8:] == list(given[step].data_id)
+    assert len(set(numbers)) == len(numbers) and len(numbers) % 8 == 0

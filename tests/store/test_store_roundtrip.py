@@ -11,9 +11,11 @@ import torch
 import zarr
 
 from logix_like.capture.batch import FactorMoments, ProjectedBatch
+from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import ENCODINGS, StoreWriter, open_store
+from logix_like.store import ENCODINGS, StoreWriter, gradients, open_store
+from logix_like.store.gradients import GradientReader
 from logix_like.store.schema import Flag
 from tests.store.store_runs import (
     CHUNK_ROWS,
@@ -173,6 +175,36 @@ def test_gradients_are_chosen_like_rows_of_an_array(tmp_path: Path) -> None:
         gradients[mask[:3]]
     with pytest.raises(IndexError, match="by numbers, a slice or a mask"):
         gradients[[0.5]]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("joined", [0, 1, 2**20])
+def test_few_rows_of_chunks_are_read_alone(
+    tmp_path: Path, encoding: str, joined: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "KEPT_BYTES", 1)  # so that chunks are not at hand
+    monkeypatch.setattr(gradients, "JOINED_BYTES", joined)
+    store = new_store(tmp_path / "s", encoding)
+    log(store, torch.randn(100, WIDTH), encoding)
+    reader = open_store(store).gradients
+    rows = torch.cat([chunk.decode() for chunk in reader.chunks()])  # compares checksums
+    monkeypatch.delattr(GradientReader, "_open")  # no chunk but the last, which is at hand, is mapped again
+    wanted = [3, 40, 17, 1, 17, 2, 60, 99, 41]
+    assert reader[wanted].equal(rows[wanted])
+    assert torch.cat([chunk.decode() for chunk in reader.selected(np.sort(wanted))]).equal(rows[sorted(wanted)])
+
+
+def test_a_chunk_cut_short_after_it_was_checked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
+    store = new_store(tmp_path / "s")
+    log(store, torch.randn(50, WIDTH))
+    reader = open_store(store).gradients
+    list(reader.chunks())
+    file = next(store.glob("writers/*/gradients/c.1.0"))
+    file.write_bytes(file.read_bytes()[: 2 * WIDTH * 4])
+    assert reader[[16, 17]].shape == (2, WIDTH)
+    with pytest.raises(StoreDamagedError, match=r"c\.1\.0, which holds rows 16 to 31, cannot be read \(it ends before"):
+        reader[[16, 18]]
 
 
 def test_reading_does_not_let_its_memory_reach_the_file(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from logix_like.retraining import Measurements
 from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.figures import Figure, Figures
 from tests.bench.lds.problems import PROBLEMS, SHOWN, Problem
-from tests.bench.lds.rows import SETS
+from tests.bench.lds.rows import SETS, rows_of
 from tests.bench.lds.truth import retrained, save_truth, truth_of
 
 
@@ -68,8 +68,7 @@ def parsed() -> argparse.Namespace:
 
 def figures_of(problem: Problem, truth: Measurements, options: argparse.Namespace) -> dict[str, float]:
     """LDS of every row that is asked for, each printed as soon as it is known."""
-    chosen = list(SETS) if "all" in options.rows else options.rows
-    rows = {name: row for kind in chosen for name, row in SETS[kind].items() if fnmatch.fnmatch(name, options.only)}
+    rows = {name: row for name, row in rows_of(problem, options.rows).items() if fnmatch.fnmatch(name, options.only)}
     kept = Figures(options.cache / "figures.jsonl", problem.name, options.runs)
     figures = {}
     say(f"\n{problem.name}: {len(truth.masks)} halves x {truth.values.shape[1]} seeds; {options.runs} logged trainings")

@@ -99,8 +99,7 @@ class Bench:
         return self._runs[name]
 
     def _init(self, name: str, model: nn.Module, settings: Mapping[str, Any], **options: Any) -> logix.Run:
-        preset = self.problem.preset or None
-        return logix.init(name, model, preset, root=str(self.root), verbose=False, **settings, **options)
+        return logix.init(name, model, self.problem.preset, root=str(self.root), verbose=False, **settings, **options)
 
     def _log_training(self, name: str, settings: Mapping[str, Any]) -> tuple[logix.Run, nn.Module]:
         run: logix.Run | None = None

@@ -81,7 +81,7 @@ def _record(problem: Problem, seed: int, root: str) -> Recorded:
     optimizer = problem.optimizer(model)
     steps = problem.epochs * -(-problem.samples // problem.batch)
     settings = {"record": "path", "checkpoints": {"every_steps": max(steps // CHECKPOINTS, 1)}}
-    run = logix.init("path", model, problem.preset or None, root=root, optimizer=optimizer, verbose=False, **settings)
+    run = logix.init("path", model, problem.preset, root=root, optimizer=optimizer, verbose=False, **settings)
     batch = problem.asked()
     every = max(steps // CHECKPOINTS, 1)
     live = run.track(batch, problem.loss, data_id=range(problem.queries), mask=problem.mask(batch), every=every)

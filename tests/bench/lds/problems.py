@@ -47,9 +47,29 @@ class Problem(ABC):
         return f"{type(self).__name__.lower()}-{numbers}"
 
     @property
+    def time(self) -> float:
+        """Learning rate times steps: eigenvalues of the Hessian below one over it are not learnt by plain SGD."""
+        return self.lr * self.epochs * -(-self.samples // self.batch)
+
+    @property
+    def small(self) -> bool:
+        """Whether derivatives can be carried through every step of it."""
+        return False
+
+    @property
     @abstractmethod
     def preset(self) -> str:
         """Preset of the run's config."""
+
+    @property
+    @abstractmethod
+    def wide(self) -> tuple[str, ...]:
+        """Globs of the modules with the largest gradients."""
+
+    @property
+    @abstractmethod
+    def first(self) -> tuple[str, ...]:
+        """Globs of the modules next to the input."""
 
     @property
     def exclude(self) -> tuple[str, ...]:
@@ -145,7 +165,8 @@ class Images(Problem):
     batch: int = 32
     lr: float = 0.05
 
-    preset = ""  # the library's defaults
+    preset = "vision"
+    wide = first = ("0",)
     objective = Objective()
 
     def untrained(self) -> nn.Module:
@@ -177,6 +198,9 @@ class Small(Images):
     batch: int = 30
     lr: float = 0.2
 
+    small = True
+    wide = first = ("3",)
+
     def model(self) -> nn.Module:
         shrunk = (nn.Unflatten(1, (1, 28, 28)), nn.AvgPool2d(4), nn.Flatten())
         return nn.Sequential(*shrunk, nn.Linear(49, 16), nn.Tanh(), nn.Linear(16, 10))
@@ -201,6 +225,8 @@ class Convolutions(Images):
     epochs: int = 10
     batch: int = 32
     lr: float = 0.1
+
+    wide, first = ("6",), ("1",)
 
     def untrained(self) -> nn.Module:
         return nn.Sequential(
@@ -270,6 +296,7 @@ class Verses(Problem):
     """Steps on other verses, before."""
 
     preset = "language_model"
+    wide, first = ("*.up", "*.down"), ("layers.0.*",)
     exclude = ("*lm_head",)
     objective = Objective(Categorical(), outputs=_logits, targets=_targets)
 

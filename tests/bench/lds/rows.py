@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +11,14 @@ from logix_like.estimators import EKFAC, TRAK
 from tests.bench.lds import peers
 from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.path_rows import PATH, UNROLLED
+from tests.bench.lds.problems import Problem
 
+BARE = {"init": "orthogonal", "rank": "auto", "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
+"""What no preset keeps: 256 random numbers a module, 1,024 where a layer is 512 wide."""
 LOGRA = {"init": "orthogonal", "rank": 16, "dtype": "bfloat16", "statistics": ["covariance", "kronecker"]}
 """What LoGra keeps: 256 numbers a module, 512 bytes, in a random basis."""
 LOGRA_PCA = {**LOGRA, "init": "pca"}
+LOGRA_EIGEN = {**LOGRA, "init": "eigen"}
 NIBBLES = {"init": "pca", "rank": 32, "dtype": "int4", "statistics": ["kronecker", "corrected_eigval"]}
 """1,024 numbers of 4 bits: 512 bytes too."""
 SIGNS = {**NIBBLES, "rank": 64, "dtype": "sign"}
@@ -48,10 +52,14 @@ FULL: Mapping[str, Row] = {
 """Full size: where the curvature is from, and whether samples count as they were in training."""
 
 COMPACT: Mapping[str, Row] = {
-    "default: rows of training": lambda b: b.training().scores(),
-    "default, query averaged over checkpoints": lambda b: b.training().scores("all"),
+    "preset: rows of training": lambda b: b.training().scores(),
+    "preset, query averaged over checkpoints": lambda b: b.training().scores("all"),
+    "no preset: rows of training": lambda b: b.training(**BARE).scores(),
+    "no preset, query averaged over checkpoints": lambda b: b.training(**BARE).scores("all"),
     "256 numbers a module, random": lambda b: b.training(**LOGRA).scores(),
     "256 numbers a module, PCA": lambda b: b.training(**LOGRA_PCA).scores(),
+    "256 numbers a module, eigen": lambda b: b.training(**LOGRA_EIGEN).scores(),
+    "256 numbers a module, eigen, query averaged": lambda b: b.training(**LOGRA_EIGEN).scores("all"),
     "1,024 numbers of 4 bits a module, PCA": lambda b: b.training(**NIBBLES).scores(),
     "4,096 signs a module, PCA": lambda b: b.training(**SIGNS).scores(),
     "LoGra, post-hoc, random": lambda b: b.posthoc(**LOGRA).scores(preconditioner="covariance"),
@@ -69,24 +77,25 @@ COMPACT: Mapping[str, Row] = {
 
 MAIN: Mapping[str, Row] = {
     **COMPACT,
-    "default, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
-    "default, cosine": lambda b: b.training().scores(mode="cosine"),
-    "default, RelatIF": lambda b: b.training().scores(mode="relatif"),
-    "default, damping as the shrinkage says": lambda b: b.training().scores(damping="auto"),
-    "GradDot: default, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
+    "preset, rows of the last epoch": lambda b: b.training().scores(reduce="last"),
+    "preset, cosine": lambda b: b.training().scores(mode="cosine"),
+    "preset, RelatIF": lambda b: b.training().scores(mode="relatif"),
+    "preset, damping auto": lambda b: b.training().scores(damping="auto"),
+    "preset, damping 1 / (rate x steps)": lambda b: b.training().scores(damping={"absolute": 1 / b.problem.time}),
+    "GradDot: preset, no preconditioner": lambda b: b.training().scores(preconditioner="identity"),
     "TracIn-like: both averaged, no preconditioner": lambda b: b.training().scores("all", preconditioner="identity"),
 }
 """One line for each way of scoring."""
 
 RANKS = (4, 8, 16, 32)
-DAMPINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0)
+DAMPINGS = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 10.0, "auto")
 
 
 def _rank(rank: int, init: str, where: str, checkpoints: str | None = None) -> Row:
     return lambda b: getattr(b, where)(rank=rank, init=init, dtype="float32").scores(checkpoints)
 
 
-def _preconditioned(name: str, damping: float, where: str, checkpoints: str | None = None) -> Row:
+def _preconditioned(name: str, damping: float | str, where: str, checkpoints: str | None = None) -> Row:
     statistics = ("covariance", "kronecker", "corrected_eigval", "variance")
     logged = {"rank": 16, "init": "orthogonal", "dtype": "float32", "statistics": statistics}
     return lambda b: getattr(b, where)(**logged).scores(checkpoints, preconditioner=name, damping=damping)
@@ -105,7 +114,7 @@ PROJECTION: Mapping[str, Row] = {
 """Rank x kind of projection."""
 
 CURVATURE: Mapping[str, Row] = {
-    f"{where}, {name}, damping {damping:g}": _preconditioned(name, damping, where)
+    f"{where}, {name}, damping {damping}": _preconditioned(name, damping, where)
     for where in ("training", "posthoc")
     for name in ("diagonal", "covariance", "kfac", "ekfac")
     for damping in DAMPINGS
@@ -120,11 +129,16 @@ BYTES: Mapping[str, Row] = {
 }
 """Type of the stored numbers x basis x rank."""
 
+
+def _by_module(chosen: str, rank: int, others: int) -> Row:
+    return lambda b: _stored("bfloat16", "pca", {**dict.fromkeys(getattr(b.problem, chosen), rank), "*": others})(b)
+
+
 PER_MODULE: Mapping[str, Row] = {
-    f"rank by module: {ranks}": _stored("bfloat16", "pca", ranks)
-    for ranks in ({"*": 16}, {"*up": 32, "*down": 32, "*": 8}, {"*up": 8, "*down": 8, "*": 32}, {"*0*": 32, "*": 8})
+    f"rank {rank} for the {chosen} layers, {others} for others": _by_module(chosen, rank, others)
+    for chosen, rank, others in (("wide", 32, 8), ("wide", 8, 32), ("first", 32, 8), ("first", 16, 16))
 }
-"""Much or little rank for the wide layers, or for the first."""
+"""Much or little rank for the wide layers, or for the first; and the same for all."""
 
 SETS: Mapping[str, Mapping[str, Row]] = {
     "compact": COMPACT,
@@ -137,3 +151,9 @@ SETS: Mapping[str, Mapping[str, Row]] = {
     "unrolled": UNROLLED,
     "ranks": PER_MODULE,
 }
+
+
+def rows_of(problem: Problem, kinds: Sequence[str]) -> Mapping[str, Row]:
+    """The rows of some sets; ``all`` stands for every one that ``problem`` is not too large for."""
+    chosen = [kind for kind in SETS if kind != "unrolled" or problem.small] if "all" in kinds else kinds
+    return {name: row for kind in chosen for name, row in SETS[kind].items()}
