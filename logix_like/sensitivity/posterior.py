@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from logix_like.curvature import Curvature, default_selection
 from logix_like.errors import ConfigError
-from logix_like.estimators.flat import FlatModel, differentiable
+from logix_like.estimators.flat import FlatModel
 from logix_like.objective import Batch
+from logix_like.weights import differentiable
 
 MOST_DENSE = 20_000
 """Parameters of a dense posterior at most: a matrix of 1.6 GB in float32."""
@@ -89,7 +90,7 @@ class KroneckerPosterior(Posterior):
         self._names = {id(parameter): name for name, parameter in flat.model.named_parameters()}
         known = set(curvature.layout.names)
         self._modules = [tracked for tracked in default_selection(flat.model).modules if tracked.name in known]
-        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.shapes]
+        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.names]
         if missing:
             raise ConfigError(f"the curvature has a module whose {missing[0]!r} is none of the chosen parameters")
 
