@@ -15,7 +15,7 @@ from logix_like.errors import CaptureError, ConfigError, ModelMismatchError, Sto
 from logix_like.estimators.checkpointed import TracInCP
 from logix_like.estimators.unrolling import ExactUnrolling
 from logix_like.store import verify
-from logix_like.store.journal import journals
+from logix_like.store.format.journal import journals
 from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
 
 

@@ -25,7 +25,7 @@ from logix_like.statistics import (
     covariance_field,
     sketch_rank,
 )
-from logix_like.store.view import Rows
+from logix_like.store.reading.view import Rows
 
 
 class QueryStore(Protocol):

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import EmptyStoreError, QueryError
-from logix_like.store.gradients import RowChunk
-from logix_like.store.view import Rows
+from logix_like.store.reading.gradients import RowChunk
+from logix_like.store.reading.view import Rows
 
 PROGRESS_NUMBERS = 2**28
 """Rows with fewer numbers than this in all are scanned in a moment: no progress bar."""

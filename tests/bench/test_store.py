@@ -31,7 +31,7 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.store import ENCODINGS, StoreWriter, create_store, describe, open_store
-from logix_like.store.files import as_bytes, checksum
+from logix_like.store.places.files import as_bytes, checksum
 from tests.bench import w1
 
 ROWS, BATCH, CHUNK_MIB, PAIRS = 16_384, 8, 4.0, 20

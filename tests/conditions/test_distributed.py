@@ -21,7 +21,7 @@ from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators import ExactUnrolling
 from logix_like.objective import Objective
 from logix_like.ranks import Ranks
-from logix_like.store.journal import journals
+from logix_like.store.format.journal import journals
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from logix_like.layout import DataId, Layout
 from logix_like.statistics import Statistics
-from logix_like.store.encoding import ENCODINGS
-from logix_like.store.gradients import RowChunk, RowKey, row_numbers
+from logix_like.store.encoding.kinds import ENCODINGS
+from logix_like.store.reading.gradients import RowChunk, RowKey, row_numbers
 
 
 class MemoryGradients:

@@ -17,11 +17,11 @@ from obstore.store import MemoryStore
 from logix_like.errors import StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import create_store, describe, open_store
-from logix_like.store.behind import Behind
-from logix_like.store.objects import ObjectFiles
-from logix_like.store.pipeline import STAGED_SHARE
-from logix_like.store.storage import Bytes, ObjectPath, Pending
-from logix_like.store.writer import StoreWriter
+from logix_like.store.places.objects import ObjectFiles
+from logix_like.store.places.storage import Bytes, ObjectPath, Pending
+from logix_like.store.writing.behind import Behind
+from logix_like.store.writing.pipeline import STAGED_SHARE
+from logix_like.store.writing.writer import StoreWriter
 from tests.interrupts import broken_off_at
 from tests.store.store_runs import WIDTH, batches, chunk_mib, new_store, projections, small_layout, writer
 

@@ -13,8 +13,9 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import QueryError, StoreError
 from logix_like.layout import DataId
-from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, means, open_store
-from logix_like.store.parts import PartWriter
+from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, open_store
+from logix_like.store.format.parts import PartWriter
+from logix_like.store.reading import means
 from tests.store.store_runs import WIDTH, batches, log, new_store, writer, zarr_values
 
 SAMPLES = 37
