@@ -135,8 +135,11 @@ def _by_module(chosen: str, rank: int, others: int) -> Row:
 
 
 PER_MODULE: Mapping[str, Row] = {
-    f"rank {rank} for the {chosen} layers, {others} for others": _by_module(chosen, rank, others)
-    for chosen, rank, others in (("wide", 32, 8), ("wide", 8, 32), ("first", 32, 8), ("first", 16, 16))
+    "rank 16 for all layers": _stored("bfloat16", "pca", 16),
+    **{
+        f"rank {rank} for the {chosen} layers, {others} for others": _by_module(chosen, rank, others)
+        for chosen, rank, others in (("wide", 32, 8), ("wide", 8, 32), ("first", 32, 8))
+    },
 }
 """Much or little rank for the wide layers, or for the first; and the same for all."""
 
