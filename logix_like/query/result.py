@@ -149,8 +149,8 @@ class InfluenceResult:
         """A data frame.
 
         With all scores: one line for each query and one column for each sample. With extremes only: one line
-        for each pair, with the columns query_id, kind (proponent or opponent), rank, data_id, score and, when
-        visits were ranked, step.
+        for each pair, with the columns query_id, kind (proponent: one of the highest scores; opponent: of the
+        lowest), rank, data_id, score and, when visits were ranked, step.
         """
         if self.scores is not None and self.data_id is not None:
             columns: Any = list(self.data_id)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from logix_like.layout import DataId
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from logix_like.query.result import InfluenceResult, Ranking, SelfInfluence
 
 SIGN_CONVENTION = (
@@ -50,9 +52,18 @@ def self_influence_table(result: SelfInfluence, k: int = 2 * SHOWN_SAMPLES) -> s
     return "\n".join(lines)
 
 
+def side_names(highest: Tensor, lowest: Tensor) -> tuple[str, str]:
+    """What the samples with these scores are together: of few samples the lowest scores may be positive, too."""
+    return (
+        "highest scores" if bool((highest < 0).any()) else "proponents",
+        "lowest scores" if bool((lowest > 0).any()) else "opponents",
+    )
+
+
 def _side_by_side(top: Ranking, bottom: Ranking, query: int) -> list[str]:
     head = f"  {{:<{ID_WIDTH}}} {{:>11}}"
-    heads = head.format("proponents", "score") + "  " + head.format("opponents", "score")
+    names = side_names(top.scores[query], bottom.scores[query])
+    heads = "  ".join(head.format(name, "score") for name in names)
     pairs = zip(_column(top, query), _column(bottom, query), strict=True)
     return [heads, *(f"{left}  {right}" for left, right in pairs)]
 
