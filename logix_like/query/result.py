@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -49,6 +50,12 @@ class Ranking:
     """``[queries, k]``: the step of the visit, when every visit was ranked by itself."""
     parts: Tensor | None = None
     """``[queries, k, parts]``: what each part of the model adds to the score, when that was asked for."""
+
+    def __repr__(self) -> str:
+        """How much there is, and the first of the first query."""
+        shown = zip(self.ids[0, :3].tolist(), self.scores[0, :3].tolist(), strict=True)
+        first = ", ".join(f"{reprlib.repr(one)}: {score:+.4g}" for one, score in shown)
+        return f"Ranking(queries={len(self.ids)}, k={self.k}, first {first}{', ...' if self.k > 3 else ''})"
 
     @property
     def k(self) -> int:

@@ -134,7 +134,7 @@ def write_report(
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
-        QueryError: ``k`` is less than 1, or ``data`` knows none of the ids.
+        QueryError: ``k`` is less than 1, or ``data`` or ``queries`` knows none of the ids.
     """
     if k < 1:
         raise QueryError(f"k is {k}; a report shows at least 1 sample on each side of a query")
@@ -143,6 +143,7 @@ def write_report(
     album = Album()
     blocks = query_blocks(result, k, sources, album)
     sources.samples.require_some()
+    sources.queries.require_some()
     script = source("report.js.j2")
     page = render(
         "influence.html.j2",

@@ -16,6 +16,7 @@ from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query.files import FORMATS
 from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
 from logix_like.query.table import ID_WIDTH, SIGN_CONVENTION, shown_id, side_names
+from logix_like.query.tokens import TokenScores
 
 AWKWARD: list[str | int] = ["", "7", 7, -(10**30), "ü\n\x1b[31m", "nul\x00", "\ud800", "日本語" * 20]
 """Ids that a careless format loses: empty, a digit string beside an int, huge, control characters, lone
@@ -327,3 +328,10 @@ def test_the_lowest_of_positive_scores_are_no_opponents(show: Any) -> None:
     )
     shown = show(result)
     assert "lowest scores" in shown and "opponents" not in shown and "proponents" in shown
+
+
+def test_rankings_and_token_scores_print_in_a_line() -> None:
+    assert repr(_full().proponents(1)) == "Ranking(queries=2, k=1, first 7: +3)"
+    assert str(_full().opponents()).endswith(", ...)")
+    tokens = TokenScores(("q",), ("a", "b"), torch.zeros(1, 2, 16), torch.zeros(1, 2))
+    assert str(tokens) == "TokenScores(queries=1, samples=2, positions=16)"

@@ -93,6 +93,13 @@ def test_a_side_that_holds_both_signs_is_named_by_its_place(tmp_path: Path) -> N
     assert heads == {1: ["Proponents", "Opponents"] * 2, 4: ["Highest scores", "Lowest scores"] * 2}
 
 
+def test_queries_of_which_no_id_fits_are_refused_as_data_are(tmp_path: Path) -> None:
+    for unfit in (["the first", "the second"], {"q2": "another"}):
+        with pytest.raises(QueryError, match=r"queries knows none of the 2 ids to show, e\.g\. .* \(a str\); it must"):
+            result().report(tmp_path / "answer.html", queries=unfit)
+    assert not list(tmp_path.iterdir())
+
+
 def _written(answer: InfluenceResult, folder: Path, k: int) -> str:
     return answer.report(folder / f"{k}.html", k=k).read_text(encoding="utf-8")
 
