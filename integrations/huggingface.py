@@ -283,8 +283,9 @@ class _Training:
         batch, self._open = self._open, None
         if batch is None:
             raise CaptureError(
-                "a training step ended without a forward pass of the model with gradients, so its batch could not be "
-                "logged; the callback logs steps that call trainer.model once for each batch"
+                "a training step ended without a forward pass of the model in train mode and with gradients, so its "
+                "batch could not be logged; the callback logs steps that call trainer.model once for each batch (a "
+                "model in eval mode is taken to be evaluated: put its parts, such as dropouts, in eval mode instead)"
             )
         batch.end()
         self.batches += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ IGNORED = -100
 """The label of what a loss leaves out."""
 CLOSE = 2e-4
 """Relative difference between divisors that counts as none: the loss is computed in float32, in another order."""
+ROUGH = 2e-2
+"""The same where it is rounded to 16 bits."""
 
 
 class LossReader:
@@ -22,12 +25,14 @@ class LossReader:
 
     A trainer that accumulates gives ``num_items_in_batch``, the count over all micro-batches, to each of them; some
     models divide by it and some do not. Where it makes a difference, the loss is computed once more from the logits
-    to see which it is; that is remembered.
+    to see which it is; that is remembered. It is computed at the first batch anyway: a loss that is not the mean
+    cross-entropy of its labels is warned of.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._shifts = shifts_labels(model)
         self._divides_by_step: bool | None = None
+        self._checked = False
 
     def divisor(self, batch: Mapping[str, Any], outputs: Any, samples: int) -> float:
         """What the sum of the samples' losses was divided by.
@@ -47,10 +52,30 @@ class LossReader:
         given = batch.get("num_items_in_batch")
         step = own if given is None else float(given)
         if abs(step - own) <= CLOSE * own:
+            self._check(own, outputs, targets)
             return step
         if self._divides_by_step is None:
             self._divides_by_step = _divides_by(step, own, outputs, targets)
+            self._checked = True
         return step if self._divides_by_step else own
+
+    def _check(self, own: float, outputs: Any, targets: Tensor) -> None:
+        """Say once where the loss is not the mean over its labels that it is taken for."""
+        if self._checked or not own:
+            return
+        self._checked = True
+        found = _found_divisor(outputs, targets)
+        # One label for each sample is a mean over samples whatever it is; that of a causal model is known by its name.
+        unknown = found is None and targets.ndim > 1 and not self._shifts
+        if unknown or (found is not None and _distance(found, own, outputs) > 1):
+            what = "does not show in its logits" if found is None else f"divides their sum by {found:.4g}"
+            warnings.warn(
+                f"the model's loss is taken for the mean cross-entropy of its {own:.0f} labels in a batch, and {what}: "
+                "rows are the batch's gradient, split by sample, times that number, and no gradients of samples' own "
+                "losses where the loss couples samples or counts something else",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Whole-number labels as the loss sees them, one for each prediction; None for other losses."""
@@ -74,18 +99,32 @@ def shifts_labels(model: nn.Module) -> bool:
     return getattr(function, "__name__", "") == "ForCausalLMLoss"
 
 
-def _divides_by(step: float, own: float, outputs: Any, targets: Tensor) -> bool:
-    """Whether the loss is the sum divided by ``step`` rather than by ``own``."""
+def _distance(found: float, expected: float, outputs: Any) -> float:
+    """Between two divisors; 1 is what rounding may make."""
+    loss = loss_of(outputs)
+    exact = loss is not None and loss.dtype in (torch.float32, torch.float64)
+    return abs(found - expected) / expected / (CLOSE if exact else ROUGH)
+
+
+def _found_divisor(outputs: Any, targets: Tensor) -> float | None:
+    """What the summed cross-entropy of the labels was divided by; None where the logits are not those of the labels."""
     loss, logits = loss_of(outputs), logits_of(outputs)
     if loss is None or logits is None or logits.shape[:-1] != targets.shape:
-        return True  # what the trainer asks of models that it gives the count to
+        return None
     with torch.no_grad():
         flat = logits.detach().reshape(-1, logits.shape[-1]).float()
         total = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
-        found = float(total / loss.detach())
-    for divisor, answer in ((step, True), (own, False)):
-        if abs(found / divisor - 1) <= CLOSE:
-            return answer
+        return float(total / loss.detach())
+
+
+def _divides_by(step: float, own: float, outputs: Any, targets: Tensor) -> bool:
+    """Whether the loss is the sum divided by ``step`` rather than by ``own``."""
+    found = _found_divisor(outputs, targets)
+    if found is None:
+        return True  # what the trainer asks of models that it gives the count to
+    from_step, from_own = _distance(found, step, outputs), _distance(found, own, outputs)
+    if min(from_step, from_own) <= 1:
+        return from_step <= from_own
     raise CaptureError(
         f"the model's loss is its summed cross-entropy divided by {found:.6g}, which is neither the {own:.6g} items of "
         f"its batch nor the {step:.6g} of the accumulated step, so rows could not be scaled; train with "

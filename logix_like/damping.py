@@ -25,8 +25,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
-from torch import Tensor
-
 from logix_like.errors import QueryError
 
 LEAST = 0.1
@@ -117,12 +115,14 @@ def require_amount(damping: object) -> float:
     return found.value
 
 
-def shrinkage_damping(covariance: Tensor, samples: int) -> float:
-    """The multiple of its mean eigenvalue that ``auto`` stands for in ``covariance [k, k]`` of so many samples."""
-    size, total, squares = len(covariance), covariance.trace().item(), covariance.square().sum().item()
-    spread = squares - total**2 / size
+def shrinkage_damping(size: int, trace: float, squares: float, samples: int) -> float:
+    """The multiple of its mean eigenvalue that ``auto`` stands for in a covariance ``[size, size]`` of so many samples.
+
+    ``squares`` is the sum of its squared entries, or eigenvalues.
+    """
+    spread = squares - trace**2 / size
     if spread <= 0 or samples <= 0:  # all eigenvalues equal, or nothing known: any multiple gives the same order
         return LEAST
-    weight = ((1 - 2 / size) * squares + total**2) / ((samples + 1 - 2 / size) * spread)
+    weight = ((1 - 2 / size) * squares + trace**2) / ((samples + 1 - 2 / size) * spread)
     weight = min(weight, MOST / (1 + MOST))
     return max(LEAST, weight / (1 - weight))

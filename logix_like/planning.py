@@ -13,7 +13,7 @@ from logix_like.errors import ConfigError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.run.tracking import chosen_modules
 from logix_like.statistics import COVARIANCE_LIMIT
-from logix_like.store.encoding import encoding_named, encoding_of_means
+from logix_like.store.encoding.kinds import encoding_named, encoding_of_means
 
 QUEUE_MIB = 16
 """Batches that wait for the writer take no more than this."""

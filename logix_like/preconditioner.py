@@ -21,13 +21,16 @@ auto       covariance where it was gathered over at least 2 k    that of the one
 Where only some coordinates of the eigenbasis of a warm-up are kept, kfac and ekfac are diagonals: they cannot follow
 the basis as it turns in training, which the covariance does. So it is preferred there with half as many samples.
 
+A covariance of more than 4,096 numbers a side is not held: it is sketched by a Nystrom approximation of rank
+``2^24 / k`` (:mod:`logix_like.linalg.sketch`), exact where there are no more rows than that, with the rest of its trace
+spread over the directions outside; what share of the trace the sketch holds is said with the answer.
+
 For kfac and ekfac the damping is added in the joint eigenbasis, never to each factor. A module whose
 block is zero (it was never used) gets the preconditioner 0: it takes no part in any score.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -37,73 +40,14 @@ from torch import Tensor
 
 from logix_like.damping import LEAST, Damping, DampingSetting, shrinkage_damping
 from logix_like.errors import QueryError, StatisticsError
+from logix_like.inverses import Dense, Diagonal, Eigenbasis, Identity, LowRank, Preconditioner
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.linalg.eigen import Eigen, symmetric_eigen
 from logix_like.linalg.finite import require_finite
 from logix_like.linalg.inverse import damped_inverse, damped_reciprocal
-from logix_like.linalg.kronecker import product_eigenvalues, scale_in_eigenbasis
+from logix_like.linalg.kronecker import product_eigenvalues
+from logix_like.linalg.sketch import nystrom
 from logix_like.statistics import CorrectedEigenvalues, Statistics
-
-
-class Preconditioner(ABC):
-    """The damped inverse of one block, or of m blocks of equal size at once.
-
-    Leaves are dataclasses of tensors. Stacking the tensors of m leaves of one kind along a new first
-    dimension makes a leaf for all m.
-    """
-
-    @abstractmethod
-    def apply(self, block: Tensor) -> Tensor:
-        """``block [n, k]`` (or ``[m, n, k]`` when stacked) times the inverse; the input is not changed."""
-
-
-@dataclass(frozen=True)
-class Identity(Preconditioner):
-    """Leaves rows as they are."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """A copy of ``block``."""
-        return block.clone()
-
-
-@dataclass(frozen=True)
-class Diagonal(Preconditioner):
-    """Multiplies each number of a row by a weight of its own."""
-
-    weights: Tensor
-    """``[k]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` times the weights."""
-        return block * self.weights.unsqueeze(-2)
-
-
-@dataclass(frozen=True)
-class Dense(Preconditioner):
-    """Multiplies rows by a full symmetric matrix."""
-
-    inverse: Tensor
-    """``[k, k]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` times the matrix."""
-        return block @ self.inverse
-
-
-@dataclass(frozen=True)
-class Eigenbasis(Preconditioner):
-    """Multiplies the coordinates of a row's matrix in a Kronecker eigenbasis by weights."""
-
-    output_basis: Tensor
-    """``[rank_out, rank_out]``, eigenvectors in columns."""
-    input_basis: Tensor
-    """``[rank_in, rank_in]``, eigenvectors in columns."""
-    weights: Tensor
-    """``[rank_out, rank_in]``."""
-
-    def apply(self, block: Tensor) -> Tensor:
-        """``block`` turned into the basis, weighted, and turned back."""
-        return scale_in_eigenbasis(block, self.output_basis, self.input_basis, self.weights)
 
 
 @dataclass(frozen=True)
@@ -118,6 +62,12 @@ class ModuleFit:
     """Its tensors are float64."""
     rows: int | None = None
     """How many rows it was fitted to; None where no row matters."""
+    held: float = 1.0
+    """The share of the curvature's trace that it knows direction by direction."""
+
+
+ROUNDED = 1e-6
+"""A curvature of which less than this share is not known is known."""
 
 
 class Eigenbases:
@@ -166,13 +116,30 @@ def _fit_diagonal(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) 
 
 
 def _fit_covariance(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
-    covariance = eigenbases.statistics.covariance(block.name)
     rows = eigenbases.counted(block, "rows")
-    shrinkage = LEAST
+    if eigenbases.statistics.has(block.name, "sketch_sum"):
+        return _fit_sketch(eigenbases, block, damping, rows)
+    covariance = eigenbases.statistics.covariance(block.name)
+    trace, shrinkage = covariance.diagonal().sum().item(), LEAST
     if damping.kind == "auto":
-        shrinkage = shrinkage_damping(covariance, eigenbases.distinct(rows))
-    shift = damping.shift(covariance.diagonal().mean().item(), shrinkage)
+        squares = covariance.square().sum().item()
+        shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
     return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
+
+
+def _fit_sketch(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping, rows: int) -> ModuleFit:
+    products, trace = eigenbases.statistics.sketch(block.name)
+    require_finite(products, block.name)
+    found = nystrom(products, trace)
+    outside = block.size - len(found.values)
+    squares = found.values.square().sum().item() + outside * found.rest**2
+    shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
+    shift = damping.shift(trace / block.size, shrinkage)
+    values = torch.cat([found.values, found.values.new_full((1,), found.rest)])
+    weights = damped_reciprocal(values, shift, block.name)
+    leaf = LowRank(found.vectors, weights[:-1] - weights[-1], weights[-1])
+    return ModuleFit(f"covariance sketched at rank {len(found.values):,}", shift, leaf, rows, found.held)
 
 
 def _fit_kfac(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping) -> ModuleFit:
@@ -255,6 +222,7 @@ class FittedPreconditioner:
         self._fit = fit
         self._described: dict[str, tuple[str, float]] = {}
         self._rows: dict[str, int] = {}
+        self._held: dict[str, float] = {}
         # Fitted at once in float32, so that what is wrong is said now; in float64 only when such rows come,
         # since for large blocks both would not be held without need.
         self._groups = {torch.float32: self._materialise(torch.float32)}
@@ -280,6 +248,7 @@ class FittedPreconditioner:
         for block in self.layout:
             fitted = self._fit(block)
             self._described[block.name] = fitted.kind, fitted.damping
+            self._held[block.name] = fitted.held
             if fitted.rows is not None:
                 self._rows[block.name] = fitted.rows
             leaf = _cast(fitted.preconditioner, dtype)
@@ -298,7 +267,9 @@ class FittedPreconditioner:
     def summary(self) -> str:
         """How many modules are preconditioned in which way, e.g. ``covariance (28 modules)``."""
         kinds = [kind for kind, _ in self._described.values()]
-        return ", ".join(f"{kind} ({kinds.count(kind)} modules)" for kind in dict.fromkeys(kinds))
+        told = ", ".join(f"{kind} ({kinds.count(kind)} modules)" for kind in dict.fromkeys(kinds))
+        least = min(self._held.values(), default=1.0)
+        return told if least > 1 - ROUNDED else f"{told}, at least {least:.1%} of each trace held"
 
     def describe(self) -> dict[str, str]:
         """By module: the kind of preconditioner, the block's size and the damping that was added."""

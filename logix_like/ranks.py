@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
 from logix_like.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 Chosen = TypeVar("Chosen")
 
@@ -80,3 +83,21 @@ class Ranks:
         """Return when all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+    def post(self, subject: str, text: str) -> None:
+        """Leave word for the other processes, which need not be here; they read it with :meth:`posted`."""
+        if self.size > 1:
+            _board().set(subject, text)
+
+    def posted(self, subject: str) -> str | None:
+        """What a process has left word of, None if there is none yet."""
+        if self.size == 1 or not _board().check([subject]):
+            return None
+        return str(_board().get(subject), "utf-8")
+
+
+def _board() -> Store:
+    """The keys and values by which the processes found each other; torch has no public name for it."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

@@ -22,6 +22,7 @@ from torch import Tensor
 from logix_like.capture.batch import FactorMoments
 from logix_like.errors import StatisticsError
 from logix_like.layout import Layout
+from logix_like.linalg.sketch import directions
 
 STATISTICS = ("mean", "variance", "covariance", "kronecker", "corrected_eigval")
 """Statistics that can be asked for by name."""
@@ -37,10 +38,23 @@ ROW_SUMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Which sums over rows each statistic needs."""
 
-_ROW_FIELDS = frozenset({"rows", *(field for fields in ROW_SUMS.values() for field in fields)})
+_ROW_FIELDS = frozenset({"rows", "sketch_sum", *(field for fields in ROW_SUMS.values() for field in fields)})
 
 COVARIANCE_LIMIT = 1024
 """Blocks with more numbers than this keep no covariance: it is computed from the store on demand."""
+
+DENSE_NUMBERS = 2**24
+"""A covariance of more numbers than this (128 MiB) is held as a sketch of so many."""
+
+
+def sketch_rank(size: int) -> int:
+    """With how many directions the covariance of a block of ``size`` numbers is sketched; 0 where it is held whole."""
+    return 0 if size**2 <= DENSE_NUMBERS else max(1, DENSE_NUMBERS // size)
+
+
+def covariance_field(size: int) -> str:
+    """Which sum holds the covariance of a block of ``size`` numbers."""
+    return "sketch_sum" if sketch_rank(size) else "outer_sum"
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,9 @@ class Statistics:
     """Sums over ``rows`` rows of a store, by module and field; immutable.
 
     ``sums[module][field]`` holds float64 tensors: ``rows`` [], ``sum`` [k], ``square_sum`` [k],
-    ``outer_sum`` [k, k], ``samples`` [], ``output_outer_sum`` [rank_out, rank_out], and in the first
-    member of each input group ``positions`` [], ``input_outer_sum`` [rank_in, rank_in].
+    ``outer_sum`` [k, k] (of large blocks in its place ``sketch_sum`` [k, r], its product with
+    :func:`logix_like.linalg.sketch.directions`), ``samples`` [], ``output_outer_sum`` [rank_out, rank_out], and in the
+    first member of each input group ``positions`` [], ``input_outer_sum`` [rank_in, rank_in].
     ``corrected_square_sum`` comes with the bases it was taken in.
     """
 
@@ -79,6 +94,7 @@ class Statistics:
         "sum",
         "square_sum",
         "outer_sum",
+        "sketch_sum",
         "samples",
         "output_outer_sum",
         "positions",
@@ -146,6 +162,10 @@ class Statistics:
     def covariance(self, module: str) -> Tensor:
         """Uncentred covariance ``E[g g^T]`` of the module's rows, ``[k, k]``."""
         return self._per_row(module, "outer_sum")
+
+    def sketch(self, module: str) -> tuple[Tensor, float]:
+        """The product ``[k, r]`` of a large block's covariance with some directions, and the covariance's trace."""
+        return self._per_row(module, "sketch_sum"), self._per_row(module, "square_sum").sum().item()
 
     def kronecker(self, module: str) -> KroneckerFactors:
         """Kronecker factors of the module's block; zero for a module that no sample ever went through."""
@@ -226,12 +246,17 @@ class StatisticsAccumulator:
         self._rows = 0
         needed = {field for name in self.names for field in ROW_SUMS[name]}
         self._sums: dict[str, dict[str, Tensor]] = {}
+        self._directions: dict[int, Tensor] = {}
         for block in layout:
             k = block.size
             shapes = {"sum": (k,), "square_sum": (k,), "outer_sum": (k, k)}
+            wanted = set(needed)
             if k > covariance_limit:
-                shapes.pop("outer_sum")
-            fields: dict[str, tuple[int, ...]] = {f: s for f, s in shapes.items() if f in needed}
+                wanted.discard("outer_sum")
+            elif "outer_sum" in wanted and (rank := sketch_rank(k)):
+                shapes["sketch_sum"] = (k, rank)
+                wanted = (wanted - {"outer_sum"}) | {"sketch_sum", "square_sum"}
+            fields: dict[str, tuple[int, ...]] = {f: s for f, s in shapes.items() if f in wanted}
             if fields or needed:
                 fields["rows"] = ()
             if "kronecker" in self.names:
@@ -255,6 +280,11 @@ class StatisticsAccumulator:
                 sums["square_sum"] += values.square().sum(0, dtype=torch.float64)
             if "outer_sum" in sums:
                 sums["outer_sum"] += values.T @ values
+            if "sketch_sum" in sums:
+                exact = values.double()
+                if block.size not in self._directions:
+                    self._directions[block.size] = directions(*sums["sketch_sum"].shape)
+                sums["sketch_sum"] += exact.T @ (exact @ self._directions[block.size])
         self._rows += len(rows) if covered is None else covered
 
     def add_moments(self, moments: FactorMoments) -> None:

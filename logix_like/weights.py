@@ -1,15 +1,17 @@
-"""A model's weights: fingerprints, freezing and swapping them for a while, leaving no trace."""
+"""A model's weights: fingerprints, as one vector, freezing and swapping them for a while, leaving no trace."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from logix_like.errors import ModelMismatchError
+from logix_like.errors import ConfigError, ModelMismatchError
 from logix_like.wrapping import plain_names
 
 _SAMPLED = 4096
@@ -52,6 +54,66 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Frozen as by :func:`frozen`, and attention by a formula that can be derived twice (fused kernels cannot)."""
+    with frozen(model), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def trained_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> tuple[str, ...]:
+    """Names of the parameters that require a gradient and fit one of the globs.
+
+    Raises:
+        ConfigError: a glob fits none, or there is none.
+    """
+    globs = (globs,) if isinstance(globs, str) else tuple(globs)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    listed = ", ".join(trained[:8]) or "none"
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in trained):
+            raise ConfigError(f"no trained parameter of the model fits {glob!r}; there are {listed}")
+    if not globs:
+        raise ConfigError(f"no parameters were named; name some of the model's: {listed}")
+    return tuple(name for name in trained if any(fnmatchcase(name, glob) for glob in globs))
+
+
+class Flattener:
+    """Some parameters of a model as one vector.
+
+    Args:
+        model: Whose parameters they are.
+        names: In the order of the vector; all that are trained unless told otherwise.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
+        self.model = model
+        self.names = trained_parameters(model) if names is None else tuple(names)
+        self.sizes = [p.numel() for p in self.parameters.values()]
+        self.size = sum(self.sizes)
+        """Numbers in the vector."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, as they are in the model now."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name].detach() for name in self.names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lies."""
+        return next(self.model.parameters()).device
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """By name, ``vectors [..., size]`` in the parameters' shapes, dtypes and devices."""
+        pieces = zip(self.parameters.items(), vectors.split(self.sizes, -1), strict=True)
+        return {name: piece.view(*vectors.shape[:-1], *p.shape).to(p) for (name, p), piece in pieces}
+
+    def join(self, tensors: Mapping[str, Tensor], leading: int = 0) -> Tensor:
+        """``[..., size]`` of tensors by name that have ``leading`` dimensions before the parameters' own."""
+        return torch.cat([tensors[name].flatten(leading).to(self.device) for name in self.names], -1)
 
 
 @contextmanager

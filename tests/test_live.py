@@ -123,6 +123,8 @@ def test_what_cannot_be_tracked_is_said(tmp_path: Path) -> None:
     run = logix.init("d", model, root=str(tmp_path), optimizer=plain, verbose=False)
     with pytest.raises(ConfigError, match="every is 0 and order 2"):
         run.track(queries(), _loss, every=0)
+    with pytest.raises(ConfigError, match=r"every, .*, is '2'; give a whole number"):
+        run.track(queries(), _loss, every="2")
 
 
 def test_momentum_of_a_step_at_rate_0_goes_on(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from logix_like.config import load_config
 from logix_like.errors import ConfigError
 from logix_like.planning import COLUMN_BYTES, plan, size
 from logix_like.store import open_store
-from logix_like.store.table import RowTable
+from logix_like.store.reading.table import RowTable
 from tests.training import SAMPLES, data
 
 

@@ -204,10 +204,11 @@ class TestAuto:
         """Not by the visits of these; and no other curvature, whose eigenvalues few samples do not spread."""
         statistics = gathered(layout, rows[:12])
         covariance = statistics.covariance("layer.0")
+        size, trace, squares = len(covariance), covariance.trace().item(), covariance.square().sum().item()
         for samples, counted in ((None, 12), (6, 6), (40, 12)):
             eigenbases = Eigenbases(statistics, samples)
             of = {name: PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of("auto")) for name in DAMPED}
-            expected = shrinkage_damping(covariance, counted) * covariance.trace().item() / len(covariance)
+            expected = shrinkage_damping(size, trace, squares, counted) * trace / size
             assert of["covariance"].damping == pytest.approx(expected)
             for name in ("diagonal", "kfac", "ekfac"):
                 plain = PRECONDITIONERS[name](eigenbases, layout["layer.0"], Damping.of(0.1))

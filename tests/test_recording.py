@@ -15,7 +15,7 @@ from logix_like.errors import CaptureError, ConfigError, ModelMismatchError, Sto
 from logix_like.estimators.checkpointed import TracInCP
 from logix_like.estimators.unrolling import ExactUnrolling
 from logix_like.store import verify
-from logix_like.store.journal import journals
+from logix_like.store.format.journal import journals
 from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
 
 
@@ -24,10 +24,9 @@ def resumed_at_two(folder: Path) -> tuple[logix.Run, nn.Module, torch.optim.Opti
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     run = logix.init(
-        "run", model, root=str(folder), record="path", optimizer=optimizer, resume=True, verbose=False,
-        projection={"init": "identity"}, store={"dtype": "float64"},
+        "run", model, root=str(folder), record="path", optimizer=optimizer, resume=True, resume_step=2,
+        projection={"init": "identity"}, store={"dtype": "float64"}, verbose=False,
     )  # fmt: skip
-    run.step(2)
     return run, model, optimizer
 
 
@@ -189,9 +188,10 @@ def test_frozen_weights_given_to_the_optimizer_are_no_part_of_the_path(tmp_path:
 
 
 def test_checkpoints_of_steps_that_were_taken_again_are_no_part_of_the_path(tmp_path: Path) -> None:
-    train(tmp_path, steps=5, checkpoints={"every_steps": 1})
+    before, _ = train(tmp_path, steps=5, checkpoints={"every_steps": 1})
+    (other,) = (c.read().weights for c in before.checkpoints if c.step == 3)
     run, model, optimizer = resumed_at_two(tmp_path)
-    model.load_state_dict(run.at(3).weights)
+    model.load_state_dict(other)
     for ids in ([7], [8]):
         x, y = batch_of(ids)
         optimizer.zero_grad()

@@ -17,8 +17,8 @@ import logix_like as logix
 from logix_like.errors import ConfigError, StoreError
 from logix_like.query import completion
 from logix_like.store import open_store, repair
-from logix_like.store.damage import array_file
-from logix_like.store.pipeline import RowPipeline
+from logix_like.store.format.damage import array_file
+from logix_like.store.writing.pipeline import RowPipeline
 from tests.training import batches, data, full, network
 
 STEPS_TO = 1e-6

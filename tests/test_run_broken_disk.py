@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 import logix_like as logix
 from logix_like.errors import StoreNotFoundError, StoreWriteError
-from logix_like.store import local, open_store, verify
+from logix_like.store import open_store, verify
+from logix_like.store.places import local
 from tests.store.broken_disk import BrokenDisk
 from tests.training import batches, data, full, network
 

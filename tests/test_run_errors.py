@@ -390,6 +390,22 @@ def test_steps_and_epochs_that_are_no_numbers_reach_no_store(run: logix.Run, mod
     assert list(run.store.epoch) == [2] * 4
 
 
+def test_a_step_is_not_gone_back_on(run: logix.Run, model: nn.Module) -> None:
+    """Its rows would count twice; before the first row any number may be told."""
+    assert [run.step(9), run.step(3), run.step(5)] == [9, 3, 5]
+    step(run, model, range(4))
+    stood = run.step()
+    with pytest.raises(ConfigError, match=rf"step is 2, but the run stands at {stood}.*resume=True, resume_step=2"):
+        run.step(2)
+    assert run.step() == run.step(stood) == stood
+    run.finalize()
+    again = logix.init("run", model, run.config, resume=True, verbose=False)
+    with pytest.raises(ConfigError, match="resume_step=0"):
+        again.step(0)
+    again.finalize()
+    assert len(again.store) == 4
+
+
 def test_forgetting_nothing_takes_nothing_back(run: logix.Run, model: nn.Module) -> None:
     step(run, model, range(4))
     assert run.forget([]) == 0

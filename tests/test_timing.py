@@ -15,9 +15,9 @@ import logix_like as logix
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.report.summary import StoreSummary
 from logix_like.store import merge_parts, open_store
-from logix_like.store.commits import format_record, read_commits
-from logix_like.store.files import checksum
-from logix_like.store.schema import COMMITS
+from logix_like.store.format.commits import format_record, read_commits
+from logix_like.store.format.schema import COMMITS
+from logix_like.store.places.files import checksum
 from logix_like.timing import NOTHING, Stopwatch, Timing
 
 PAUSE = 0.02
@@ -162,7 +162,7 @@ def test_a_store_of_before_has_no_timing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("timing", [{"seconds": -1.0}, {"seconds": 1.0, "logging": 2.0}, {"seconds": "x"}, 3, "1e999"])
 def test_a_garbled_timing_is_damage(tmp_path: Path, timing: object) -> None:
     from logix_like.errors import StoreDamagedError
-    from logix_like.store.commits import CloseRecord, RowsRecord
+    from logix_like.store.format.commits import CloseRecord, RowsRecord
 
     line = format_record(RowsRecord(0, "", 0, 0, 3, {"gradients": 5}, 1, 2, timing=Timing(1.5, 0.25)))
     (tmp_path / COMMITS).write_bytes(line + b"\n")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,6 +231,11 @@ class Recording:
     def uncalled(self) -> tuple[TrackedModule, ...]:
         """Tracked modules that the block did not call."""
         return tuple(t for t in self._tracker.selection.modules if t.name not in self._reader.called)
+
+    @property
+    def called_weights(self) -> set[Any]:
+        """Weights of the tracked modules that the block called, also where others share them."""
+        return {t.module.weight for t in self._tracker.selection.modules if t.name in self._reader.called}
 
     def fresh_gradients(self) -> dict[str, Tensor]:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""

@@ -18,7 +18,7 @@ from logix_like.curvature.curvature import Curvature, Fisher
 from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError, StoreVersionError, StoreWriteError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
-from logix_like.store.files import Place, checksum, sync_folder, temporary_name
+from logix_like.store.places.files import Place, checksum, sync_folder, temporary_name
 
 FORMAT = 1
 SIDES = ("input", "output")

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from logix_like.capture.selection import Selection, TrackedModule
 from logix_like.curvature.curvature import Curvature
-from logix_like.curvature.operators import Flattener
 from logix_like.errors import ModelMismatchError
 from logix_like.linalg.inverse import damped_reciprocal
+from logix_like.weights import Flattener
 
 
 class KroneckerPreconditioner:
-    """``(F + lambda I)^-1`` block by block; parameters without a block are divided by the mean curvature.
+    """``(F + mu I)^-1`` block by block; parameters without a block are divided by the mean curvature.
+
+    ``mu`` is the geometric mean of ``lambda`` and ``F``'s mean eigenvalue, or ``lambda`` if that is more: blocks know
+    nothing of what the modules have in common, and where ``F`` is flat, dividing by little more than ``lambda`` blows
+    that up, so that conjugate gradients take more steps, not fewer.
 
     Args:
         model: Whose parameters are flattened.
         curvature: What is inverted.
         selection: The tracked modules of ``curvature``.
         flattener: The order of the parameters.
-        damping: ``lambda``, absolute.
+        damping: ``lambda`` of the system, absolute.
     """
 
     def __init__(
@@ -29,7 +35,6 @@ class KroneckerPreconditioner:
         names = {id(p): name for name, p in model.named_parameters()}
         self._curvature = curvature
         self._flattener = flattener
-        self._damping = damping
         self._parts = [
             (tracked, tracked.uses[-1].block, *_names(tracked, names))
             for tracked in selection.modules
@@ -41,7 +46,8 @@ class KroneckerPreconditioner:
                 "is that of another model; fit one for this"
             )
         values = [curvature.eigenvalues[block].flatten() for _, block, *_ in self._parts]
-        self._mean = float(torch.cat(values).mean()) if values else 0.0
+        self._mean = float(torch.cat(values).mean())
+        self._damping = max(damping, math.sqrt(damping * self._mean))
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """The approximate inverse times each of ``vectors [n, size]``."""

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logix_like.curvature.sweep import Losses, on_device
-from logix_like.errors import ConfigError, StatisticsError
+from logix_like.errors import StatisticsError
 from logix_like.objective import Batch, Objective, bound
-from logix_like.weights import frozen
-
-
-class Flattener:
-    """Some parameters of a model as one vector.
-
-    Args:
-        model: Whose parameters they are; at its present weights.
-        include: Globs on parameter names, among those that are trained.
-
-    Raises:
-        ConfigError: a glob fits none of them.
-    """
-
-    def __init__(self, model: nn.Module, include: Sequence[str] = ("*",)) -> None:
-        globs = (include,) if isinstance(include, str) else tuple(include)
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in trained):
-                raise ConfigError(
-                    f"no trained parameter of the model fits {glob!r}; there are {', '.join(trained) or 'none'}"
-                )
-        self.parameters = {name: p for name, p in trained.items() if any(fnmatchcase(name, glob) for glob in globs)}
-        if not self.parameters:
-            raise ConfigError("no parameters were named; leave parameters out to take all that are trained")
-        self.sizes = [p.numel() for p in self.parameters.values()]
-        self.size = sum(self.sizes)
-
-    def split(self, vectors: Tensor) -> dict[str, Tensor]:
-        """By name, ``vectors [..., size]`` in the parameters' shapes, dtypes and devices."""
-        pieces = zip(self.parameters.items(), vectors.split(self.sizes, -1), strict=True)
-        return {name: piece.view(*vectors.shape[:-1], *p.shape).to(p) for (name, p), piece in pieces}
-
-    def join(self, tensors: Mapping[str, Tensor], leading: int = 0) -> Tensor:
-        """``[..., size]`` of tensors by name that have ``leading`` dimensions before the parameters' own."""
-        return torch.cat([tensors[name].flatten(leading) for name in self.parameters], -1)
+from logix_like.weights import Flattener, differentiable
 
 
 class Operator(ABC):
@@ -67,8 +29,7 @@ class Operator(ABC):
     def sum(self, batch: Batch, vectors: Tensor) -> Tensor:
         """``sum_i H_i v`` over the samples of a batch, for each of ``vectors [n, size]``."""
         with differentiable(self._model):
-            device = next(iter(self._flattener.parameters.values())).device
-            return self._sum(on_device(batch, device), vectors)
+            return self._sum(on_device(batch, self._flattener.device), vectors)
 
     def samples(self, batch: Batch) -> int:
         """How many samples a batch has."""
@@ -160,10 +121,3 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():  # torch warns of its own use of torch.jit when it first loads the rules
         warnings.simplefilter("ignore", FutureWarning)
         jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[Any]:
-    """Eval mode, and attention by a formula that can be differentiated twice (fused kernels cannot)."""
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        yield

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf, checked, differentiable, require_chunk, require_queries
+from logix_like.estimators.flat import DataOf, checked, require_chunk, require_queries
 from logix_like.estimators.replay import Point, Replay
 from logix_like.layout import DataId
 from logix_like.objective import Batch, Objective
 from logix_like.path import TrainingPath
 from logix_like.query.result import Ids
+from logix_like.weights import differentiable
 
 
 def as_ids(ids: tuple[DataId, ...]) -> Ids:

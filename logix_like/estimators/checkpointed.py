@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators.along import as_ids
 from logix_like.estimators.base import Estimator
-from logix_like.estimators.flat import DataOf, FlatModel, checked, differentiable, require_chunk, require_queries
+from logix_like.estimators.flat import DataOf, FlatModel, checked, require_chunk, require_queries
 from logix_like.estimators.last_layer import LastLayer
 from logix_like.estimators.movement import scale_at
 from logix_like.objective import Batch, Objective
 from logix_like.path import Checkpoint, StoredCheckpoint, TrainingPath
 from logix_like.query.result import Ids
 from logix_like.updates import require_descent, rule_of
+from logix_like.weights import differentiable
 
 
 class TracInCP(Estimator):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from logix_like.errors import ConfigError, QueryError
 from logix_like.objective import Batch, Objective, bound
-from logix_like.weights import frozen
+from logix_like.weights import Flattener
 
 DataOf = Callable[[Sequence[Any]], Batch]
 """Gives the batch of the samples with these ids, in this order, as the training loop had it."""
@@ -73,15 +69,11 @@ class FlatModel:
     """
 
     def __init__(self, model: nn.Module, objective: Objective, names: Sequence[str] | None = None) -> None:
-        own = dict(model.named_parameters())
         self.model = model
         self.objective = objective
-        self.names = tuple(name for name, p in own.items() if p.requires_grad) if names is None else tuple(names)
-        if not self.names:
-            raise ConfigError("the model has no parameter that requires a gradient; there is nothing to derive by")
-        self.shapes = {name: tuple(own[name].shape) for name in self.names}
-        self._sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.width = sum(self._sizes)
+        self._flattener = Flattener(model, names)
+        self.names = self._flattener.names
+        self.width = self._flattener.size
         """Numbers in the vector."""
 
     @property
@@ -91,13 +83,11 @@ class FlatModel:
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """One vector of the tensors by name, ``[parameters]``."""
-        device = next(self.model.parameters()).device
-        return torch.cat([tensors[name].detach().reshape(-1) for name in self.names]).to(device)
+        return self._flattener.join({name: tensor.detach() for name, tensor in tensors.items()})
 
     def tensors(self, theta: Tensor) -> dict[str, Tensor]:
         """The tensors of a vector, by name."""
-        parts = theta.split(self._sizes)
-        return {name: part.view(self.shapes[name]) for name, part in zip(self.names, parts, strict=True)}
+        return self._flattener.split(theta)
 
     def outputs(self, theta: Tensor, batch: Batch) -> Tensor:
         """``[batch, ...]``: what the likelihood reads."""
@@ -174,26 +164,6 @@ class FlatModel:
             return cast(Tensor, torch.func.vjp(gradient, theta)[1](vector)[0])
 
         return _by_sample(single, batch)
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and with an attention that can be derived twice; all is as before afterwards."""
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def trained_parameters(model: nn.Module, globs: Sequence[str]) -> tuple[str, ...]:
-    """Names of the parameters that require a gradient and fit one of the globs.
-
-    Raises:
-        ConfigError: a glob fits none.
-    """
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in trained):
-            raise ConfigError(f"no trained parameter is called {glob!r}; there are {', '.join(trained[:8])}")
-    return tuple(name for name in trained if any(fnmatchcase(name, glob) for glob in globs))
 
 
 def batch_size(batch: Batch) -> int:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from logix_like.errors import ConfigError
 from logix_like.estimators.along import PathEstimator
-from logix_like.estimators.flat import DataOf, differentiable
+from logix_like.estimators.flat import DataOf
 from logix_like.estimators.replay import Point
 from logix_like.objective import Batch, Objective
 from logix_like.path import TrainingPath
 from logix_like.updates import Moments
+from logix_like.weights import differentiable
 
 GIBIBYTE = 2**30
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from logix_like.estimators.flat import FlatModel, batch_size, differentiable
+from logix_like.estimators.flat import FlatModel, batch_size
 from logix_like.estimators.movement import Movement
 from logix_like.objective import Batch, Objective
+from logix_like.weights import differentiable
 
 Blocks = Mapping[str, Tensor]
 """By block of the curvature: ``[n, ...]``, n gradients or vectors like them."""

@@ -17,7 +17,7 @@ from logix_like.path import TrainingPath
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.result import Ids
 from logix_like.store import GradientStore
-from logix_like.store.journal import journals
+from logix_like.store.format.journal import journals
 from logix_like.updates import Hyper, UpdateRule, common_settings, require_descent, rule_of
 
 

@@ -22,7 +22,7 @@ from logix_like.query.result import InfluenceResult, Provider
 from logix_like.report.content import Contents
 from logix_like.run.starting import load
 from logix_like.store import GradientStore, Place, VerifyReport, open_store, verify
-from logix_like.store.table import RowTable
+from logix_like.store.reading.table import RowTable
 
 LossOfText = Callable[[nn.Module, str], Tensor]
 SCORED_AT_ONCE = 400_000_000

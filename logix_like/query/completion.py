@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -21,8 +22,10 @@ from logix_like.statistics import (
     Statistics,
     StatisticsAccumulator,
     corrected_sums,
+    covariance_field,
+    sketch_rank,
 )
-from logix_like.store.view import Rows
+from logix_like.store.reading.view import Rows
 
 
 class QueryStore(Protocol):
@@ -71,8 +74,11 @@ def statistics_for(preconditioner: str, store: QueryStore, progress: bool | None
     """Give the statistics to fit ``preconditioner`` from, completed by a pass over the store where needed.
 
     ``auto`` brings a gathered covariance and EK-FAC's eigenvalues up to date, and computes a covariance only when some
-    module has neither one nor Kronecker factors. A covariance asked for by name is computed whatever the block's size.
+    module has neither one nor Kronecker factors. A covariance asked for by name is computed whatever the block's size,
+    sketched where the block is large; :class:`StatisticsError` where this machine's memory does not hold them all.
     """
+    if preconditioner == "covariance":
+        _require_memory(store.statistics.layout)
     if preconditioner != "auto":
         return ensure_statistics(store, NEEDED[preconditioner], covariance_limit=sys.maxsize, progress=progress)
     small = [block for block in store.statistics.layout if block.size <= COVARIANCE_LIMIT]
@@ -153,6 +159,28 @@ def _require_kronecker(statistics: Statistics) -> None:
         require_finite(factors.input, block.name)
 
 
+def _require_memory(layout: Layout) -> None:
+    """Refuse covariances that this machine cannot hold, before it tries."""
+    numbers = [block.size * (sketch_rank(block.size) or block.size) for block in layout]
+    # Sums in float64 and inverses in float32, of all; and what inverting the largest takes.
+    needed = 16 * sum(numbers) + 40 * max(numbers, default=0)
+    there = _physical_memory()
+    if there is not None and needed > there:
+        raise StatisticsError(
+            f"the covariances of {len(numbers):,} modules, {layout.width:,} numbers in all, take "
+            f"{needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}: ask with preconditioner='ekfac', "
+            "'kfac' or 'diagonal', or log fewer numbers a module (a lower rank)"
+        )
+
+
+def _physical_memory() -> int | None:
+    """Bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def _covers(statistics: Statistics, names: Collection[str], rows: int, covariance_limit: int) -> bool:
     """Whether every sum that ``names`` need is there for every module, over exactly ``rows`` rows.
 
@@ -160,11 +188,15 @@ def _covers(statistics: Statistics, names: Collection[str], rows: int, covarianc
     """
     fields = {field for name in names for field in ROW_SUMS[name]}
     return all(
-        statistics.has(block.name, field) and _count(statistics, block.name, "rows") == rows
+        statistics.has(block.name, _held_as(field, block.size)) and _count(statistics, block.name, "rows") == rows
         for block in statistics.layout
         for field in fields
         if field != "outer_sum" or block.size <= covariance_limit
     )
+
+
+def _held_as(field: str, size: int) -> str:
+    return covariance_field(size) if field == "outer_sum" else field
 
 
 def _count(statistics: Statistics, module: str, field: str) -> int:

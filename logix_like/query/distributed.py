@@ -38,8 +38,8 @@ from logix_like.query.modes import MODES
 from logix_like.query.scan import Candidates, Memory
 from logix_like.query.scoring import Extremes, Sides, Task, exact_extremes, joined
 from logix_like.query.sieve import Scorer
-from logix_like.store.ranges import RangeGradients, RowRange, row_range
-from logix_like.store.view import Rows
+from logix_like.store.reading.ranges import RangeGradients, RowRange, row_range
+from logix_like.store.reading.view import Rows
 
 RANGE_BYTES = 512 * 2**20
 """A future scans about so many bytes of rows, decoded to two bytes a number."""

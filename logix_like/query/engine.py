@@ -17,7 +17,7 @@ from logix_like.preconditioner import FittedPreconditioner, require_precondition
 from logix_like.query.completion import QueryStore, require_answerable
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.groups import GroupInfluence, named_groups, second_order
+from logix_like.query.groups import GroupInfluence, named_groups, second_order, total_of
 from logix_like.query.index import Vectors, load_faiss
 from logix_like.query.indexing import IndexSearch
 from logix_like.query.keeping import IndexKey
@@ -180,10 +180,8 @@ class QueryEngine:
             gradients = query.gradients.detach().to("cpu", candidates.dtype)
             scores = _squared_lengths(gradients, fit.preconditioner)
             return SelfInfluence(id_array(query.data_id), scores, *settings, rows=fit.rows)
-        factor = _factor(candidates)
         positions = candidates.positions()
         scores = self._row_lengths(candidates, fit, progress)[positions]
-        scores = scores if factor is None else scores * factor[positions].square()
         ids, step = labels(candidates, positions, reduce)
         return SelfInfluence(ids, scores, *settings, step, fit.rows)
 
@@ -221,7 +219,7 @@ class QueryEngine:
         scores, sizes = [], []
         for ids in named.values():
             chosen = select(every, ids)
-            total = _total(chosen, progress)
+            total = total_of(chosen, progress)
             score = preconditioned.double() @ total
             if order == 2:
                 visits = select(self._every("none"), ids)
@@ -261,7 +259,7 @@ class QueryEngine:
         held = min(k, among.count - most)
         if not held:
             raise QueryError("where leaves no sample to be like but the one itself; choose more of them")
-        gradients, factor = asked.fetch(positions), _factor(asked)
+        gradients, factor = asked.fetch(positions), asked.factor
         if factor is not None:
             gradients = gradients * factor[positions, None]
         query = QueryGradients(tuple(ids.tolist()), gradients, every.rows.layout, "stored rows")
@@ -308,7 +306,7 @@ class QueryEngine:
     def _task(
         self, question: Question, query: QueryGradients, candidates: Candidates, fit: Fit, progress: bool | None
     ) -> Task:
-        mode, factor = MODES[question.mode], _factor(candidates)
+        mode = MODES[question.mode]
         gradients = query.gradients.detach().to("cpu", candidates.dtype)
         preconditioned = fit.preconditioner.apply(gradients)
         query_lengths = lengths = torch.empty(0)
@@ -322,8 +320,7 @@ class QueryEngine:
             query_lengths = (squares > 0).to(gradients.dtype)
         if mode.uses_lengths:
             lengths = self._row_lengths(candidates, fit, progress)
-            lengths = lengths if factor is None else lengths * factor.square()
-        return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, factor), progress)
+        return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, candidates.factor), progress)
 
     def _answer(
         self, question: Question, task: Task, fit: Fit, parts: Parts | None, client: object, index: str
@@ -367,11 +364,10 @@ class QueryEngine:
         lengths = torch.zeros(len(every.rows), dtype=every.dtype)
         if scorer.mode.uses_lengths:
             lengths = self._row_lengths(every, fit, task.progress)
-            lengths = lengths if scorer.factor is None else lengths * scorer.factor.square()
         return Vectors(every, scorer.mode, lengths, scorer.factor, fit.preconditioner, task.progress)
 
     def _row_lengths(self, candidates: Candidates, fit: Fit, progress: bool | None) -> Tensor:
-        """``[rows]``: squared lengths of the rows themselves, 0 for those that are not wanted."""
+        """``[rows]``: squared lengths of the rows, times their factor squared; 0 for those that are not wanted."""
 
         def compute() -> Tensor:
             lengths = torch.zeros(len(candidates.rows), dtype=candidates.dtype)
@@ -381,9 +377,10 @@ class QueryEngine:
                         lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
             return lengths
 
-        if not candidates.complete:
-            return compute()
-        return self._lengths.get((candidates.rows.key, fit.key), compute)
+        # Sums have the key of the means whose multiples they are: what is kept is without the factor.
+        key, factor = (candidates.rows.key, fit.key), candidates.factor
+        lengths = self._lengths.get(key, compute) if candidates.complete else compute()
+        return lengths if factor is None else lengths * factor.square()
 
     def _note(self, chosen: str, question: Question, fit: Fit, query: QueryGradients | None, remark: str = "") -> str:
         parts = [
@@ -403,17 +400,3 @@ class QueryEngine:
 def _squared_lengths(rows: Tensor, preconditioner: FittedPreconditioner) -> Tensor:
     """``[n]``: ``g^T F^-1 g`` of ``rows [n, width]``; rounding makes none negative."""
     return (rows * preconditioner.apply(rows)).sum(dim=1).clamp_min(0)
-
-
-def _factor(candidates: Candidates) -> Tensor | None:
-    factor = candidates.rows.factor
-    return None if factor is None else torch.as_tensor(factor).to(candidates.dtype)
-
-
-def _total(candidates: Candidates, progress: bool | None) -> Tensor:
-    """``[width]``, float64: the sum of all candidates."""
-    total, factor = torch.zeros(candidates.rows.layout.width, dtype=torch.float64), _factor(candidates)
-    for tile in candidates.tiles(progress, "group"):
-        rows = tile.values.double()
-        total += rows.sum(0) if factor is None else factor[tile.positions].double() @ rows
-    return total

@@ -13,6 +13,7 @@ from torch import Tensor
 from logix_like.errors import QueryError
 from logix_like.layout import DataId, Layout
 from logix_like.preconditioner import FittedPreconditioner
+from logix_like.query.scan import Candidates
 from logix_like.query.table import counted
 
 LARGEST_GROUP = 8192
@@ -67,6 +68,15 @@ def _ids(ids: Any, what: str) -> list[DataId]:
     if not each or any(isinstance(one, bool) for one in each):
         raise QueryError(f"{what} is {ids!r}; it must be a list of ids, or groups a mapping of names to lists of ids")
     return each
+
+
+def total_of(candidates: Candidates, progress: bool | None) -> Tensor:
+    """``[width]``, float64: the sum of all candidates."""
+    total, factor = torch.zeros(candidates.rows.layout.width, dtype=torch.float64), candidates.factor
+    for tile in candidates.tiles(progress, "group"):
+        rows = tile.values.double()
+        total += rows.sum(0) if factor is None else factor[tile.positions].double() @ rows
+    return total
 
 
 def second_order(

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import EmptyStoreError, QueryError
-from logix_like.store.gradients import RowChunk
-from logix_like.store.view import Rows
+from logix_like.store.reading.gradients import RowChunk
+from logix_like.store.reading.view import Rows
 
 PROGRESS_NUMBERS = 2**28
 """Rows with fewer numbers than this in all are scanned in a moment: no progress bar."""
@@ -199,6 +199,11 @@ class Candidates:
     def chosen(self) -> str:
         """Tells choices of rows apart; empty where every valid row is wanted."""
         return "" if self.complete else hashlib.blake2b(self.wanted.numpy().tobytes(), digest_size=16).hexdigest()
+
+    @property
+    def factor(self) -> Tensor | None:
+        """``[rows]``: what each row is multiplied by; None for 1."""
+        return None if self.rows.factor is None else torch.as_tensor(self.rows.factor).to(self.dtype)
 
     def positions(self) -> Tensor:
         """``[count]``, where the wanted rows stand; ascending."""

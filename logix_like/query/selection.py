@@ -13,7 +13,7 @@ from torch import Tensor
 from logix_like.errors import QueryError
 from logix_like.layout import DataId
 from logix_like.query.scan import Candidates
-from logix_like.store.view import Rows
+from logix_like.store.reading.view import Rows
 
 COLUMNS = ("data_id", "step", "epoch")
 """Columns that every store has; the user's own stand beside them."""

@@ -11,7 +11,7 @@ import numpy as np
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store import GradientStore
-from logix_like.store.schema import VERSION, Flag
+from logix_like.store.format.schema import VERSION, Flag
 from logix_like.timing import Timing
 
 # Which stored sums show that a statistic was gathered, for the words of the config.

@@ -21,6 +21,7 @@ from logix_like.query.result import InfluenceResult
 from logix_like.ranks import Ranks
 from logix_like.run.block import BlockOptions
 from logix_like.run.tracking import projected
+from logix_like.steps import counted
 from logix_like.updates import Hyper, UpdateRule, common_settings, rule_of, settings_of
 from logix_like.weights import evaluating, frozen, undisturbed
 
@@ -81,9 +82,9 @@ class LiveScores:
         order: int = 2,
         step: int = 0,
     ) -> None:
-        if every < 1 or order not in (1, 2):
+        if counted(every, "every, the steps between two turns,") < 1 or order not in (1, 2):
             raise ConfigError(
-                f"every is {every} and order {order}; give a number of steps, 1 or more, and order 1 or 2"
+                f"every is {every} and order {order!r}; give a number of steps, 1 or more, and order 1 or 2"
             )
         if options.per_token:
             raise ConfigError("queries are tracked with the samples' whole losses; set per_token: false")

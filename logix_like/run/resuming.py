@@ -55,6 +55,15 @@ def require_resume_step(step: int | None, *, resume: bool) -> int | None:
     return counted(step, "resume_step, how many steps the checkpoint had taken,")
 
 
+def require_no_step_twice(session: StoreSession, stands_at: int, step: int, *, logged: bool) -> None:
+    """Raise :class:`ConfigError` when a run that has rows, logged or found, is told an earlier step."""
+    if step < stands_at and (logged or session.cursor is not None):
+        raise ConfigError(
+            f"the step is {step}, but the run stands at {stands_at} and has the rows of the steps between, which would "
+            f"count twice; begin again with logix.init(..., resume=True, resume_step={step}), which takes them back"
+        )
+
+
 def warn_of_missing_steps(session: StoreSession, resume_step: int | None) -> None:
     """Warn when the store ends before the step that training goes on from."""
     if resume_step is None or session.resumed is None:

@@ -36,7 +36,7 @@ from logix_like.run.logbook import Logbook
 from logix_like.run.logtypes import statistics_from_setup
 from logix_like.run.questions import Questions
 from logix_like.run.recording import PathRecorder
-from logix_like.run.resuming import stand_of
+from logix_like.run.resuming import require_no_step_twice, stand_of
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import describe, new_tracker, require_training, tracker_of_store
 from logix_like.steps import Progress, counted
@@ -194,9 +194,16 @@ class Run(Questions):
         self._progress.epoch = number
 
     def step(self, number: int | None = None) -> int:
-        """How many optimizer steps were taken so far; ``number`` says it, when training goes on from a checkpoint."""
+        """How many optimizer steps were taken so far; ``number`` says it, when training goes on from a checkpoint.
+
+        Raises:
+            ConfigError: ``number`` lies behind rows that count already, so that its steps would count twice.
+        """
         if number is not None:
-            self._progress.step = counted(number, "the step")
+            number = counted(number, "the step")
+            if self._session is not None:
+                require_no_step_twice(self._session, self._progress.step, number, logged=self._logbook.blocks > 0)
+            self._progress.step = number
         return self._progress.step
 
     def track(

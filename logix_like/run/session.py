@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from torch import Tensor, nn
@@ -79,8 +80,11 @@ class StoreSession:
             earlier.hand_over()
         self.stopped = False
         """Whether the storage failed and the config's ``store.on_error`` is ``stop_logging``: nothing is written."""
-        opened = self._ranks.agree(
-            lambda: self.attempt(lambda: _open_place(path, plain, resume=resume, overwrite=overwrite, step=resume_step))
+        opened, self._subject = self._ranks.agree(
+            lambda: (
+                self.attempt(lambda: _open_place(path, plain, resume=resume, overwrite=overwrite, step=resume_step)),
+                f"logix_like-{uuid4().hex}",
+            )
         )
         self.stopped = not opened
         self.resumed = open_store(path) if resume and opened else None
@@ -146,17 +150,22 @@ class StoreSession:
     ) -> None:
         settings = self._config.store
         if not self._ranks.first:
-            _wait_for_description(self.path, self._ranks)
-        describe(
-            self.path,
-            layout,
-            settings.dtype,
-            projections,
-            projection=self._config.projection.model_dump(mode="json"),
-            fingerprints={"structure": layout.fingerprint()},
-            optimizer=None if optimizer is None else optimizer_facts(optimizer),
-            durability=settings.durability,
-        )
+            self._wait_for_description()
+        try:
+            describe(
+                self.path,
+                layout,
+                settings.dtype,
+                projections,
+                projection=self._config.projection.model_dump(mode="json"),
+                fingerprints={"structure": layout.fingerprint()},
+                optimizer=None if optimizer is None else optimizer_facts(optimizer),
+                durability=settings.durability,
+            )
+        except Exception as error:
+            if self._ranks.first:
+                self._ranks.post(self._subject, str(error))
+            raise
         self._writer = StoreWriter(
             self.path,
             layout,
@@ -169,6 +178,24 @@ class StoreSession:
             statistics=StatisticsAccumulator(layout, statistics),
             on_error=settings.on_error,
         )
+
+    def _wait_for_description(self) -> None:
+        """Return once the first process has described the store, which it does at the end of its first block."""
+        ranks, deadline = self._ranks, time.monotonic() + DESCRIPTION_SECONDS
+        while read_manifest(self.path).layout is None:
+            failed = ranks.posted(self._subject)
+            if failed is not None:
+                raise StoreWriteError(
+                    f"process 0 of {ranks.size} could not begin the store, so that this one (process {ranks.rank}) "
+                    f"writes nothing: {failed}"
+                )
+            if time.monotonic() > deadline:
+                raise StoreWriteError(
+                    f"process {ranks.rank} of {ranks.size} has logged a batch, and process 0 none within "
+                    f"{DESCRIPTION_SECONDS:.0f} seconds, so that {self.path} has no module table; every process must "
+                    "log"
+                )
+            time.sleep(0.01)
 
     def hand_over(self) -> None:
         """Commit and close, since a later run of this process takes over the store.
@@ -312,15 +339,3 @@ def _require_projections_for(config: Config, ranks: Ranks) -> None:
             f"projection.init {config.projection.init!r} is made from the samples that one process sees, so that "
             f"{ranks.size} processes would each make another; use 'orthogonal' or 'gaussian', which come from the seed"
         )
-
-
-def _wait_for_description(path: Place, ranks: Ranks) -> None:
-    """Return once the first process has described the store, which it does at the end of its first block."""
-    deadline = time.monotonic() + DESCRIPTION_SECONDS
-    while read_manifest(path).layout is None:
-        if time.monotonic() > deadline:
-            raise StoreWriteError(
-                f"process {ranks.rank} of {ranks.size} has logged a batch, and process 0 none within "
-                f"{DESCRIPTION_SECONDS:.0f} seconds, so that {path} has no module table; every process must log"
-            )
-        time.sleep(0.01)

@@ -162,7 +162,8 @@ def warn_of_coupling(recording: Recording, model: nn.Module) -> None:
             RuntimeWarning,
             stacklevel=6,
         )
-    bypassed = [t.name for t in recording.uncalled if t.module.weight.grad is not None]
+    used = recording.called_weights
+    bypassed = [t.name for t in recording.uncalled if t.module.weight.grad is not None and t.module.weight not in used]
     if bypassed:
         warnings.warn(
             f"the weights of {first_of(bypassed)} were used without calling the modules: their gradients are not "

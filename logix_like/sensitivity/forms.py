@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logix_like.estimators.flat import FlatModel
 from logix_like.objective import Batch, Likelihood
-from logix_like.sensitivity.posterior import Posterior
+from logix_like.sensitivity.posterior import Posterior, at_least_float32
 
 Form = Literal["loo", "full", "diagonal"]
 
@@ -51,10 +51,10 @@ def deviations(flat: FlatModel, posterior: Posterior, theta: Tensor, batch: Batc
 
 def shift_by_loo(covariance: Tensor, residual: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:
     """``V (I - Lambda V)^-1 e``, ``[batch, outputs]``."""
-    products: Tensor = torch.func.vmap(hessian, in_dims=2, out_dims=2)(covariance)
-    system = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device) - products
-    shift: Tensor = (covariance @ torch.linalg.solve(system, residual.unsqueeze(2))).squeeze(2)
-    return shift
+    products = at_least_float32(torch.func.vmap(hessian, in_dims=2, out_dims=2)(covariance))
+    system = torch.eye(covariance.shape[1], dtype=products.dtype, device=products.device) - products
+    solved: Tensor = torch.linalg.solve(system, residual.to(system).unsqueeze(2))
+    return (covariance @ solved.to(covariance)).squeeze(2)
 
 
 def shift_in_full(covariance: Tensor, residual: Tensor, hessian: Callable[[Tensor], Tensor]) -> Tensor:

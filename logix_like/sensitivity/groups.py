@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import ConfigError
-from logix_like.estimators.flat import FlatModel, batch_size, differentiable
+from logix_like.estimators.flat import FlatModel, batch_size
 from logix_like.objective import Batch
 from logix_like.sensitivity.posterior import Posterior
+from logix_like.weights import differentiable
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from logix_like.curvature import fit_curvature
 from logix_like.curvature.sweep import on_device
 from logix_like.errors import ConfigError
 from logix_like.estimators.along import as_ids
-from logix_like.estimators.flat import FlatModel, batch_size, differentiable, sliced, trained_parameters
+from logix_like.estimators.flat import FlatModel, batch_size, sliced
 from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective
 from logix_like.sensitivity.forms import FORMS, Form, deviations, directional_shift, prediction_shift, sampled_shift
@@ -28,6 +28,7 @@ from logix_like.sensitivity.posterior import (
     posterior_of,
 )
 from logix_like.sensitivity.result import Sensitivities
+from logix_like.weights import differentiable, trained_parameters
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """``loss(outputs [batch, ...], targets) -> [batch]``, with or without a derivative."""

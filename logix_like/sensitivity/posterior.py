@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from logix_like.curvature import Curvature, default_selection
 from logix_like.errors import ConfigError
-from logix_like.estimators.flat import FlatModel, differentiable
+from logix_like.estimators.flat import FlatModel
 from logix_like.objective import Batch
+from logix_like.weights import differentiable
 
 MOST_DENSE = 20_000
 """Parameters of a dense posterior at most: a matrix of 1.6 GB in float32."""
@@ -52,7 +53,7 @@ class DensePosterior(Posterior):
     """The inverse of ``precision [parameters, parameters]``: exact, for a few thousand parameters."""
 
     def __init__(self, precision: Tensor) -> None:
-        self._root, failed = torch.linalg.cholesky_ex(precision)
+        self._root, failed = torch.linalg.cholesky_ex(at_least_float32(precision))
         if failed.item():
             raise ConfigError(
                 "the posterior's precision is not positive definite: the data leaves some directions undetermined; "
@@ -61,12 +62,17 @@ class DensePosterior(Posterior):
 
     def times(self, rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])
-        solved: Tensor = torch.cholesky_solve(flat.T, self._root).T
-        return solved.reshape(rows.shape)
+        solved: Tensor = torch.cholesky_solve(flat.T.to(self._root), self._root).T
+        return solved.reshape(rows.shape).to(rows)
 
     def draw(self, noise: Tensor) -> Tensor:
-        drawn: Tensor = torch.linalg.solve_triangular(self._root.T, noise.T, upper=True).T
-        return drawn
+        drawn: Tensor = torch.linalg.solve_triangular(self._root.T, noise.T.to(self._root), upper=True).T
+        return drawn.to(noise)
+
+
+def at_least_float32(matrix: Tensor) -> Tensor:
+    """What torch can factorise: it has no factorisation of 16 bits."""
+    return matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
 
 
 class KroneckerPosterior(Posterior):
@@ -84,7 +90,7 @@ class KroneckerPosterior(Posterior):
         self._names = {id(parameter): name for name, parameter in flat.model.named_parameters()}
         known = set(curvature.layout.names)
         self._modules = [tracked for tracked in default_selection(flat.model).modules if tracked.name in known]
-        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.shapes]
+        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.names]
         if missing:
             raise ConfigError(f"the curvature has a module whose {missing[0]!r} is none of the chosen parameters")
 
@@ -208,7 +214,7 @@ def dense_laplace(flat: FlatModel, batches: Iterable[Batch], strength: float) ->
             "are taken: name fewer parameters= (the last layer, say), or take 'kronecker' or 'diagonal'"
         )
     theta = flat.theta
-    total = strength * torch.eye(flat.width, dtype=theta.dtype, device=theta.device)
+    total = strength * torch.eye(flat.width, dtype=at_least_float32(theta).dtype, device=theta.device)
     with differentiable(flat.model):
         for batch in batches:
             total = total + flat.gauss_newton(theta, batch)

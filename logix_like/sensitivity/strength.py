@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.errors import ConfigError
-from logix_like.estimators.flat import FlatModel, differentiable, trained_parameters
+from logix_like.estimators.flat import FlatModel
 from logix_like.objective import Batch, Objective
 from logix_like.sensitivity.forms import FORMS, Form
 from logix_like.sensitivity.posterior import DensePosterior
+from logix_like.weights import differentiable, trained_parameters
 
 NEWTON_STEPS = 50
 CONVERGED = 1e-10

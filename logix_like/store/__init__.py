@@ -5,29 +5,29 @@ Writing: :func:`create_store`, :func:`describe`, :class:`StoreWriter`, :func:`sa
 :func:`open_store` gives a :class:`GradientStore`, whose views satisfy :class:`Rows`.
 """
 
-from logix_like.store.attempts import WriterInfo
-from logix_like.store.checkpoints import (
+from logix_like.store.encoding.kinds import ENCODINGS, Encoding
+from logix_like.store.format.attempts import WriterInfo
+from logix_like.store.format.checkpoints import (
     CheckpointRecord,
     last_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from logix_like.store.creation import add_fingerprints, create_store, describe, projections_digest
-from logix_like.store.encoding import ENCODINGS, Encoding
-from logix_like.store.export import export_rows
-from logix_like.store.files import Place, as_place
-from logix_like.store.gradients import RowChunk
-from logix_like.store.journal import PathJournal, next_attempt
-from logix_like.store.merging import MergeReport, merge_parts
-from logix_like.store.reader import GradientStore, OnDamage, build_view, open_store
-from logix_like.store.repair import RepairReport, repair
-from logix_like.store.schema import Flag, StoreManifest, is_store, read_manifest
-from logix_like.store.sums import Coverage
-from logix_like.store.superseding import supersede_samples, supersede_steps
-from logix_like.store.verify import Damage, VerifyReport, verify
-from logix_like.store.view import REDUCTIONS, Rows
-from logix_like.store.writer import StoreWriter
+from logix_like.store.format.creation import add_fingerprints, create_store, describe, projections_digest
+from logix_like.store.format.journal import PathJournal, next_attempt
+from logix_like.store.format.schema import Flag, StoreManifest, is_store, read_manifest
+from logix_like.store.format.sums import Coverage
+from logix_like.store.places.files import Place, as_place
+from logix_like.store.reading.gradients import RowChunk
+from logix_like.store.reading.reader import GradientStore, OnDamage, build_view, open_store
+from logix_like.store.reading.view import REDUCTIONS, Rows
+from logix_like.store.upkeep.export import export_rows
+from logix_like.store.upkeep.merging import MergeReport, merge_parts
+from logix_like.store.upkeep.repair import RepairReport, repair
+from logix_like.store.upkeep.superseding import supersede_samples, supersede_steps
+from logix_like.store.upkeep.verify import Damage, VerifyReport, verify
+from logix_like.store.writing.writer import StoreWriter
 
 __all__ = [
     "ENCODINGS",

@@ -26,7 +26,7 @@ from torch import Tensor
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.layout import Layout
 from logix_like.store import ENCODINGS, GradientStore, StoreWriter, open_store
-from logix_like.store.codecs import CODECS
+from logix_like.store.encoding.codecs import CODECS
 from tests.bench.test_store import BATCH, new_store, show
 
 PASSAGES, QUERIES, REPEATS = 1200, 40, 3

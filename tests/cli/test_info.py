@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import logix_like as logix
+from logix_like.store import create_store
 from tests.cli.calling import WIDTH, call, refused
 from tests.training import data, network
 
@@ -71,3 +72,12 @@ def test_info_of_a_store_without_rows(tmp_path: Path) -> None:
 def test_info_refuses_what_is_no_store(tmp_path: Path) -> None:
     assert f"{tmp_path} holds no store" in refused(call("info", tmp_path))
     assert "holds no store" in refused(call("info", tmp_path / "nothing"))
+
+
+def test_a_folder_of_stores_names_those_in_it(tmp_path: Path) -> None:
+    for name in ("mnist", "bert"):
+        create_store(tmp_path / name, {"project": name})
+    (tmp_path / "notes").mkdir()
+    said = " ".join(refused(call("info", tmp_path)).split())
+    assert "holds no store" in said and said.endswith("in it are the stores bert, mnist")
+    assert "in it" not in refused(call("info", tmp_path / "notes"))

@@ -1,10 +1,11 @@
-"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | killed ...``."""
+"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | killed | raise ...``."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logix_like as logix
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, StoreWriteError
 from tests.training import SAMPLES, data, full, network
 
 SIZE = 2
@@ -60,6 +61,24 @@ def train(name: str, root: str) -> None:
     run.finalize()
 
 
+def train_beside_a_store_that_cannot_be_begun(on_error: str, root: str) -> None:
+    """The first process cannot write the module table; with ``stop_logging`` both train on, else both stop."""
+    rank, (x, y), model = dist.get_rank(), data(), network()
+    config = full(root, store={"on_error": on_error})
+    run = logix.init("run", wrapped("ddp", model), config, verbose=False)
+    if rank == 0:
+        (run.path / "projections").write_text("in the way of a folder")
+    begun = time.monotonic()
+    try:
+        for index in shares(rank):
+            with run(data_id=index):
+                F.cross_entropy(model(x[index]), y[index]).backward()
+        run.finalize()
+    except StoreWriteError as error:
+        sys.stderr.write(f"process {rank} raised: {error}\n")
+    sys.stderr.write(f"process {rank} ended after {time.monotonic() - begun:.0f} s\n")
+
+
 def require_tracking_refused(run: logix.Run, queries: tuple[Tensor, Tensor]) -> None:
     """Queries are tracked in one process only; several are told so before anything is computed."""
     try:
@@ -74,7 +93,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
-        train(name, f"{sys.argv[1]}/{name}")
+        if name in ("raise", "stop_logging"):
+            train_beside_a_store_that_cannot_be_begun(name, f"{sys.argv[1]}/{name}")
+        else:
+            train(name, f"{sys.argv[1]}/{name}")
     dist.barrier()
     dist.destroy_process_group()
     # On a busy machine torch's own threads were seen to abort the interpreter's exit ("terminate called without an

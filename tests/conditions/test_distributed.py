@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators import ExactUnrolling
 from logix_like.objective import Objective
 from logix_like.ranks import Ranks
-from logix_like.store.journal import journals
+from logix_like.store.format.journal import journals
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
 
@@ -140,6 +141,23 @@ def test_a_killed_process_leaves_a_store_that_opens(tmp_path: Path) -> None:
     committed = [int(i) for rank in range(SIZE) for index in list(shares(rank))[:2] for i in index]
     assert list(store.data_id[: len(committed)]) == committed
     assert store.valid.all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("on_error", ["raise", "stop_logging"])
+def test_all_hear_soon_of_a_store_that_the_first_process_cannot_begin(tmp_path: Path, on_error: str) -> None:
+    ended = torchrun(str(tmp_path), on_error)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stderr.splitlines()
+    for rank in range(SIZE):
+        (seconds,) = re.findall(rf"process {rank} ended after (\d+) s", ended.stderr)
+        assert int(seconds) < 60
+        raised = [line for line in lines if line.startswith(f"process {rank} raised")]
+        assert len(raised) == (on_error == "raise")
+    assert ended.stderr.count("training goes on") == (SIZE if on_error == "stop_logging" else 0)
+    assert "process 0 of 2 could not begin the store, so that this one (process 1) writes nothing" in ended.stderr
+    assert len(logix.open_store(tmp_path / on_error / "run")) == 0
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

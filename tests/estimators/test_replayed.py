@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from logix_like.errors import ConfigError, ModelMismatchError, QueryError
 from logix_like.estimators.checkpointed import TracInCP, TracInLastLayer
-from logix_like.estimators.flat import FlatModel, differentiable
+from logix_like.estimators.flat import FlatModel
 from logix_like.estimators.hydra import Hydra
 from logix_like.estimators.replay import Replay
 from logix_like.estimators.source import Source
 from logix_like.estimators.tracin import InRunShapley, TracIn
 from logix_like.estimators.unrolling import ExactUnrolling
+from logix_like.weights import differentiable
 from tests.path_runs import (
     BATCH,
     OBJECTIVE,

@@ -15,8 +15,8 @@ from logix_like.errors import ConfigError, QueryError, StoreDamagedError, StoreE
 from logix_like.estimators.tracin import TracIn
 from logix_like.estimators.tracin_rows import TracInRP
 from logix_like.query.gradients import QueryGradients
-from logix_like.store.journal import journals
-from logix_like.store.schema import write_manifest
+from logix_like.store.format.journal import journals
+from logix_like.store.format.schema import write_manifest
 from tests.path_runs import BATCH, OBJECTIVE, batch_of, network, queries, train
 
 FLOAT32 = 1e-5

@@ -16,6 +16,7 @@ pytest.importorskip("accelerate")
 
 from logix_like.integrations.huggingface import LogixCallback
 from logix_like.integrations.logits import cross_entropy_factor
+from logix_like.integrations.loss import LossReader
 from transformers import Trainer, TrainingArguments
 
 from logix_like.errors import CaptureError
@@ -101,6 +102,29 @@ def test_a_loss_that_is_no_cross_entropy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="nor a cross-entropy of its logits"):
         trainer.train()
     callback.close()
+
+
+@pytest.mark.parametrize("case", ["a further loss", "labels of another length"])
+def test_a_loss_that_is_no_mean_of_its_labels_is_warned_of(case: str) -> None:
+    reader, logits = LossReader(torch.nn.Linear(1, 1)), torch.randn(2, 4, 5)
+    labels = torch.tensor([[1, 2, -100, 0], [3, 3, 0, -100]])
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert reader.divisor({"labels": labels}, {"loss": loss, "logits": logits}, 2) == 6
+    said = "6 labels in a batch, and divides their sum by 4:"
+    if case == "labels of another length":
+        logits, said = torch.randn(2, 9, 5), "6 labels in a batch, and does not show in its logits"
+    reader = LossReader(torch.nn.Linear(1, 1))
+    with pytest.warns(RuntimeWarning, match=said):
+        reader.divisor({"labels": labels}, {"loss": 1.5 * loss, "logits": logits}, 2)
+    assert reader.divisor({"labels": labels}, {"loss": 1.5 * loss, "logits": logits}, 2) == 6  # said once
+
+
+@pytest.mark.parametrize("divisor", [6.0, 11.0])
+def test_the_divisor_of_a_rounded_loss_is_found(divisor: float) -> None:
+    logits, labels = torch.randn(2, 4, 5).bfloat16(), torch.tensor([[1, 2, -100, 0], [3, 3, 0, -100]])
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / divisor
+    batch = {"labels": labels, "num_items_in_batch": torch.tensor(11)}
+    assert LossReader(torch.nn.Linear(1, 1)).divisor(batch, {"loss": loss, "logits": logits}, 2) == divisor
 
 
 def test_tokens_that_cannot_be_counted_are_said(tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ from logix_like.integrations.huggingface import LogixCallback
 from logix_like.integrations.logits import token_factor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from logix_like.errors import CaptureError
 from tests.integrations import sentences as s
 from tests.models import VOCABULARY
 
 FLOAT32 = 2e-5
+PAD = {"pad_token_id": 0}
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:trl.*", "ignore::DeprecationWarning")
 
@@ -78,3 +79,23 @@ def test_the_factor_of_a_loss_of_token_probabilities_is_found() -> None:
                 token_factor(log_chances, gradient)
         else:
             assert token_factor(log_chances, gradient) == pytest.approx(0.013, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "reward"])
+def test_losses_of_pairs_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    words = [{"prompt": "w3 w4", "chosen": f" w{5 + i} w3", "rejected": f" w4 w{5 + i}"} for i in range(4)]
+    callback = LogixCallback("run", root=tmp_path, verbose=False, modules={"exclude": ["*lm_head"]}, **s.IDENTITY)
+    common: dict[str, Any] = {"processing_class": tokenizer(), "callbacks": [callback]}
+    settings, trainer_of = (DPOConfig, DPOTrainer) if kind == "DPO" else (RewardConfig, RewardTrainer)
+    known = settings.__dataclass_fields__
+    given = {**s.arguments(tmp_path).to_dict(), "max_length": 6, "eos_token": None, "pad_token": None}
+    args = settings(**{name: value for name, value in given.items() if name in known})
+    if kind == "DPO":
+        network, common["ref_model"] = s.llama(), s.llama()
+    else:
+        network = LlamaForSequenceClassification(LlamaConfig(**{**s.llama().config.to_dict(), "num_labels": 1, **PAD}))
+        words = [{name: sample[name] for name in ("chosen", "rejected")} for sample in words]
+    trainer = trainer_of(network, args=args, train_dataset=datasets.Dataset.from_list(words), **common)
+    with pytest.raises(CaptureError, match="so 4 samples along dimension 0, but 2 data ids were given"):
+        trainer.train()
+    callback.close()

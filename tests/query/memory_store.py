@@ -12,8 +12,8 @@ from torch import Tensor
 
 from logix_like.layout import DataId, Layout
 from logix_like.statistics import Statistics
-from logix_like.store.encoding import ENCODINGS
-from logix_like.store.gradients import RowChunk, RowKey, row_numbers
+from logix_like.store.encoding.kinds import ENCODINGS
+from logix_like.store.reading.gradients import RowChunk, RowKey, row_numbers
 
 
 class MemoryGradients:
@@ -156,5 +156,5 @@ class MemoryStore(MemoryRows):
         factor = np.array([float(len(group)) for group in groups]) if reduce == "sum" else None
         everything = np.ones(len(rows), dtype=bool)
         step = np.array([self.step[group[-1]] for group in groups])
-        key = f"{self.key}-{reduce}"
+        key = f"{self.key}-{'mean' if reduce == 'sum' else reduce}"  # a sum is read from the means, as in a store
         return MemoryRows(self.layout, rows, list(visits), everything, step, key, factor, self.chunk_rows)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from logix_like import statistics as sums
+from logix_like.damping import DampingSetting
 from logix_like.errors import EmptyStoreError, StatisticsError
+from logix_like.query import completion
 from logix_like.query.completion import ensure_statistics, statistics_for
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.result import InfluenceResult
 from logix_like.statistics import Statistics, StatisticsAccumulator
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, second_moment_matrix
@@ -154,3 +160,42 @@ def test_no_valid_row_is_an_empty_store(rows: Tensor) -> None:
     store = MemoryStore(LAYOUT, rows, valid=[False] * 30)
     with pytest.raises(EmptyStoreError, match="30 rows and none that can be ranked"):
         ensure_statistics(store, ["covariance"])
+
+
+def _sketched_ask(rows: Tensor, monkeypatch: pytest.MonkeyPatch, numbers: int, **options: object) -> InfluenceResult:
+    monkeypatch.setattr(sums, "DENSE_NUMBERS", numbers)
+    query = QueryGradients(("q", "r"), torch.randn(2, LAYOUT.width, generator=torch.Generator().manual_seed(5)), LAYOUT)
+    store = MemoryStore(LAYOUT, rows.double())
+    return QueryEngine(store).influence(query, preconditioner="covariance", **options)
+
+
+@pytest.mark.parametrize("damping", [0.1, {"absolute": 0.3}, "auto"])
+def test_a_large_covariance_is_sketched_and_exact_with_fewer_rows_than_its_rank(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch, damping: DampingSetting
+) -> None:
+    few = rows[:3]
+    whole = _sketched_ask(few, monkeypatch, 2**24, damping=damping)
+    sketched = _sketched_ask(few, monkeypatch, 24, damping=damping)  # 4 directions of 6 numbers
+    assert "covariance sketched at rank 4 (" in sketched.note and "trace" not in sketched.note
+    assert sketched.scores is not None and whole.scores is not None
+    torch.testing.assert_close(sketched.scores, whole.scores, rtol=1e-8, atol=1e-10)
+
+
+def test_what_a_sketch_leaves_is_said_and_bounds_the_error(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _sketched_ask(rows, monkeypatch, 2**24)
+    sketched = _sketched_ask(rows, monkeypatch, 24)
+    found = re.search(r"at least ([\d.]+)% of each trace held", sketched.note)
+    assert found is not None and 50 < float(found[1]) < 100
+    assert sketched.scores is not None and whole.scores is not None
+    correlation = torch.corrcoef(torch.stack([sketched.scores.flatten(), whole.scores.flatten()]))[0, 1]
+    assert 0.9 < correlation < 1 - 1e-6
+
+
+def test_covariances_that_memory_does_not_hold_are_refused_before_they_are_tried(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "_physical_memory", lambda: 1000)
+    store = MemoryStore(LAYOUT, rows)
+    with pytest.raises(StatisticsError, match=r"2 modules.*GiB, and this machine has 0\.0: ask with precond"):
+        statistics_for("covariance", store)
+    assert store.scans == 0

@@ -21,7 +21,7 @@ from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
 from logix_like.store import GradientStore
-from logix_like.store.files import as_place
+from logix_like.store.places.files import as_place
 from tests.query.memory_store import MemoryStore
 from tests.query.test_query_on_disk import LAYOUT, _write
 

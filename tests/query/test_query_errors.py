@@ -15,7 +15,7 @@ from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.question import ENGINES, REDUCTIONS
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store.view import REDUCTIONS as STORE_REDUCTIONS
+from logix_like.store.reading.view import REDUCTIONS as STORE_REDUCTIONS
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout
 

@@ -20,7 +20,7 @@ from logix_like.query.fitting import Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.scan import CHUNKS_AHEAD, ahead
 from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store
-from logix_like.store.gradients import RowChunk
+from logix_like.store.reading.gradients import RowChunk
 from tests.reference import blocks_layout, dense_ranking
 
 LAYOUT = blocks_layout((4, 8), (8, 4))

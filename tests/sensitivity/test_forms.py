@@ -25,6 +25,8 @@ from logix_like.sensitivity.posterior import DensePosterior, dense_laplace
 from tests.sensitivity.truths import classes_of_noise, linear, softmax_optimum, without_each
 
 EXACT = 1e-9
+BFLOAT16 = 3e-2
+"""Outputs and errors have 8 bits."""
 SAMPLES, FEATURES, STRENGTH = 30, 5, 0.7
 
 
@@ -74,6 +76,17 @@ def test_the_full_form_is_its_first_order(ridge: Ridge) -> None:
     exact, full = ridge.deviations("loo"), ridge.deviations("full")
     torch.testing.assert_close(full.shift / exact.shift, 1 - full.variance, rtol=EXACT, atol=EXACT)
     assert torch.equal(ridge.deviations("diagonal").shift, full.shift)
+
+
+@pytest.mark.parametrize("form", ["loo", "full", "diagonal"])
+def test_a_model_of_16_bits_moves_alike(ridge: Ridge, form: Form) -> None:
+    flat = FlatModel(linear(ridge.theta.bfloat16()), Objective(Gaussian()))
+    batch = (ridge.x.bfloat16(), ridge.y.bfloat16())
+    posterior = dense_laplace(flat, [batch], STRENGTH)
+    found, exact = deviations(flat, posterior, flat.theta, batch, form).shift, ridge.deviations(form).shift
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).norm() / exact.norm()) < BFLOAT16
+    assert posterior.draw(torch.randn(2, FEATURES, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_groups_move_together(ridge: Ridge) -> None:

@@ -177,7 +177,7 @@ def test_the_last_layer_alone_may_be_uncertain() -> None:
     options: dict[str, Any] = {"samples": 40, "posterior": "dense", "strength": 1.0}
     found = SensitivityMonitor(model, parameters=["2.*"], **options).measure([(x, y)])
     torch.testing.assert_close(found.shift, expected, rtol=EXACT, atol=EXACT)
-    with pytest.raises(ConfigError, match=r"no trained parameter is called 'head\.\*'"):
+    with pytest.raises(ConfigError, match=r"no trained parameter of the model fits 'head\.\*'"):
         SensitivityMonitor(model, parameters=["head.*"], **options)
 
 

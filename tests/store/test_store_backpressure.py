@@ -17,11 +17,11 @@ from obstore.store import MemoryStore
 from logix_like.errors import StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import create_store, describe, open_store
-from logix_like.store.behind import Behind
-from logix_like.store.objects import ObjectFiles
-from logix_like.store.pipeline import STAGED_SHARE
-from logix_like.store.storage import Bytes, ObjectPath, Pending
-from logix_like.store.writer import StoreWriter
+from logix_like.store.places.objects import ObjectFiles
+from logix_like.store.places.storage import Bytes, ObjectPath, Pending
+from logix_like.store.writing.behind import Behind
+from logix_like.store.writing.pipeline import STAGED_SHARE
+from logix_like.store.writing.writer import StoreWriter
 from tests.interrupts import broken_off_at
 from tests.store.store_runs import WIDTH, batches, chunk_mib, new_store, projections, small_layout, writer
 
@@ -150,14 +150,6 @@ def test_closing_waits_for_the_task_under_way() -> None:
     behind.run(slow)
     behind.close()
     assert done == [1]
-
-
-def test_one_that_was_never_used_has_no_thread() -> None:
-    before = threading.active_count()
-    behind = Behind("test")
-    behind.wait()
-    behind.close()
-    assert threading.active_count() == before
 
 
 def test_a_put_that_is_broken_off_anywhere_locks_nothing(tmp_path: Path) -> None:

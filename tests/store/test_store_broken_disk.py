@@ -13,7 +13,8 @@ import torch
 
 from logix_like.errors import LogixError, StoreError, StoreNotFoundError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import build_view, create_store, describe, local, open_store, save_checkpoint, verify
+from logix_like.store import build_view, create_store, describe, open_store, save_checkpoint, verify
+from logix_like.store.places import local
 from tests.store.broken_disk import BrokenDisk
 from tests.store.store_runs import WIDTH, batches, log, projections, small_layout, writer
 

@@ -11,8 +11,8 @@ import torch
 
 from logix_like.errors import ConfigError, StoreDamagedError
 from logix_like.store import ENCODINGS, build_view, merge_parts, open_store, repair, verify
-from logix_like.store.codecs import CODECS, codec_named
-from logix_like.store.commits import read_commits
+from logix_like.store.encoding.codecs import CODECS, codec_named
+from logix_like.store.format.commits import read_commits
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, new_store, writer, zarr_values
 
 COMPRESSING = [name for name in CODECS if name != "none"]

@@ -15,8 +15,8 @@ from logix_like.errors import LogixError, StoreDamagedError
 from logix_like.report.summary import StoreSummary
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import open_store
-from logix_like.store.commits import CommitLog, RowsRecord, format_record, read_commits
-from logix_like.store.files import checksum
+from logix_like.store.format.commits import CommitLog, RowsRecord, format_record, read_commits
+from logix_like.store.places.files import checksum
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 
 

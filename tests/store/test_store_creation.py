@@ -21,7 +21,7 @@ from logix_like.errors import (
 )
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.store import StoreWriter, create_store, describe, open_store, read_manifest
-from logix_like.store.schema import StoreManifest, segment
+from logix_like.store.format.schema import StoreManifest, segment
 from tests.store.store_runs import WIDTH, log, new_store, projections, small_layout, writer
 
 
@@ -202,7 +202,7 @@ def test_a_kill_while_describing_leaves_an_undescribed_store(tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("logix_like.store.creation.write_manifest", killed)
+        patch.setattr("logix_like.store.format.creation.write_manifest", killed)
         describe(store, small_layout(), "float32", projections())
     assert open_store(store).layout is None
     describe(store, small_layout(), "float32", {**projections(), "": (None, None)})
@@ -254,6 +254,6 @@ def _edit(store: Path, change: Any) -> None:
 
 
 def _digest_of(attributes: dict[str, Any]) -> str:
-    from logix_like.store import schema
+    from logix_like.store.format import schema
 
     return schema._digest(attributes)

@@ -12,8 +12,8 @@ from torch import Tensor
 from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.store import ENCODINGS, open_store, verify
-from logix_like.store.encoding import Encoding, StoredRows
-from logix_like.store.packing import pack, packed_width, unpack
+from logix_like.store.encoding.kinds import Encoding, StoredRows
+from logix_like.store.encoding.packing import pack, packed_width, unpack
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, log, new_store, small_layout, zarr_values
 
 FEW_BITS = [name for name, encoding in ENCODINGS.items() if encoding.coordinate_scaled]

@@ -11,7 +11,8 @@ import torch
 
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import ConfigError, EmptyStoreError, MissingDependencyError
-from logix_like.store import export, export_rows, open_store, supersede_samples
+from logix_like.store import export_rows, open_store, supersede_samples
+from logix_like.store.upkeep import export
 from tests.store.store_runs import WIDTH, new_store, writer
 
 ROWS = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(3))

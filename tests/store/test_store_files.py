@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from logix_like.errors import ConfigError, StoreError, StoreWriteError
-from logix_like.store.files import (
+from logix_like.store.places.files import (
     Place,
     as_place,
     checksum,
@@ -17,7 +17,7 @@ from logix_like.store.files import (
     prepare_checked,
     read_bytes,
 )
-from logix_like.store.storage import Bytes, Files, ObjectPath
+from logix_like.store.places.storage import Bytes, Files, ObjectPath
 from tests.store.s3_server import BUCKET
 
 

@@ -20,9 +20,9 @@ from logix_like.errors import LogixError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import StoreWriter, open_store, save_checkpoint, verify
-from logix_like.store.documents import sealed
-from logix_like.store.files import checksum
-from logix_like.store.schema import _digest
+from logix_like.store.format.documents import sealed
+from logix_like.store.format.schema import _digest
+from logix_like.store.places.files import checksum
 from tests.store.store_runs import batches, new_store
 
 VALUES = st.recursive(

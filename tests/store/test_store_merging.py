@@ -20,18 +20,18 @@ from logix_like.store import (
     Place,
     StoreWriter,
     as_place,
-    damage,
-    local,
     merge_parts,
-    merging,
     open_store,
     supersede_samples,
     supersede_steps,
     verify,
 )
-from logix_like.store.commits import RowsRecord
-from logix_like.store.files import names_in
-from logix_like.store.rowwriter import RowWriter
+from logix_like.store.format import damage
+from logix_like.store.format.commits import RowsRecord
+from logix_like.store.places import local
+from logix_like.store.places.files import names_in
+from logix_like.store.upkeep import merging
+from logix_like.store.writing.rowwriter import RowWriter
 from tests.store.broken_disk import BrokenDisk, Killed
 from tests.store.s3_server import BUCKET
 from tests.store.store_runs import (
@@ -135,7 +135,7 @@ def test_a_rank_that_begins_as_a_merge_does_is_noticed(tmp_path: Path, monkeypat
             begun[0].commit()
         return GradientStore(path)
 
-    monkeypatch.setattr("logix_like.store.merging.GradientStore", open_beside)
+    monkeypatch.setattr("logix_like.store.upkeep.merging.GradientStore", open_beside)
     with pytest.raises(StoreError, match=r"already writes to .* as rank 7"):
         merge_parts(store)
     begun[0].close()

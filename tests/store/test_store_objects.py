@@ -19,7 +19,6 @@ from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
     Place,
     as_place,
-    commits,
     create_store,
     is_store,
     load_checkpoint,
@@ -27,8 +26,9 @@ from logix_like.store import (
     save_checkpoint,
     verify,
 )
-from logix_like.store import lease as leases
-from logix_like.store.files import files_of, read_bytes, write_file
+from logix_like.store.format import commits
+from logix_like.store.places import lease as leases
+from logix_like.store.places.files import files_of, read_bytes, write_file
 from tests.store.s3_server import BUCKET, KEYS
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.store.writer_process import start

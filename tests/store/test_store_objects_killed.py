@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import Place, as_place, merge_parts, objects, open_store, repair, verify
-from logix_like.store.files import exists, files_of, read_bytes, write_file
+from logix_like.store import Place, as_place, merge_parts, open_store, repair, verify
+from logix_like.store.places import objects
+from logix_like.store.places.files import exists, files_of, read_bytes, write_file
 from tests.store.broken_disk import Killed
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 

@@ -14,7 +14,7 @@ from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.store import as_place, open_store, repair, save_checkpoint, supersede_samples, verify
-from logix_like.store.files import files_of, read_bytes, write_file
+from logix_like.store.places.files import files_of, read_bytes, write_file
 from tests.store.s3_server import BUCKET
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.store.test_store_verify import everything, flip, full_store

@@ -14,9 +14,10 @@ from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import ENCODINGS, StoreWriter, gradients, open_store
-from logix_like.store.gradients import GradientReader
-from logix_like.store.schema import Flag
+from logix_like.store import ENCODINGS, StoreWriter, open_store
+from logix_like.store.format.schema import Flag
+from logix_like.store.reading import gradients
+from logix_like.store.reading.gradients import GradientReader
 from tests.store.store_runs import (
     CHUNK_ROWS,
     WIDTH,

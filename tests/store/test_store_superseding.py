@@ -21,7 +21,7 @@ from logix_like.store import (
     supersede_steps,
     verify,
 )
-from logix_like.store.schema import RETRACTIONS
+from logix_like.store.format.schema import RETRACTIONS
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 
 EXACT = 1e-12

@@ -21,7 +21,7 @@ from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import GradientStore, build_view, merge_parts, open_store, save_checkpoint, verify
-from logix_like.store.local import LOCAL
+from logix_like.store.places.local import LOCAL
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.training import data, network, trained_run
 

@@ -13,8 +13,9 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import QueryError, StoreError
 from logix_like.layout import DataId
-from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, compaction, open_store
-from logix_like.store.parts import PartWriter
+from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, open_store
+from logix_like.store.format.parts import PartWriter
+from logix_like.store.reading import means
 from tests.store.store_runs import WIDTH, batches, log, new_store, writer, zarr_values
 
 SAMPLES = 37
@@ -237,7 +238,7 @@ def test_the_cache_keeps_one_view_of_a_growing_store(tmp_path: Path, cache_folde
     unfinished.mkdir()
     open_store(store.path).view("mean")
     assert len(list(own.iterdir())) == 2  # another process may be writing it
-    long_ago = time.time() - 2 * compaction.STALE_SECONDS
+    long_ago = time.time() - 2 * means.STALE_SECONDS
     os.utime(unfinished, (long_ago, long_ago))
     log(store.path, torch.randn(1, WIDTH), ids=[IDS[0]])
     open_store(store.path).view("mean")
@@ -259,8 +260,8 @@ def test_a_large_visit_that_is_finite_takes_part(tmp_path: Path, encoding: str) 
 
 def test_a_view_is_built_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, rows, orders = visited_store(tmp_path)
-    monkeypatch.setattr(compaction, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(compaction, "VIEW_CHUNK_MIB", 5 * WIDTH * 4 / 2**20)
+    monkeypatch.setattr(means, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(means, "VIEW_CHUNK_MIB", 5 * WIDTH * 4 / 2**20)
     view = store.view("mean")
     check_face(view)
     assert [len(chunk) for chunk in view.chunks()] == [5] * 7 + [2]

@@ -14,8 +14,8 @@ import torch
 
 from logix_like.errors import StoreWriteError
 from logix_like.store import open_store
-from logix_like.store.parts import PartWriter
-from logix_like.store.storage import Pending
+from logix_like.store.format.parts import PartWriter
+from logix_like.store.places.storage import Pending
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
 
 

@@ -27,11 +27,12 @@ from logix_like.estimators import (
     TracInLastLayer,
     TracInRP,
 )
-from logix_like.estimators.flat import FlatModel, differentiable
+from logix_like.estimators.flat import FlatModel
 from logix_like.evaluation.scored import score_matrix
 from logix_like.path import TrainingPath
 from logix_like.run.live import LiveScores
 from logix_like.sensitivity.posterior import KroneckerPosterior, Posterior, posterior_of
+from logix_like.weights import differentiable
 from tests.bench.lds.bench import Bench, Row
 from tests.bench.lds.problems import Problem
 

@@ -1,0 +1,1 @@
+"""From rows of numbers to the bytes that are stored, and back."""

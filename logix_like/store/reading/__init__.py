@@ -1,0 +1,1 @@
+"""A store as one table of rows, and its views."""

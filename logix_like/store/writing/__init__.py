@@ -1,0 +1,1 @@
+"""The background writer: from batches of rows to committed chunks."""
