@@ -101,10 +101,17 @@ class Damping:
 
 
 def require_amount(damping: object) -> float:
-    """``damping`` where only a number makes sense; :class:`QueryError` for anything else."""
+    """Lambda itself where there are no eigenvalues to measure it by: a number, or ``{"absolute": number}``.
+
+    Raises:
+        QueryError: it is anything else.
+    """
     found = Damping.of(damping)
-    if isinstance(damping, str | Mapping):
-        raise QueryError(f"damping is {damping!r}; this estimator takes a number of at least 0")
+    if found.kind == "auto":
+        raise QueryError(
+            "damping is 'auto', and this estimator has no eigenvalues to choose by: give lambda itself, a number of at "
+            "least 0 or {'absolute': number}"
+        )
     return found.value
 
 

@@ -79,6 +79,14 @@ class Measurements:
     """``[subsets, seeds, queries]`` float64; NaN where a retraining failed."""
     failures: tuple[Failure, ...] = ()
 
+    def __repr__(self) -> str:
+        """How much was measured."""
+        (subsets, seeds, queries), samples = self.values.shape, self.masks.shape[1]
+        return (
+            f"Measurements(subsets={subsets}, samples={samples}, seeds={seeds}, queries={queries}, "
+            f"failures={len(self.failures)})"
+        )
+
     @property
     def means(self) -> Tensor:
         """``[subsets, queries]``: mean over the seeds; NaN where one of them failed."""

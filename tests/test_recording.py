@@ -148,7 +148,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         logix.init("run", model, root=str(tmp_path), record="path")
     with pytest.raises(ConfigError, match=r"at_steps counts optimizer steps"):
         logix.init("run", model, root=str(tmp_path), checkpoints={"at_steps": [3]})
-    other = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    other = torch.optim.SGD([*model.parameters(), torch.zeros(3, requires_grad=True)], lr=0.1)
     with pytest.raises(CaptureError, match=r"a tensor of shape \(3,\) that is no parameter of the watched model"):
         logix.init("run", model, root=str(tmp_path), record="path", optimizer=other, verbose=False)
 

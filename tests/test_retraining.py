@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import RetrainingError
-from logix_like.retraining import SubsetOracle
+from logix_like.retraining import Measurements, SubsetOracle
 from logix_like.subsets import all_subsets, coin_subsets, random_subsets, subset_name, without_each
 from tests.games import Ridge
 
@@ -65,6 +65,11 @@ def test_values_are_what_training_and_measuring_give() -> None:
     found = ridge.oracle().values(masks)
     expected = torch.stack([ridge.value(tuple(mask.nonzero().flatten().tolist())) for mask in masks])
     assert torch.equal(found, expected)
+
+
+def test_measurements_print_in_a_line() -> None:
+    measured = Measurements(torch.ones(4, 30, dtype=torch.bool), torch.zeros(4, 2, 5))
+    assert str(measured) == "Measurements(subsets=4, samples=30, seeds=2, queries=5, failures=0)"
 
 
 def test_nothing_is_trained_twice_in_this_process_or_the_next(tmp_path: Path) -> None:

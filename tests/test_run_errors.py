@@ -411,3 +411,38 @@ def test_forgetting_nothing_takes_nothing_back(run: logix.Run, model: nn.Module)
     assert run.forget([]) == 0
     run.finalize()
     assert run.store.valid.all()
+
+
+@pytest.mark.parametrize("given", ["at once", "by watch", "when resuming"])
+def test_an_optimizer_of_another_model_is_refused(tmp_path: Path, model: nn.Module, given: str) -> None:
+    others = torch.optim.SGD(network().parameters(), lr=0.1)  # as a notebook's that made the model anew
+    settings: dict[str, Any] = {"root": str(tmp_path), "verbose": False, "optimizer": others}
+    if given == "when resuming":
+        logix.init("run", model, root=str(tmp_path), verbose=False).finalize()
+    with pytest.raises(ConfigError, match=r"holds none of the 4 parameters of the model, but 4 other tensors"):
+        if given == "by watch":
+            logix.init("run", **settings).watch(model)
+        else:
+            logix.init("run", model, resume=given == "when resuming", **settings)
+    assert given != "at once" or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("held", ["flat", "master"])
+def test_an_optimizer_of_stand_ins_is_warned_of(tmp_path: Path, held: str) -> None:
+    model = network().to(torch.bfloat16)
+    copies = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+    if held == "flat":
+        copies = [torch.cat([one.flatten() for one in copies]).bfloat16().detach().requires_grad_()]
+    with pytest.warns(RuntimeWarning, match="may be flattened from them or copies of them"):
+        logix.init("run", model, root=str(tmp_path), optimizer=torch.optim.SGD(copies, lr=0.1), verbose=False)
+
+
+@pytest.mark.parametrize("part", ["one layer", "wrapped", "adapter"])
+def test_an_optimizer_of_a_part_of_the_model_is_its_own(tmp_path: Path, model: nn.Module, part: str) -> None:
+    trained = list(model.parameters())
+    if part == "adapter":
+        model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(trained[-2:] if part != "wrapped" else trained, lr=0.1)
+    whole = model if part != "wrapped" else torch.compile(model, backend="eager")
+    assert isinstance(whole, nn.Module)
+    logix.init("run", whole, root=str(tmp_path), optimizer=optimizer, verbose=False).finalize()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from logix_like.curvature.curvature import Curvature
 from logix_like.curvature.fitting import default_selection, fit_curvature
@@ -52,7 +55,8 @@ class InfluenceFunction(Estimator):
             than ``cg`` where curvatures differ much (layers, inputs of several scales); where they do not, ``cg`` needs
             fewer, as it does then with the exact blocks of ``H`` in EK-FAC's place: what modules share is in none.
         matrix: ``ggn`` (Gauss-Newton, never negative) or ``hessian``.
-        damping: ``lambda``, absolute; an L2 penalty of the training, divided by the number of samples, belongs here.
+        damping: ``lambda`` itself, a number or ``{"absolute": number}``: nothing here has eigenvalues to measure it
+            by. An L2 penalty of the training, divided by the number of samples, belongs here.
         parameters: Globs on the names of trained parameters.
         curvature: EK-FAC fitted before, for ``ekfac-cg``; fitted when first needed if not given.
         data_id: Names of the samples, as in :class:`KroneckerInfluence`.
@@ -72,7 +76,7 @@ class InfluenceFunction(Estimator):
         *,
         solver: str | Solver = "ekfac-cg",
         matrix: str = "ggn",
-        damping: float = 1e-3,
+        damping: float | Mapping[str, float] = 1e-3,
         parameters: Sequence[str] = ("*",),
         curvature: Curvature | None = None,
         data_id: DataIds = None,
@@ -117,7 +121,8 @@ class InfluenceFunction(Estimator):
             queries: A batch as the training's.
             losses: What is asked about, ``losses(model, batch) -> [queries]``, where it is not the objective's loss.
         """
-        vectors = self._solve(self._gradients(queries, losses), self._system())
+        with self._system() as system:
+            vectors = self._solve(self._gradients(queries, losses), system)
 
         def of_batch(batch: Batch) -> Tensor:
             batch = self._moved(batch)
@@ -127,13 +132,13 @@ class InfluenceFunction(Estimator):
 
     def self_influence(self) -> Tensor:
         """``[samples]``: one solution for each sample, so for few samples."""
-        system = self._system()
+        with self._system() as system:
 
-        def of_batch(batch: Batch) -> Tensor:
-            gradients = self._gradients(batch, None)
-            return (gradients * self._solve(gradients, system)).sum(1)
+            def of_batch(batch: Batch) -> Tensor:
+                gradients = self._gradients(batch, None)
+                return (gradients * self._solve(gradients, system)).sum(1)
 
-        return self._samples.collect("self-influence", of_batch)
+            return self._samples.collect("self-influence", of_batch)
 
     def group_influence(self, queries: Batch, group: Batch, *, order: int = 2, losses: Losses | None = None) -> Tensor:
         """``[queries]``: the score of ``group``'s samples, a batch, as a whole; / n, the change without them.
@@ -143,25 +148,29 @@ class InfluenceFunction(Estimator):
         if order not in (1, 2):
             raise QueryError(f"order is {order!r}; it must be 1 (sum of scores) or 2 (Newton step)")
         total = self._gradients(group, None).sum(0, keepdim=True)
-        moved = self._solve(total, self._system(without=group if order == 2 else None))
+        with self._system(without=group if order == 2 else None) as system:
+            moved = self._solve(total, system)
         return (self._gradients(queries, losses) @ moved.T)[:, 0]
 
-    def _system(self, without: Batch | None = None) -> System:
+    @contextmanager
+    def _system(self, without: Batch | None = None) -> Iterator[System]:
+        """What is to be solved; a bar counts the batches that its solutions take, however many passes those are."""
         count = len(self.data_id)
+        preconditioner = self._preconditioner() if self._kronecker else None
+        bar = tqdm(desc=f"solving ({self._solver.name})", unit="batch", leave=False, disable=not self._progress)
 
         def product(vectors: Tensor) -> Tensor:
-            whole = self._operator.mean(self._loader, vectors)
+            whole = self._operator.mean(_counted(self._loader, bar), vectors)
             return whole if without is None else whole - self._operator.sum(without, vectors) / count
 
-        batches = cycled(self._loader)
+        batches = _counted(cycled(self._loader), bar)
 
         def sampled(vectors: Tensor) -> Tensor:
             batch = next(batches)
             return self._operator.sum(batch, vectors) / self._operator.samples(batch)
 
-        return System(
-            product, require_amount(self.damping), sampled, self._preconditioner() if self._kronecker else None
-        )
+        with bar:
+            yield System(product, require_amount(self.damping), sampled, preconditioner)
 
     def _preconditioner(self) -> KroneckerPreconditioner:
         selection = default_selection(self._model)
@@ -200,6 +209,12 @@ class InfluenceFunction(Estimator):
                 stacklevel=3,
             )
         return self.solution.x
+
+
+def _counted(batches: Iterable[Batch], bar: tqdm[Any]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        bar.update()
 
 
 def cycled(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ from logix_like.curvature.fitting import default_selection
 from logix_like.curvature.gradients import Gradients
 from logix_like.curvature.passes import At, once
 from logix_like.curvature.sweep import Losses, Sweep
-from logix_like.damping import DampingSetting, require_amount
+from logix_like.damping import Damping, DampingSetting, shrinkage_damping
 from logix_like.errors import EmptyStoreError, QueryError
 from logix_like.estimators.base import Estimator
 from logix_like.estimators.samples import DataIds, Samples, require_samples
@@ -38,8 +38,9 @@ class TRAK(Estimator):
         objective: A classifier unless told otherwise; for sequences ``p`` is that of the whole sequence.
         rank: Of the projections, on each side: a number, ``{glob: number}`` or ``auto``.
         seed: Of the projections.
-        damping: ``lambda`` as a multiple of the mean eigenvalue of ``Phi^T Phi``. The paper has 0, which is singular
-            where features outnumber samples.
+        damping: ``lambda`` as a multiple of the mean eigenvalue of ``Phi^T Phi``, ``"auto"`` or
+            ``{"absolute": lambda}``; see :mod:`logix_like.damping`. The paper has 0, which is singular where features
+            outnumber samples.
         data_id: Names of the samples, as in :class:`KroneckerInfluence`.
         selection: Tracked modules; all linear maps unless told otherwise.
         at: Each call yields once for each set of weights after loading it into the model.
@@ -56,7 +57,7 @@ class TRAK(Estimator):
         *,
         rank: int | Mapping[str, int] | Literal["auto"] = "auto",
         seed: int = 0,
-        damping: float = 0.1,
+        damping: DampingSetting = 0.1,
         data_id: DataIds = None,
         selection: Selection | None = None,
         at: At = once,
@@ -68,7 +69,7 @@ class TRAK(Estimator):
         self._sweep = Sweep(model, self._objective, selection, projector=projector)
         self._samples = Samples(loader, self._objective, data_id=data_id, at=at, progress=progress)
         self._inverses: dict[int, tuple[str, Tensor]] = {}
-        self._damping = require_amount(damping)
+        self._damping = Damping.of(damping)
 
     @property
     def data_id(self) -> Ids:
@@ -77,8 +78,8 @@ class TRAK(Estimator):
 
     @property
     def damping_setting(self) -> DampingSetting:
-        """A multiple of the mean eigenvalue."""
-        return self._damping
+        """As it was given."""
+        return self._damping.setting
 
     def scores(self, queries: Batch) -> Tensor:
         """``[queries, samples]`` for a batch of queries like those of the training."""
@@ -129,7 +130,8 @@ class TRAK(Estimator):
                 gram = features.T @ features if gram is None else gram + features.T @ features
             if gram is None:
                 raise EmptyStoreError("there are no samples to score: the loader yielded no batch")
-            shift = self._damping * float(gram.diagonal().mean())
+            chosen = shrinkage_damping(gram, len(self.data_id))
+            shift = self._damping.shift(float(gram.diagonal().mean()), chosen)
             known = weights, damped_inverse(gram, shift, "all modules together")
             self._inverses[number] = known
         return known[1]

@@ -39,6 +39,7 @@ from logix_like.query.scoring import (
 from logix_like.query.selection import Where, select
 from logix_like.query.sieve import Scorer
 
+ALL_OF_FEWER = "; all that the filter leaves, fewer than k={}"
 KEPT_BYTES = 32 * 2**20
 """How much of a small store is kept in memory, decoded, from one question to the next."""
 
@@ -89,7 +90,8 @@ class QueryEngine:
         Args:
             query: What to ask with; its gradients are not changed.
             k: Hold only the k highest and the k lowest scores of each query: memory then does not grow with
-                the store. None holds all scores.
+                the store. None holds all scores. Where ``where`` or ``data_id`` leave fewer than k samples, all of
+                those are ranked, and the note says so; a k larger than the store is refused.
             preconditioner: A key of :data:`logix_like.preconditioner.PRECONDITIONERS`.
             damping: lambda as a multiple of the mean eigenvalue of each module's block, ``"auto"``, or
                 ``{"absolute": lambda}``; see :mod:`logix_like.damping`.
@@ -113,7 +115,10 @@ class QueryEngine:
             StatisticsError: a statistic is missing and cannot be computed, or a block is singular.
         """
         question = Question(k, preconditioner, Damping.of(damping), mode, reduce, engine, per, normalize)
-        candidates = select(select(self._every(reduce), where), data_id)
+        every = self._every(reduce)
+        if k is not None and k > every.count:
+            raise QueryError(f"k is {k}, but there are only {every.count} samples to rank; ask for fewer")
+        candidates = select(select(every, where), data_id)
         return self._influence(question, query, candidates, client, index, progress)
 
     def _influence(
@@ -125,10 +130,12 @@ class QueryEngine:
         index: str,
         progress: bool | None,
     ) -> InfluenceResult:
-        layout, k = candidates.rows.layout, question.k
+        layout, wished = candidates.rows.layout, question.k
         require_answerable(query, layout, self._store)
-        if k is not None and k > candidates.count:
-            raise QueryError(f"k is {k}, but there are only {candidates.count} samples to rank; ask for fewer")
+        chosen = f"{candidates.count:,} {REDUCTIONS[question.reduce]}"
+        if wished is not None and wished > candidates.count:
+            question = replace(question, k=candidates.count)
+            chosen += ALL_OF_FEWER.format(wished)
         fit = self._fitter.fit(question.preconditioner, question.damping, progress)
         task = self._task(question, query, candidates, fit, progress)
         parts = None if question.per is None else parts_of(layout, question.per)
@@ -141,7 +148,7 @@ class QueryEngine:
             damping=question.damping.setting,
             reduce=question.reduce,
             engine=question.engine,
-            note=self._note(question, candidates, fit, query, remark),
+            note=self._note(chosen, question, fit, query, remark),
             source=str(getattr(self._store, "path", "")),
             part_names=() if parts is None else parts.names,
             **answer,
@@ -167,7 +174,8 @@ class QueryEngine:
         if query is not None:
             require_answerable(query, candidates.rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, question.damping, progress)
-        settings = preconditioner, question.damping.setting, reduce, self._note(question, candidates, fit, query)
+        chosen = f"{candidates.count:,} {REDUCTIONS[reduce]}"
+        settings = preconditioner, question.damping.setting, reduce, self._note(chosen, question, fit, query)
         if query is not None:
             gradients = query.gradients.detach().to("cpu", candidates.dtype)
             scores = _squared_lengths(gradients, fit.preconditioner)
@@ -244,18 +252,22 @@ class QueryEngine:
         ids, _ = labels(asked, positions, reduce)
         own = Counter(labels(among, (among.wanted & asked.wanted).nonzero().flatten(), reduce)[0].tolist())
         most = max(own.values(), default=0)
-        if not is_count(k) or not 1 <= k <= among.count - most:
+        if not is_count(k) or not 1 <= k <= every.count - most:
             raise QueryError(
-                f"k is {k!r}; it must be between 1 and {among.count - most}, all that are ranked but the one itself"
+                f"k is {k!r}; it must be between 1 and {every.count - most}, all that are ranked but the one itself"
             )
+        held = min(k, among.count - most)
+        if not held:
+            raise QueryError("where leaves no sample to be like but the one itself; choose more of them")
         gradients, factor = asked.fetch(positions), asked.factor
         if factor is not None:
             gradients = gradients * factor[positions, None]
         query = QueryGradients(tuple(ids.tolist()), gradients, every.rows.layout, "stored rows")
-        result = self.influence(query, k=k + most, mode=mode, preconditioner=preconditioner, reduce=reduce, **options)
+        asked_of = {"mode": mode, "preconditioner": preconditioner, "reduce": reduce, **options}
+        result = self.influence(query, k=held + most, **asked_of)
         assert result.top is not None and result.bottom is not None
-        top, bottom = (side.without(result.query_id, k) for side in (result.top, result.bottom))
-        return replace(result, top=top, bottom=bottom)
+        top, bottom = (side.without(result.query_id, held) for side in (result.top, result.bottom))
+        return replace(result, top=top, bottom=bottom, note=result.note + ("" if held == k else ALL_OF_FEWER.format(k)))
 
     def preconditioned(
         self,
@@ -370,11 +382,9 @@ class QueryEngine:
         lengths = self._lengths.get(key, compute) if candidates.complete else compute()
         return lengths if factor is None else lengths * factor.square()
 
-    def _note(
-        self, question: Question, candidates: Candidates, fit: Fit, query: QueryGradients | None, remark: str = ""
-    ) -> str:
+    def _note(self, chosen: str, question: Question, fit: Fit, query: QueryGradients | None, remark: str = "") -> str:
         parts = [
-            f"{candidates.count:,} {REDUCTIONS[question.reduce]}",
+            chosen,
             question.described if query is not None else "self-influence",
             fit.described,
             f"{question.engine} engine" + (f" ({remark})" if remark else ""),

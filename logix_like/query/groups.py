@@ -14,6 +14,7 @@ from logix_like.errors import QueryError
 from logix_like.layout import DataId, Layout
 from logix_like.preconditioner import FittedPreconditioner
 from logix_like.query.scan import Candidates
+from logix_like.query.table import counted
 
 LARGEST_GROUP = 8192
 """Visits of a group in second order: a matrix of that size is solved for each module."""
@@ -47,7 +48,9 @@ class GroupInfluence:
             f"{name[:30]:<30} {size:>9,}" + "".join(f" {score:>12.4g}" for score in self.scores[:, column].tolist())
             for column, (name, size) in enumerate(zip(self.groups, self.sizes, strict=True))
         ]
-        return "\n".join([f"Influence of {len(self.groups)} sets of samples", self.note, head, *lines])
+        return "\n".join(
+            [f"Influence of {counted(len(self.groups), 'set', 'sets')} of samples", self.note, head, *lines]
+        )
 
 
 def named_groups(groups: object) -> dict[str, list[DataId]]:

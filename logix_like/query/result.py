@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -49,6 +50,12 @@ class Ranking:
     """``[queries, k]``: the step of the visit, when every visit was ranked by itself."""
     parts: Tensor | None = None
     """``[queries, k, parts]``: what each part of the model adds to the score, when that was asked for."""
+
+    def __repr__(self) -> str:
+        """How much there is, and the first of the first query."""
+        shown = zip(self.ids[0, :3].tolist(), self.scores[0, :3].tolist(), strict=True)
+        first = ", ".join(f"{reprlib.repr(one)}: {score:+.4g}" for one, score in shown)
+        return f"Ranking(queries={len(self.ids)}, k={self.k}, first {first}{', ...' if self.k > 3 else ''})"
 
     @property
     def k(self) -> int:
@@ -149,8 +156,8 @@ class InfluenceResult:
         """A data frame.
 
         With all scores: one line for each query and one column for each sample. With extremes only: one line
-        for each pair, with the columns query_id, kind (proponent or opponent), rank, data_id, score and, when
-        visits were ranked, step.
+        for each pair, with the columns query_id, kind (proponent: one of the highest scores; opponent: of the
+        lowest), rank, data_id, score and, when visits were ranked, step.
         """
         if self.scores is not None and self.data_id is not None:
             columns: Any = list(self.data_id)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from logix_like.layout import DataId
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from logix_like.query.result import InfluenceResult, Ranking, SelfInfluence
 
 SIGN_CONVENTION = (
@@ -30,29 +32,38 @@ def influence_table(result: InfluenceResult, k: int = SHOWN_SAMPLES) -> str:
     """The ``k`` first proponents and opponents of each of the first queries, side by side."""
     k = min(k, result.held)
     top, bottom = result.proponents(k), result.opponents(k)
-    samples = _count(result.samples, "sample", "samples")
-    lines = [f"Influence of {samples} on {_count(len(result.query_id), 'query', 'queries')}"]
+    samples = counted(result.samples, "sample", "samples")
+    lines = [f"Influence of {samples} on {counted(len(result.query_id), 'query', 'queries')}"]
     lines += [result.note, SIGN_CONVENTION]
     for q, query in enumerate(result.query_id[:SHOWN_QUERIES]):
         lines += ["", f"query {shown_id(query, 60)}", *_side_by_side(top, bottom, q)]
     left = len(result.query_id) - SHOWN_QUERIES
     if left > 0:
-        lines += ["", f"... and {_count(left, 'query', 'queries')} more"]
+        lines += ["", f"... and {counted(left, 'query', 'queries')} more"]
     return "\n".join(lines)
 
 
 def self_influence_table(result: SelfInfluence, k: int = 2 * SHOWN_SAMPLES) -> str:
     """The ``k`` highest self-influences."""
     ranking = result.highest(min(k, len(result.data_id)))
-    lines = [f"Self-influence of {_count(len(result.data_id), 'sample', 'samples')}"]
+    lines = [f"Self-influence of {counted(len(result.data_id), 'sample', 'samples')}"]
     lines += [result.note, SELF_CONVENTION, ""]
     lines += [f"  {'sample':<{ID_WIDTH}} {'score':>11}", *_column(ranking, 0)]
     return "\n".join(lines)
 
 
+def side_names(highest: Tensor, lowest: Tensor) -> tuple[str, str]:
+    """What the samples with these scores are together: of few samples the lowest scores may be positive, too."""
+    return (
+        "highest scores" if bool((highest < 0).any()) else "proponents",
+        "lowest scores" if bool((lowest > 0).any()) else "opponents",
+    )
+
+
 def _side_by_side(top: Ranking, bottom: Ranking, query: int) -> list[str]:
     head = f"  {{:<{ID_WIDTH}}} {{:>11}}"
-    heads = head.format("proponents", "score") + "  " + head.format("opponents", "score")
+    names = side_names(top.scores[query], bottom.scores[query])
+    heads = "  ".join(head.format(name, "score") for name in names)
     pairs = zip(_column(top, query), _column(bottom, query), strict=True)
     return [heads, *(f"{left}  {right}" for left, right in pairs)]
 
@@ -91,5 +102,6 @@ def _width(text: str) -> int:
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
 
 
-def _count(number: int, one: str, many: str) -> str:
+def counted(number: int, one: str, many: str) -> str:
+    """``number`` with the word for as many."""
     return f"{number:,} {one if number == 1 else many}"

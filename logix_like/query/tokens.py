@@ -32,6 +32,11 @@ class TokenScores:
     rest: Tensor
     """``[queries, samples]``: what modules add that are used at other positions (a pooled head)."""
 
+    def __repr__(self) -> str:
+        """How much there is; :meth:`marks` shows a sample."""
+        queries, samples, positions = self.scores.shape
+        return f"TokenScores(queries={queries}, samples={samples}, positions={positions})"
+
     def marks(self, query: int, sample: int, tokens: Sequence[Any]) -> list[tuple[Any, float]]:
         """Pairs of token and score for one sample; ``tokens`` are those of its first positions."""
         line = self.scores[query, sample]

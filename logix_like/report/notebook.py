@@ -6,7 +6,7 @@ import html
 
 from logix_like.errors import MissingDependencyError
 from logix_like.query.result import InfluenceResult
-from logix_like.query.table import SIGN_CONVENTION
+from logix_like.query.table import SIGN_CONVENTION, side_names
 from logix_like.report.content import short_name
 from logix_like.report.templates import render
 
@@ -17,15 +17,13 @@ SAMPLES = 8
 def influence_html(result: InfluenceResult) -> str:
     """The first proponents and opponents of the first queries; plain text where jinja2 is not installed."""
     k = min(SAMPLES, result.held)
-    sides = {"proponents": result.proponents(k), "opponents": result.opponents(k)}
+    sides = result.proponents(k), result.opponents(k)
     queries = [
         {
             "name": short_name(query),
+            "heads": side_names(*(ranking.scores[q] for ranking in sides)),
             "lines": [
-                {
-                    name: (short_name(ranking.ids[q, place]), float(ranking.scores[q, place]))
-                    for name, ranking in sides.items()
-                }
+                [(short_name(ranking.ids[q, place]), float(ranking.scores[q, place])) for ranking in sides]
                 for place in range(k)
             ],
         }

@@ -16,6 +16,7 @@ from logix_like.errors import LogixError, QueryError
 from logix_like.layout import DataId
 from logix_like.query.files import replace_file
 from logix_like.query.result import InfluenceResult, Provider, Ranking
+from logix_like.query.table import side_names
 from logix_like.report import figures, plots
 from logix_like.report.columns import SampleColumns
 from logix_like.report.concentration import share_of_first
@@ -27,7 +28,10 @@ from logix_like.store import GradientStore, open_store
 SIDES = {
     "proponents": ("for", "helped: training on them lowered the loss"),
     "opponents": ("against", "harmed: training on them raised it"),
+    "highest scores": ("", "not all positive: training on the negative ones raised the loss"),
+    "lowest scores": ("", "not all negative: training on the positive ones lowered the loss"),
 }
+"""By what the samples of a side are together: colour, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def write_report(
 
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
-        QueryError: ``k`` is less than 1, or ``data`` knows none of the ids.
+        QueryError: ``k`` is less than 1, or ``data`` or ``queries`` knows none of the ids.
     """
     if k < 1:
         raise QueryError(f"k is {k}; a report shows at least 1 sample on each side of a query")
@@ -139,6 +143,7 @@ def write_report(
     album = Album()
     blocks = query_blocks(result, k, sources, album)
     sources.samples.require_some()
+    sources.queries.require_some()
     script = source("report.js.j2")
     page = render(
         "influence.html.j2",
@@ -161,12 +166,13 @@ def write_report(
 def query_blocks(result: InfluenceResult, k: int, sources: Sources, album: Album) -> list[dict[str, Any]]:
     """What the template shows of each query."""
     k = min(k, result.held)
-    rankings = {"proponents": result.proponents(k), "opponents": result.opponents(k)}
+    rankings = result.proponents(k), result.opponents(k)
     strips = _strips(result, k) if result.scores is not None else [None] * len(result.query_id)
     blocks = []
     for q, query in enumerate(result.query_id):
         content, name = sources.queries.of(query), short_name(query)
-        largest = max((float(r.scores[q].abs().max()) for r in rankings.values()), default=0.0)
+        largest = max((float(r.scores[q].abs().max()) for r in rankings), default=0.0)
+        names = side_names(*(ranking.scores[q] for ranking in rankings))
         blocks.append(
             {
                 "number": q,
@@ -174,7 +180,9 @@ def query_blocks(result: InfluenceResult, k: int, sources: Sources, album: Album
                 "facts": {} if content is None else content.facts,
                 "content": album.shown(content, f"query {name}"),
                 "strip": strips[q],
-                "sides": [_side(result, s, r, q, largest, sources, album) for s, r in rankings.items()],
+                "sides": [
+                    _side(result, s, r, q, largest, sources, album) for s, r in zip(names, rankings, strict=True)
+                ],
             }
         )
     return blocks

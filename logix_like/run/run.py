@@ -38,7 +38,7 @@ from logix_like.run.questions import Questions
 from logix_like.run.recording import PathRecorder
 from logix_like.run.resuming import require_no_step_twice, stand_of
 from logix_like.run.session import StoreSession
-from logix_like.run.tracking import describe, new_tracker, tracker_of_store
+from logix_like.run.tracking import describe, new_tracker, require_training, tracker_of_store
 from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.timing import Timing
@@ -85,6 +85,7 @@ class Run(Questions):
 
         Raises:
             CaptureError: another model is being watched already.
+            ConfigError: the optimizer that was given trains another model.
             ModelMismatchError: the store was made with another model.
             UnsupportedModuleError: a module chosen by name has no rule.
         """
@@ -92,6 +93,7 @@ class Run(Questions):
             if self._logbook.tracker.model is not model:
                 raise CaptureError("this run watches another model already; one run logs one model")
             return
+        require_training(self._progress.optimizer, model)
         store = self.store if self._session is None else self._session.resumed
         if store is not None and store.layout is not None:
             self.follow(tracker_of_store(model, self.config, store))

@@ -15,7 +15,7 @@ from logix_like.errors import ConfigError
 from logix_like.run.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
 from logix_like.run.run import TRAINING, Run
 from logix_like.run.session import StoreSession
-from logix_like.run.tracking import new_tracker
+from logix_like.run.tracking import new_tracker, require_training
 from logix_like.store import OnDamage, Place, as_place, is_store, open_store
 
 
@@ -49,7 +49,7 @@ def init(
         overrides: settings that win over the config.
 
     Raises:
-        ConfigError: a setting is unknown or wrong, or no project is named.
+        ConfigError: a setting is unknown or wrong, no project is named, or the optimizer trains another model.
         StoreExistsError: the place holds another run, and neither ``resume`` nor ``overwrite`` is set.
     """
     settings = load_config(config, project=project, **overrides)
@@ -72,6 +72,8 @@ def init(
         raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
     # What is wrong with the choice of modules is said before a store is touched.
     tracker = None if model is None or resume else new_tracker(model, settings, curvature)
+    if tracker is not None:
+        require_training(optimizer, tracker.model)
     session = StoreSession(path, settings, resume=resume, overwrite=overwrite, resume_step=resume_step)
     warn_of_missing_steps(session, resume_step)
     run = Run(settings, path, session, optimizer=optimizer, verbose=verbose)

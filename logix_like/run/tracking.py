@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from logix_like.capture.projector import Projector
 from logix_like.capture.selection import Selection, select_modules, select_stored
@@ -96,9 +97,11 @@ def describe(tracker: Tracker, config: Config) -> str:
     size = ENCODINGS[config.store.dtype].row_bytes(layout)
     share = selection.covered / selection.parameters
     lines = [
-        f"logix_like: {len(selection.modules)} modules, {layout.width:,} numbers ({size:,} bytes as "
+        f"logix_like: {len(layout)} modules, {layout.width:,} numbers ({size:,} bytes as "
         f"{config.store.dtype}) a sample, {share:.1%} of the model's {selection.parameters:,} parameters"
     ]
+    if len(selection.modules) > len(layout):
+        lines.append("  modules that share a weight count as one")
     if tracker.projector.capped:
         names = [repr(name) for name in sorted(tracker.projector.capped)]
         lines.append(f"  rank capped by a layer's size: {first_of(names)}")
@@ -111,6 +114,38 @@ def describe(tracker: Tracker, config: Config) -> str:
             "projections are made"
         )
     return "\n".join(lines)
+
+
+def require_training(optimizer: Optimizer | None, model: nn.Module) -> None:
+    """Is it this model that the optimizer trains? Steps and learning rates would else be another training's.
+
+    Raises:
+        ConfigError: it holds none of the model's parameters, nor anything that may stand for them.
+
+    Warns:
+        RuntimeWarning: it holds none of them, but tensors that may be flattened from them, or their copies in a wider
+            type.
+    """
+    if optimizer is None:
+        return
+    own = list(model.parameters())
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if {id(parameter) for parameter in own} & {id(parameter) for parameter in held}:
+        return
+    none = f"optimizer= holds none of the {len(own)} parameters of the model, but {len(held)} other tensors"
+    types, largest = {parameter.dtype for parameter in own}, max((parameter.numel() for parameter in own), default=0)
+    if any(one.dtype not in types or (one.dim() == 1 and one.numel() > largest) for one in held):
+        warnings.warn(
+            f"{none}, which may be flattened from them or copies of them: steps and learning rates are taken from it; "
+            "if it trains another model, give the optimizer that trains this one",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    raise ConfigError(
+        f"{none}, so that its steps and learning rates are those of another training; give the optimizer that trains "
+        "this very model: one made before the model was made again, copied or sharded trains what was there before"
+    )
 
 
 def warn_of_coupling(recording: Recording, model: nn.Module) -> None:

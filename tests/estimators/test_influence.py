@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 
@@ -318,9 +319,14 @@ def test_a_singular_preconditioner_and_damping_that_is_none_are_said() -> None:
     dead = [(torch.cat([x[:, :-1], torch.zeros_like(x[:, :1])], 1), y) for x, y in data]
     with pytest.raises(StatisticsError, match="singular with damping 0"):
         InfluenceFunction(model, dead, damping=0, progress=False).scores(queries)
-    for wrong in (-0.5, math.nan, True, "auto", {"absolute": 0.1}):
-        with pytest.raises(QueryError, match="damping is"):
+    for wrong in (-0.5, math.nan, True, "auto", {"relative": 0.1}):
+        with pytest.raises(QueryError, match=r"damping is .* \{'absolute': number\}"):
             InfluenceFunction(model, data, damping=wrong, progress=False)
+    told, plain = (
+        InfluenceFunction(model, data, solver="exact", damping=setting, progress=False).scores(queries)
+        for setting in ({"absolute": 0.3}, 0.3)
+    )
+    assert torch.equal(told, plain)
     with pytest.raises(QueryError, match="holds no sample"):
         InfluenceFunction(model, data, solver="cg", progress=False).scores(tuple(part[:0] for part in queries))
 
@@ -345,3 +351,16 @@ def test_a_direction_of_negative_curvature_is_said() -> None:
     estimator = InfluenceFunction(model, [batch], solver="cg", matrix="hessian", damping=0.0, progress=False)
     with pytest.raises(StatisticsError, match="not positive along a direction"):
         estimator.scores(batch)
+
+
+@pytest.mark.parametrize("solver", ["cg", "ekfac-cg", "exact", Lissa(sampled=True, most=4, tolerance=1e9)])
+def test_a_solution_shows_that_it_goes_on(solver: str | Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data, queries = classifier()
+    estimator = InfluenceFunction(model, data, solver=solver, damping=0.1)
+    estimator.scores(queries)
+    shown = capsys.readouterr().err
+    assert re.search(r"solving \(\w+\): [1-9]\d*batch", shown)
+    assert "influence scores: 100%" in shown
+    estimator = InfluenceFunction(model, data, solver=solver, damping=0.1, progress=False)
+    estimator.scores(queries)
+    assert not capsys.readouterr().err

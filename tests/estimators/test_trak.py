@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from logix_like.damping import DampingSetting
 from logix_like.errors import QueryError, StatisticsError
 from logix_like.estimators import TRAK
 from logix_like.objective import Bernoulli, Objective
@@ -121,3 +122,21 @@ def test_f8_more_features_than_samples_need_damping() -> None:
     assert bool((scores.diagonal() > 0).all())
     with pytest.raises(QueryError, match="not finite"):
         TRAK(model, [batch], rank=FULL, progress=False).scores((batch[0] * float("nan"), batch[1]))
+
+
+def test_damping_is_given_as_everywhere() -> None:
+    case = logistic()
+    model = case.model(case.fit(torch.ones(100, dtype=torch.float64)))
+
+    def scores(damping: DampingSetting) -> Tensor:
+        trak = TRAK(model, case.batches, case.objective, rank=FULL, damping=damping, progress=False)
+        assert trak.damping_setting == damping
+        return trak.scores(case.batches[0])
+
+    assert torch.equal(scores({"absolute": 0.0}), scores(0.0))
+    far = scores({"absolute": 1e12})  # all that is left of the matrix
+    assert torch.allclose(far, 2 * scores({"absolute": 2e12}), rtol=1e-6, atol=0)
+    assert not torch.allclose(far, scores(1e12), rtol=0.1, atol=0)
+    assert bool(scores("auto").isfinite().all())
+    with pytest.raises(QueryError, match="damping is 'much'; it must be a number"):
+        scores("much")

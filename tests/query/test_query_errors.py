@@ -56,7 +56,7 @@ def query() -> QueryGradients:
         ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
         ({"data_id": [1]}, r"no sample with the id 1 \(int\)"),
         ({"data_id": []}, "data_id names no sample"),
-        ({"data_id": "s1", "k": 2}, "there are only 1 samples to rank"),
+        ({"data_id": "s1", "k": 11}, "k is 11, but there are only 10 samples to rank"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -68,6 +68,19 @@ def test_options_that_make_no_sense(
 
 def test_one_id_alone_is_one_sample_and_not_its_letters(engine: QueryEngine, query: QueryGradients) -> None:
     assert engine.influence(query, data_id="s1").samples == 1
+
+
+@pytest.mark.parametrize("filters", [{"where": ["s1", "s4"]}, {"data_id": ["s4", "s1"]}])
+def test_a_filter_that_leaves_fewer_than_k_gives_all_of_them_and_says_so(
+    engine: QueryEngine, query: QueryGradients, filters: dict[str, Any]
+) -> None:
+    result = engine.influence(query, k=10, **filters)
+    assert result.held == result.samples == 2
+    assert {*result.proponents().ids[0]} == {*result.opponents().ids[0]} == {"s1", "s4"}
+    assert result.note.startswith(
+        "2 samples, each the mean of its visits; all that the filter leaves, fewer than k=10; dot"
+    )
+    assert "fewer" not in engine.influence(query, k=2, **filters).note
 
 
 def test_no_query(engine: QueryEngine) -> None:

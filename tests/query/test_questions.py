@@ -346,10 +346,11 @@ def test_sums_of_visits_are_compared_with_sums(rows: Tensor, mode: str) -> None:
 def test_look_alikes_among_some_samples_only(engine: QueryEngine) -> None:
     others = [f"s{i}" for i in range(20, 25)]
     assert set(engine.similar(["s3"], k=5, where=others).proponents().ids[0]) == set(others)
-    with pytest.raises(QueryError, match="k is 6; it must be between 1 and 5"):
-        engine.similar(["s3"], k=6, where=others)
-    with pytest.raises(QueryError, match="k is 5; it must be between 1 and 4"):
-        engine.similar(["s20"], k=5, where=others)
+    fewer = engine.similar(["s20"], k=5, where=others)
+    assert set(fewer.proponents().ids[0]) == set(others) - {"s20"}
+    assert fewer.note.endswith("; all that the filter leaves, fewer than k=5")
+    with pytest.raises(QueryError, match="leaves no sample to be like but the one itself"):
+        engine.similar(["s20"], k=5, where=["s20"])
 
 
 def test_look_alikes_where_samples_have_unlike_numbers_of_visits(rows: Tensor) -> None:

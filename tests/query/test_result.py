@@ -15,7 +15,8 @@ import torch
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query.files import FORMATS
 from logix_like.query.result import Ids, InfluenceResult, Ranking, SelfInfluence
-from logix_like.query.table import ID_WIDTH, SIGN_CONVENTION, shown_id
+from logix_like.query.table import ID_WIDTH, SIGN_CONVENTION, shown_id, side_names
+from logix_like.query.tokens import TokenScores
 
 AWKWARD: list[str | int] = ["", "7", 7, -(10**30), "ü\n\x1b[31m", "nul\x00", "\ud800", "日本語" * 20]
 """Ids that a careless format loses: empty, a digit string beside an int, huge, control characters, lone
@@ -199,7 +200,11 @@ def test_the_table_is_readable_and_aligned(kind: str) -> None:
     assert "proponent, helpful" in text and "opponent, harmful" in text
     assert "\x1b" not in text and "\x00" not in text
     first = lines.index("query q0")
-    assert lines[first + 1].split() == ["proponents", "score", "opponents", "score"]
+    # The full results have so few samples that positive ones stand among the five lowest.
+    lowest = "opponents" if kind.startswith("extremes") else "lowest scores"
+    assert lines[first + 1] == f"  {'proponents':<30}       score    {lowest:<30}       score"
+    second = lines[lines.index("query 1") + 1]
+    assert second.split() == ["proponents", "score", "lowest", "scores", "score"]  # all of its scores are positive
     assert "+3" in lines[first + 2] and "-7" in lines[first + 2]
 
 
@@ -300,3 +305,33 @@ def test_another_result_is_no_self_influence(tmp_path: Path, suffix: str) -> Non
 def test_a_result_needs_its_folder(tmp_path: Path) -> None:
     with pytest.raises(QueryError, match=r"there is no folder .*nowhere; create it first"):
         _full().save(tmp_path / "nowhere" / "result.json")
+
+
+@pytest.mark.parametrize(
+    ("scores", "names"),
+    [
+        ([3.0, 1.0, -1.0, -3.0], ("proponents", "opponents")),
+        ([3.0, 2.0, 0.0, -0.0], ("proponents", "opponents")),  # 0 is neither, and contradicts neither
+        ([4.0, 3.0, 2.0, 1.0], ("proponents", "lowest scores")),
+        ([-1.0, -2.0, -3.0, -4.0], ("highest scores", "opponents")),
+        ([1.0, -2.0, -3.0, float("nan")], ("highest scores", "opponents")),
+    ],
+)
+def test_no_table_calls_a_sample_what_its_sign_denies(scores: list[float], names: tuple[str, str]) -> None:
+    assert side_names(torch.tensor(scores[:2]), torch.tensor(scores[2:])) == names
+
+
+@pytest.mark.parametrize("show", [InfluenceResult._repr_html_, InfluenceResult.__str__])
+def test_the_lowest_of_positive_scores_are_no_opponents(show: Any) -> None:
+    result = InfluenceResult(
+        **PLAIN | {"query_id": ("q",), "samples": 2}, data_id=_ids(["a", "b"]), scores=torch.tensor([[1.0, 2.0]])
+    )
+    shown = show(result)
+    assert "lowest scores" in shown and "opponents" not in shown and "proponents" in shown
+
+
+def test_rankings_and_token_scores_print_in_a_line() -> None:
+    assert repr(_full().proponents(1)) == "Ranking(queries=2, k=1, first 7: +3)"
+    assert str(_full().opponents()).endswith(", ...)")
+    tokens = TokenScores(("q",), ("a", "b"), torch.zeros(1, 2, 16), torch.zeros(1, 2))
+    assert str(tokens) == "TokenScores(queries=1, samples=2, positions=16)"

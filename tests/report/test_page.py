@@ -88,6 +88,22 @@ def test_the_page_says_what_was_computed_and_what_the_sign_means(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["answer.html"]
 
 
+def test_a_side_that_holds_both_signs_is_named_by_its_place(tmp_path: Path) -> None:
+    heads = {k: re.findall(r"<h3[^>]*>(\w[\w ]*) <small", _written(result(), tmp_path, k)) for k in (1, 4)}
+    assert heads == {1: ["Proponents", "Opponents"] * 2, 4: ["Highest scores", "Lowest scores"] * 2}
+
+
+def test_queries_of_which_no_id_fits_are_refused_as_data_are(tmp_path: Path) -> None:
+    for unfit in (["the first", "the second"], {"q2": "another"}):
+        with pytest.raises(QueryError, match=r"queries knows none of the 2 ids to show, e\.g\. .* \(a str\); it must"):
+            result().report(tmp_path / "answer.html", queries=unfit)
+    assert not list(tmp_path.iterdir())
+
+
+def _written(answer: InfluenceResult, folder: Path, k: int) -> str:
+    return answer.report(folder / f"{k}.html", k=k).read_text(encoding="utf-8")
+
+
 def test_ids_are_text_and_the_page_loads_nothing(tmp_path: Path) -> None:
     data = {"a": EVIL, EVIL: {"text": EVIL_ATTRIBUTE, EVIL_ATTRIBUTE: EVIL_ATTRIBUTE}}
     source = result().report(tmp_path / "answer.html", data=data).read_text(encoding="utf-8")
