@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +107,17 @@ def test_loaders_that_are_made_anew_each_epoch(tmp_path: Path) -> None:
     module = Growing()
     store = logged(tmp_path, module, reload_dataloaders_every_n_epochs=1)
     assert list(Counter(store.step).values()) == [5, 5, 5, 5, 3, 6, 6, 6, 5]
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_a_module_without_optimizers(tmp_path: Path) -> None:
+    class Unmoved(Classifier):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    module = Unmoved()
+    store = logged(tmp_path, module, max_epochs=1)
+    assert np.isnan(store.lr).all()
     assert relative_error(store, module) <= FLOAT32
 
 
