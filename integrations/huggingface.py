@@ -315,6 +315,8 @@ class _Training:
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = self._names.take(kwargs, mask)
+        if self._names.order is not None:
+            _require_row_of_each(len(ids), kwargs.get("input_ids"))
         if self._run.config.per_token:
             targets = self._reader.targets(kwargs)
             mask = mask if targets is None or targets.ndim != 2 else targets.ne(-100)
@@ -332,6 +334,15 @@ class _Training:
             log_chances = outputs.get("log_probs") if isinstance(outputs, Mapping) else None
             if isinstance(log_chances, Tensor) and log_chances.requires_grad:
                 self._open.gave_log_chances(log_chances)
+
+
+def _require_row_of_each(samples: int, tokens: Any) -> None:
+    if isinstance(tokens, Tensor) and tokens.ndim and len(tokens) != samples:
+        raise CaptureError(
+            f"the loader read {samples} samples, and its collator made 'input_ids' of shape {tuple(tokens.shape)} of "
+            "them: samples that are packed together, dropped or split have no row each; use a collator that makes one "
+            "row of each sample, or name what it makes with LogixCallback(data_id=...), a function of the batch"
+        )
 
 
 def _batches_to_skip(steps: int, batches: int, accumulated: int) -> int:

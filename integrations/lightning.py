@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import logix_like as logix
 from logix_like.config import Config
-from logix_like.errors import MissingDependencyError
+from logix_like.errors import CaptureError, MissingDependencyError
 from logix_like.run.block import Block
 
 from .naming import NamedBy, SampleNames
@@ -106,12 +106,7 @@ class LogixCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the run, or go on with it where the Trainer resumes from a checkpoint."""
-        loader = trainer.train_dataloader
-        if loader is not self._loader:
-            self._watch(loader)
-            assert self._names is not None
-            if self._names.order is not None:
-                self._names.order.join(_training_pass(trainer))
+        self._follow(trainer)
         steps, self._saved_steps = self._saved_steps, None
         steps = trainer.global_step if steps is None else steps
         self._run = self._setup.start(pl_module, trainer.optimizers[0], steps=steps)
@@ -119,7 +114,8 @@ class LogixCallback(Callback):
         self._run.epoch(trainer.current_epoch)  # the start of an epoch that is resumed in its midst is not told
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the run of the epoch."""
+        """Tell the run of the epoch, for which loaders may have been made anew."""
+        self._follow(trainer)
         self.run.epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -143,8 +139,18 @@ class LogixCallback(Callback):
                 self._open()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """What was opened for a further backward pass is not needed."""
+        """What was opened for a further backward pass is not needed.
+
+        Raises:
+            CaptureError: there was one, of which Lightning was not told.
+        """
+        passed = self._block is not None and self._block.has_gradients
         self._drop()
+        if passed:
+            raise CaptureError(
+                "the training step called loss.backward() itself, of which no callback hears, so its batch could not "
+                "be logged; call self.manual_backward(loss)"
+            )
         if trainer.is_global_zero and trainer.log_every_n_steps and (batch_idx + 1) % trainer.log_every_n_steps == 0:
             self._telling.tell(trainer.global_step)
 
@@ -191,6 +197,14 @@ class LogixCallback(Callback):
         if self._names is not None:
             self._names.close()
         self._names, self._loader = self._setup.names(loader), loader
+
+    def _follow(self, trainer: Any) -> None:
+        """Watch the loader that the Trainer has made, unless it is watched."""
+        if trainer.train_dataloader is not self._loader:
+            self._watch(trainer.train_dataloader)
+            assert self._names is not None
+            if self._names.order is not None:
+                self._names.order.join(_training_pass(trainer))
 
     def _open(self) -> None:
         self._block = self.run(**self._batch)

@@ -78,6 +78,12 @@ class RecordedBatches(BatchSampler):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("inner", "skip", "_passes", "_ended"):
+            super().__setattr__(name, value)
+        else:  # a batch size that grows, which is to reach the one that forms the batches
+            setattr(self.inner, name, value)
+
     def take(self, of: Any = None) -> tuple[int, ...]:
         """Indices of the oldest batch that was not taken yet, of the pass ``of``, or of the only one that has such.
 

@@ -38,8 +38,9 @@ class Progress:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the first parameter group, NaN if no optimizer is known."""
-        return float("nan") if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+        """Learning rate of the first parameter group, NaN if no optimizer is known, or it has nothing to step."""
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return float(groups[0]["lr"]) if groups else float("nan")
 
     def block_ended(self) -> None:
         """A block has ended; it counts as a step where no optimizer is known."""

@@ -241,9 +241,14 @@ class Recording:
         """By block: the gradient matrix that the block's backward passes left in parameters that had none before."""
         return _matrices(t for t in self._tracker.selection.modules if t.name in self._without_gradient)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass reached a tracked module."""
+        return self._reader.gradients > 0
+
     def check(self) -> None:
         """Raise :class:`CaptureError` unless a backward pass reached at least one tracked module."""
-        if self._reader.gradients:
+        if self.has_gradients:
             return
         if not self._reader.called:
             raise CaptureError(

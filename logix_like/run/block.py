@@ -157,6 +157,11 @@ class Block:
         self._watch = watch
         self._begun = self._ended = False
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has reached a tracked module, while this block is open and logged."""
+        return self.recording is not None and self.recording.has_gradients
+
     def measured(self, scale: float, divisor: float) -> None:
         """Say before the end what the loss was, where it is known only after the backward pass.
 

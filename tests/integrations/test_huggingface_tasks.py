@@ -355,3 +355,19 @@ def test_samples_of_other_streams(tmp_path: Path, kind: str) -> None:
 def own_rows_of_language(model: nn.Module, store: Any, seen: list[dict[str, Tensor]]) -> Tensor:
     names = dict(zip(store.data_id, seen, strict=True))
     return s.own_rows(model, store, names)
+
+
+def packed(samples: list[s.Sample]) -> s.Sample:
+    """All samples of a batch one behind the other, as collators without padding lay them."""
+    return {name: torch.cat([sample[name] for sample in samples])[None] for name in ("input_ids", "labels")}
+
+
+def test_samples_that_are_packed_are_named_as_a_whole_or_refused(tmp_path: Path) -> None:
+    collator = {"data_collator": packed}
+    with pytest.raises(CaptureError, match=r"read 2 samples, and its collator made 'input_ids' of shape \(1, 12\)"):
+        s.trained(tmp_path / "by index", s.llama(), s.sentences(), trainer=collator)
+    store = s.trained(
+        tmp_path, s.llama(), s.sentences(), trainer=collator, num_train_epochs=1,
+        callback={"data_id": lambda batch: batch["input_ids"]},
+    ).run.store  # fmt: skip
+    assert len(set(store.data_id)) == len(store) == 6

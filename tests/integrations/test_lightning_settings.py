@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("lightning")
 
+import lightning
 from logix_like.integrations.lightning import LogixCallback
 
 from logix_like.errors import CaptureError
@@ -77,6 +80,58 @@ def test_two_callbacks_leave_the_loader_as_it_was(tmp_path: Path, given: bool) -
     assert loader.batch_sampler is sampler
     for callback in callbacks:
         assert relative_error(callback.run.store, module) <= FLOAT32
+
+
+class Shrinking(lightning.Callback):
+    """Changes the batch size of the loader's own sampler behind the first epoch."""
+
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.train_dataloader.batch_sampler.batch_size = 3
+
+
+def test_a_batch_size_that_changes_in_training_does_so_with_the_callback(tmp_path: Path) -> None:
+    module = Classifier()
+    loader, kept = DataLoader(module.dataset, 5, shuffle=True), LogixCallback("run", root=tmp_path, **QUIET)
+    trainer(tmp_path, Shrinking(), kept).fit(module, loader)
+    assert loader.batch_sampler.batch_size == 3
+    # Lightning counts the batches of an epoch once.
+    assert list(Counter(kept.run.store.step).values()) == [5, 5, 5, 5, 3, *[3] * 5]
+    assert relative_error(kept.run.store, module) <= FLOAT32
+
+
+def test_loaders_that_are_made_anew_each_epoch(tmp_path: Path) -> None:
+    class Growing(Classifier):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.dataset, batch_size=5 + self.current_epoch, shuffle=True)
+
+    module = Growing()
+    store = logged(tmp_path, module, reload_dataloaders_every_n_epochs=1)
+    assert list(Counter(store.step).values()) == [5, 5, 5, 5, 3, 6, 6, 6, 5]
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_a_module_without_optimizers(tmp_path: Path) -> None:
+    class Unmoved(Classifier):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    module = Unmoved()
+    store = logged(tmp_path, module, max_epochs=1)
+    assert np.isnan(store.lr).all()
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_backward_passes_that_lightning_is_not_told_of_are_said(tmp_path: Path) -> None:
+    class Own(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], number: int) -> None:
+            self.loss(batch).backward()
+
+    with pytest.raises(CaptureError, match=r"loss.backward\(\).*call self.manual_backward\(loss\)"):
+        logged(tmp_path, Own())
 
 
 def test_a_batch_that_is_not_trained_on_is_not_logged(tmp_path: Path) -> None:
