@@ -20,6 +20,7 @@ from logix_like.estimators.base import Estimator
 from logix_like.evaluation.removal import RemovalCurve, removal_curve
 from logix_like.evaluation.scored import Scores, score_vector
 from logix_like.evaluation.statistics import mean_and_error
+from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.objective import IGNORED, Batch, Categorical, Objective
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
@@ -29,6 +30,7 @@ from logix_like.run.extraction import batch_ids
 from logix_like.subsets import size_of
 
 SHOWN = 10
+BY_SAMPLE = "ask with reduce='mean' or another"
 
 
 class Run(Protocol):
@@ -150,10 +152,14 @@ def find_mislabeled(
     Raises:
         EvaluationError: ``share`` names no sample, or more than there are, or an option is of no use here.
     """
+    if not isinstance(source, Estimator) and not hasattr(source, "compute_self_influence"):
+        raise EvaluationError(f"the source is a {type(source).__name__}; give a run or an estimator")
     if isinstance(source, Estimator) and options:
         raise EvaluationError(f"an estimator takes no options here ({', '.join(options)}); give them to the estimator")
     if "k" in options:
         raise EvaluationError("all samples are ranked; say with share=, not k=, how many are to be checked")
+    if options.get("reduce") == "none":
+        raise EvaluationError(f"samples are ranked, not their visits; {BY_SAMPLE}")
     if isinstance(source, Estimator):
         names, scores = source.data_id, _suspicion(source, validation)
     elif validation is None:
@@ -164,6 +170,8 @@ def find_mislabeled(
         assert result.scores is not None  # asked for without k
         assert result.data_id is not None
         names, scores = result.data_id, -result.scores.sum(0)
+    if not bool(scores.isfinite().all()):
+        raise EvaluationError(f"{int((~scores.isfinite()).sum())} of {len(names)} samples have no finite score")
     count = size_of(share, len(names))
     if not 0 < count <= len(names):
         raise EvaluationError(
@@ -346,13 +354,17 @@ def _scores_and_names(scores: InfluenceResult | Any, data_id: Sequence[DataId] |
     if isinstance(scores, InfluenceResult):
         if scores.scores is None or scores.data_id is None:
             raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
+        if scores.reduce == "none":
+            raise EvaluationError(f"the result scores visits, not samples; {BY_SAMPLE}")
         matrix, names = scores.scores.double(), scores.data_id
     else:
         matrix = torch.as_tensor(scores).detach().cpu().double()
-        if data_id is not None and len(data_id) != matrix.shape[-1]:
-            raise EvaluationError(f"data_id names {len(data_id)} samples; the scores have {matrix.shape[-1]} columns")
-        names = np.empty(matrix.shape[-1], dtype=object)
-        names[:] = list(range(matrix.shape[-1]) if data_id is None else data_id)
+        columns = matrix.shape[-1] if matrix.ndim else 0
+        given = as_data_ids(range(columns) if data_id is None else data_id)
+        if len(given) != columns:
+            raise EvaluationError(f"data_id names {len(given)} samples; the scores have {columns} columns")
+        names = np.empty(columns, dtype=object)
+        names[:] = given
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
         raise EvaluationError(f"the scores have the shape {tuple(matrix.shape)}; finite [queries, samples] are needed")
     return matrix, names

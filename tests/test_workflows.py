@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import logix_like as logix
 from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.stored import StoredInfluence
 from logix_like.objective import Gaussian, Objective
+from logix_like.query.result import Ids
 from logix_like.workflows import curate, detect_poison, explain, find_mislabeled
 from tests import training
 from tests.evaluation.additive import Additive
@@ -106,6 +108,29 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
         find_mislabeled(run, share=0.001)
     with pytest.raises(EvaluationError, match="share is nan: 0 of 23"):
         find_mislabeled(run, share=math.nan)
+    for validation in (None, query):  # a sample of three visits would fill three places
+        with pytest.raises(EvaluationError, match="samples are ranked, not their visits"):
+            find_mislabeled(run, validation=validation, reduce="none")
+    with pytest.raises(EvaluationError, match="the source is a Tensor; give a run or an estimator"):
+        find_mislabeled(torch.zeros(23))
+    with pytest.raises(EvaluationError, match="1 of 4 samples have no finite score"):
+        find_mislabeled(Diverged())
+
+
+class Diverged(StoredInfluence):
+    """One sample's score is NaN."""
+
+    def __init__(self) -> None:
+        """Asks no run."""
+
+    @property
+    def data_id(self) -> Ids:
+        """Numbers."""
+        return np.arange(4).astype(object)
+
+    def self_influence(self) -> Tensor:
+        """Of 4 samples."""
+        return torch.tensor([1.0, math.nan, 2.0, 3.0])
 
 
 def test_curate_drops_what_harms() -> None:
@@ -153,6 +178,11 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
     assert detect_poison(planted(), data_id=[f"x{i}" for i in range(500)]).first(1)[0][0] == "x"
     with pytest.raises(EvaluationError, match="ask without k="):
         detect_poison(explain(run, model, (x, y), k=2))
+    with pytest.raises(EvaluationError, match="scores visits, not samples"):
+        detect_poison(explain(run, model, (x, y), k=None, reduce="none"))
+    assert detect_poison(planted(), data_id=torch.arange(500) + 7).first(1)[0] in range(107, 115)
+    with pytest.raises(EvaluationError, match=r"shape \(\)"):
+        detect_poison(1.0)
     with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
         detect_poison(planted(), data_id=["a"])
     with pytest.raises(EvaluationError, match="top is 10, group 0"):
