@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
-from logix_like.evaluation.removal import RemovalCurve, removal_curve
+from logix_like.evaluation.removal import with_random_removals
 from logix_like.evaluation.scored import Scores, score_vector
 from logix_like.evaluation.statistics import mean_and_error
 from logix_like.ids import as_data_ids
@@ -240,15 +240,21 @@ def curate(
             "find_mislabeled(run, validation=query), whose first samples harm the queries most"
         )
     vector = score_vector(values, oracle.n, data_id)
-    curve: RemovalCurve = removal_curve(oracle, vector, shares=(drop,), draws=draws, seed=seed)
-    order = vector.argsort(stable=True).tolist()
     count = size_of(drop, oracle.n)
+    if not 0 < count < oracle.n:
+        raise EvaluationError(
+            f"drop is {drop}: {count} of {oracle.n} samples to drop; some must go and some must be kept"
+        )
+    order = vector.argsort(stable=True).tolist()
+    kept = torch.ones(2, oracle.n, dtype=torch.bool)
+    kept[1, order[:count]] = False
+    (before, after), random = with_random_removals(oracle, kept, (count,), draws, seed)
     return Curation(
         kept=tuple(sorted(order[count:])),
         dropped=tuple(order[:count]),
-        before=oracle.full().mean().item(),
-        after=curve.lowest_first[0].mean().item(),
-        random=curve.random[0].mean(1),
+        before=before.mean().item(),
+        after=after.mean().item(),
+        random=random[0].mean(1),
     )
 
 
@@ -302,8 +308,9 @@ def detect_poison(
     Ask about the model's own answers, with normalised scores: ``explain(run, model, batch, k=None, mode="relatif")``.
     The queries whose ``top`` lists are most alike give the samples in question; every query is then judged by how much
     of its influence these hold, and suspicious is one that stands ``deviations`` robust standard deviations (1.48
-    median absolute deviations) above the median. Near-duplicates among the training samples make such groups too: look
-    at what is named. Most queries should be clean.
+    median absolute deviations) above the median, and above what influence spread evenly would give them.
+    Near-duplicates among the training samples make such groups too: look at what is named. Most queries should be
+    clean.
 
     Args:
         scores: A result with all scores, or anything that makes a ``[queries, samples]`` tensor.
@@ -333,7 +340,9 @@ def detect_poison(
     concentration = shares[:, core].sum(1)
     middle = concentration.median()
     spread = 1.4826 * (concentration - middle).abs().median()
-    suspicious = (concentration > middle + deviations * spread) & (found >= overlap)
+    # Where these samples oppose most queries the deviations vanish, and next to nothing would stand out.
+    even = len(core) / matrix.shape[1]
+    suspicious = (concentration > (middle + deviations * spread).clamp_min(even)) & (found >= overlap)
     behind = torch.zeros(matrix.shape[1], dtype=matrix.dtype)
     if bool(suspicious.any()):
         behind = shares[suspicious].mean(0) - shares[~suspicious].mean(0)

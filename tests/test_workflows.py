@@ -16,6 +16,7 @@ from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.stored import StoredInfluence
 from logix_like.objective import Gaussian, Objective
 from logix_like.query.result import Ids
+from logix_like.retraining import SubsetOracle
 from logix_like.workflows import curate, detect_poison, explain, find_mislabeled
 from tests import training
 from tests.evaluation.additive import Additive
@@ -117,6 +118,17 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
         find_mislabeled(Diverged())
 
 
+def test_curate_trains_on_no_more_than_it_compares() -> None:
+    trained = []
+
+    def train(samples: list[int], seed: int) -> float:
+        trained.append(samples)
+        return float(sum(samples))
+
+    curate(SubsetOracle(train, torch.tensor, 30), torch.arange(30.0), drop=0.2, draws=3)
+    assert len(trained) == 5  # all samples, without the worst, and three random ones
+
+
 class Diverged(StoredInfluence):
     """One sample's score is NaN."""
 
@@ -143,8 +155,9 @@ def test_curate_drops_what_harms() -> None:
     assert found.after == pytest.approx(values.sort().values[15:].sum().item())
     assert found.after > found.random.max().item()
     assert "without 15 of 60 samples" in str(found)
-    with pytest.raises(EvaluationError, match="must remove some"):
-        curate(world.oracle, values, drop=0.0)
+    for drop in (0.0, 1.0, math.nan):
+        with pytest.raises(EvaluationError, match=f"drop is {drop}: .*some must go and some must be kept"):
+            curate(world.oracle, values, drop=drop)
     with pytest.raises(EvaluationError, match=r"needs a SubsetOracle.*find_mislabeled"):
         curate(values, values)
 
@@ -162,6 +175,15 @@ def test_a_planted_group_is_found() -> None:
     assert set(found.first(8)) == set(range(100, 108))
     assert found.overlap > 0.7
     assert str(found).startswith("8 of 60 queries hang on the same few samples")
+
+
+def test_queries_that_the_planted_samples_oppose_are_no_yardstick() -> None:
+    """The planted samples hold none of the others' positive influence, and a little of a few clean queries'."""
+    scores = planted()
+    scores[8:, 100:108] -= 5
+    scores[20, 100], scores[21, 104] = 0.2, 0.1
+    found = detect_poison(scores)
+    assert found.suspicious.nonzero().flatten().tolist() == list(range(8))
 
 
 def test_without_one_nothing_is_suspicious() -> None:

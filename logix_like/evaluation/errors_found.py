@@ -74,9 +74,12 @@ def label_errors(scores: Scores, wrong: Any, *, data_id: Sequence[DataId] | None
 def _curve(suspicion: Tensor, wrong: Tensor) -> Tensor:
     """``[samples]``: errors to be expected among the first 1, 2, ..., n by falling suspicion."""
     # Scores that rise, so that equal ones stand together; each then counts the mean of its equals.
+    equals: Tensor
+    counts: Tensor
     _, equals, counts = (-suspicion).unique(return_inverse=True, return_counts=True)
     errors = torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, equals, wrong.double())
-    return (errors / counts).repeat_interleave(counts).cumsum(0)
+    expected: Tensor = (errors / counts).repeat_interleave(counts)
+    return expected.cumsum(0)
 
 
 def _standard_error(auroc: float, errors: int, others: int) -> float:

@@ -86,6 +86,9 @@ def test_what_is_refused() -> None:
     world = Additive(q=2)
     with pytest.raises(EvaluationError, match="between 1 and 59"):
         brittleness(world.oracle, world.effects, removed=(60,))
+    for removed in ((1.5,), 5):
+        with pytest.raises(EvaluationError, match="give a sequence of whole numbers"):
+            brittleness(world.oracle, world.effects, removed=removed)
     with pytest.raises(EvaluationError, match=r"shape \(2, 59\)"):
         brittleness(world.oracle, world.effects[:, 1:], removed=(5,))
     with pytest.raises(EvaluationError, match="must remove some and leave some"):
