@@ -25,12 +25,13 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import torch
@@ -50,8 +51,14 @@ SUBMITTED_AHEAD = 64
 """So many retrainings wait in an executor at a time: enough for any pool, few enough to stop soon."""
 SHOWN_FAILURES = 3
 
-_RANDOM_NUMBERS = Lock()
-"""Held while a model is trained: torch's generator is the process's, and threads would draw from each other's seeds."""
+Key = tuple[str, int]
+"""A subset's name and a seed."""
+Outcome = list[float] | str
+"""What was measured, or why nothing was."""
+
+_RANDOM_NUMBERS = RLock()
+"""Held while a model is trained: torch's generator is the process's, and threads would draw from each other's seeds.
+A training may itself ask an oracle."""
 
 
 @dataclass(frozen=True)
@@ -208,22 +215,26 @@ class SubsetOracle:
         widths = {value.numel() for line in lines for value in line if value is not None}
         if len(widths) > 1 or (self._queries is not None and widths - {self._queries}):
             counts = sorted(widths | ({self._queries} if self._queries else set()))
-            raise RetrainingError(f"measure() gave {counts} numbers for different models; it must always give as many")
+            raise RetrainingError(
+                f"measure() gave {counts} numbers for different models; it must always give as many (if it has changed "
+                "since a cache was made, give the new results another name=; an empty= with a line must fit too)"
+            )
         if not widths:
             return torch.full((len(masks), self.seeds, self._queries or 1), math.nan, dtype=torch.float64)
         (self._queries,) = widths
         missing = torch.full((self._queries,), math.nan, dtype=torch.float64)
         return torch.stack([torch.stack([missing if v is None else v for v in line]) for line in lines])
 
-    def _known(self, key: tuple[str, int], mask: Tensor) -> Tensor | None:
+    def _known(self, key: Key, mask: Tensor) -> Tensor | None:
         if self._empty is not None and not bool(mask.any()):
             return self._empty.expand(self.queries) if self._empty.numel() == 1 else self._empty
         return self._results.get(key)
 
-    def _compute(self, wanted: Mapping[tuple[str, int], Tensor]) -> list[Failure]:
+    def _compute(self, wanted: Mapping[Key, Tensor]) -> list[Failure]:
         failures = []
-        with tqdm(total=len(wanted), desc="retraining", unit="model", disable=self._hidden(len(wanted))) as bar:
-            for key, outcome in self._outcomes(wanted):
+        bar = tqdm(total=len(wanted), desc="retraining", unit="model", disable=self._hidden(len(wanted)))
+        with bar, closing(self._outcomes(wanted)) as outcomes:  # closed at once when interrupted
+            for key, outcome in outcomes:
                 if isinstance(outcome, str):
                     failures.append(Failure(key[0], int(wanted[key].sum()), key[1], outcome))
                     bar.set_postfix(failed=len(failures))
@@ -235,9 +246,7 @@ class SubsetOracle:
     def _hidden(self, count: int) -> bool | None:
         return True if not count else None if self._progress is None else not self._progress
 
-    def _outcomes(
-        self, wanted: Mapping[tuple[str, int], Tensor]
-    ) -> Iterator[tuple[tuple[str, int], list[float] | str]]:
+    def _outcomes(self, wanted: Mapping[Key, Tensor]) -> Generator[tuple[Key, Outcome]]:
         tasks = ((key, mask.nonzero().flatten().tolist()) for key, mask in wanted.items())
         if self._executor is None:
             for key, samples in tasks:
@@ -245,10 +254,8 @@ class SubsetOracle:
             return
         yield from self._parallel(self._executor, tasks)
 
-    def _parallel(
-        self, executor: Executor, tasks: Iterable[tuple[tuple[str, int], list[int]]]
-    ) -> Iterator[tuple[tuple[str, int], list[float] | str]]:
-        waiting: dict[Future[list[float] | str], tuple[str, int]] = {}
+    def _parallel(self, executor: Executor, tasks: Iterable[tuple[Key, list[int]]]) -> Generator[tuple[Key, Outcome]]:
+        waiting: dict[Future[Outcome], Key] = {}
         tasks = iter(tasks)
         try:
             while True:
@@ -256,25 +263,31 @@ class SubsetOracle:
                     waiting[executor.submit(retrain, self._train, self._measure, samples, key[1])] = key
                 if not waiting:
                     return
-                done = wait(waiting, return_when=FIRST_COMPLETED).done
-                # Those that broke come last, so that no result beside them is lost.
-                for future in sorted(done, key=lambda one: isinstance(one.exception(), BrokenExecutor)):
-                    yield waiting.pop(future), _outcome(future)
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting[future], _outcome(future)
+                    del waiting[future]
         except BrokenExecutor as error:
-            # What had ended before a task could not even be handed over.
-            for future, key in waiting.items():
-                if future.done() and not future.cancelled() and future.exception() is None:
-                    yield key, future.result()
             raise RetrainingError(
                 "a worker process died (out of memory, or killed); what was retrained before is kept: start again "
                 "with a new executor, perhaps of fewer workers, to go on"
             ) from error
+        except RuntimeError as error:
+            raise RetrainingError(
+                f"the executor takes no tasks ({error}); ask the oracle before it is shut down, inside its 'with'"
+            ) from error
         finally:
-            for future in waiting:
-                future.cancel()
+            self._keep_done(waiting)
+
+    def _keep_done(self, waiting: Mapping[Future[Outcome], Key]) -> None:
+        """Whatever broke off, what had ended by then is not lost; what had not begun is not begun."""
+        for future, key in waiting.items():
+            if not future.cancel() and future.done() and not future.cancelled() and future.exception() is None:
+                outcome = future.result()
+                if not isinstance(outcome, str):
+                    self._results.put(key, outcome)
 
 
-def retrain(train: Train, measure: Measure, samples: list[int], seed: int) -> list[float] | str:
+def retrain(train: Train, measure: Measure, samples: list[int], seed: int) -> Outcome:
     """Train and measure once, wherever an executor runs it; a failure is returned in words."""
     try:
         with _RANDOM_NUMBERS, torch.random.fork_rng(devices=[]):
@@ -285,7 +298,9 @@ def retrain(train: Train, measure: Measure, samples: list[int], seed: int) -> li
         return f"{type(error).__name__}: {error}"
 
 
-def _outcome(future: Future[list[float] | str]) -> list[float] | str:
+def _outcome(future: Future[Outcome]) -> Outcome:
+    if future.cancelled():
+        return "the executor cancelled it"
     error = future.exception()
     if isinstance(error, BrokenExecutor):
         raise error
@@ -294,7 +309,10 @@ def _outcome(future: Future[list[float] | str]) -> list[float] | str:
 
 
 def _numbers(value: Any, who: str = "measure()") -> list[float]:
-    measured = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    try:
+        measured = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RetrainingError(f"{who} gave a {type(value).__name__}; it must give numbers, [queries]") from error
     if measured.ndim > 1 or not measured.numel():
         raise RetrainingError(f"{who} gave a tensor of shape {tuple(measured.shape)}; it must give [queries]")
     measured = measured.reshape(-1)
@@ -320,7 +338,7 @@ class _Results:
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._held: dict[tuple[str, int], Tensor] = {}
+        self._held: dict[Key, Tensor] = {}
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +346,7 @@ class _Results:
                 raise RetrainingError(f"the cache {folder} cannot be made ({error}); give another folder") from error
             self._require_same(folder / "about.json", dict(about))
 
-    def get(self, key: tuple[str, int]) -> Tensor | None:
+    def get(self, key: Key) -> Tensor | None:
         """What was measured, ``[queries]``, or None."""
         if key not in self._held and self._folder is not None:
             # A file that cannot be read is as one that is missing: the retraining is done again.
@@ -337,13 +355,19 @@ class _Results:
                 self._held[key] = torch.tensor(numbers, dtype=torch.float64)
         return self._held.get(key)
 
-    def put(self, key: tuple[str, int], numbers: list[float]) -> None:
+    def put(self, key: Key, numbers: list[float]) -> None:
         """Keep a result; on disk it is there whole or not at all."""
         self._held[key] = torch.tensor(numbers, dtype=torch.float64)
         if self._folder is not None:
-            _write_json(self._path(self._folder, key), {"values": numbers})
+            try:
+                _write_json(self._path(self._folder, key), {"values": numbers})
+            except OSError as error:
+                raise RetrainingError(
+                    f"a result cannot be written to the cache {self._folder} ({error}); what was written before is "
+                    "kept: mend the folder and start again"
+                ) from error
 
-    def _path(self, folder: Path, key: tuple[str, int]) -> Path:
+    def _path(self, folder: Path, key: Key) -> Path:
         return folder / f"{key[0]}-{key[1]}.json"
 
     def _require_same(self, path: Path, about: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
-from logix_like.evaluation.removal import RemovalCurve, removal_curve
+from logix_like.evaluation.removal import with_random_removals
 from logix_like.evaluation.scored import Scores, score_vector
 from logix_like.evaluation.statistics import mean_and_error
+from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.objective import IGNORED, Batch, Categorical, Objective
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
@@ -29,6 +30,7 @@ from logix_like.run.extraction import batch_ids
 from logix_like.subsets import size_of
 
 SHOWN = 10
+BY_SAMPLE = "ask with reduce='mean' or another"
 
 
 class Run(Protocol):
@@ -150,10 +152,14 @@ def find_mislabeled(
     Raises:
         EvaluationError: ``share`` names no sample, or more than there are, or an option is of no use here.
     """
+    if not isinstance(source, Estimator) and not hasattr(source, "compute_self_influence"):
+        raise EvaluationError(f"the source is a {type(source).__name__}; give a run or an estimator")
     if isinstance(source, Estimator) and options:
         raise EvaluationError(f"an estimator takes no options here ({', '.join(options)}); give them to the estimator")
     if "k" in options:
         raise EvaluationError("all samples are ranked; say with share=, not k=, how many are to be checked")
+    if options.get("reduce") == "none":
+        raise EvaluationError(f"samples are ranked, not their visits; {BY_SAMPLE}")
     if isinstance(source, Estimator):
         names, scores = source.data_id, _suspicion(source, validation)
     elif validation is None:
@@ -164,6 +170,8 @@ def find_mislabeled(
         assert result.scores is not None  # asked for without k
         assert result.data_id is not None
         names, scores = result.data_id, -result.scores.sum(0)
+    if not bool(scores.isfinite().all()):
+        raise EvaluationError(f"{int((~scores.isfinite()).sum())} of {len(names)} samples have no finite score")
     count = size_of(share, len(names))
     if not 0 < count <= len(names):
         raise EvaluationError(
@@ -232,15 +240,21 @@ def curate(
             "find_mislabeled(run, validation=query), whose first samples harm the queries most"
         )
     vector = score_vector(values, oracle.n, data_id)
-    curve: RemovalCurve = removal_curve(oracle, vector, shares=(drop,), draws=draws, seed=seed)
-    order = vector.argsort(stable=True).tolist()
     count = size_of(drop, oracle.n)
+    if not 0 < count < oracle.n:
+        raise EvaluationError(
+            f"drop is {drop}: {count} of {oracle.n} samples to drop; some must go and some must be kept"
+        )
+    order = vector.argsort(stable=True).tolist()
+    kept = torch.ones(2, oracle.n, dtype=torch.bool)
+    kept[1, order[:count]] = False
+    (before, after), random = with_random_removals(oracle, kept, (count,), draws, seed)
     return Curation(
         kept=tuple(sorted(order[count:])),
         dropped=tuple(order[:count]),
-        before=oracle.full().mean().item(),
-        after=curve.lowest_first[0].mean().item(),
-        random=curve.random[0].mean(1),
+        before=before.mean().item(),
+        after=after.mean().item(),
+        random=random[0].mean(1),
     )
 
 
@@ -294,8 +308,9 @@ def detect_poison(
     Ask about the model's own answers, with normalised scores: ``explain(run, model, batch, k=None, mode="relatif")``.
     The queries whose ``top`` lists are most alike give the samples in question; every query is then judged by how much
     of its influence these hold, and suspicious is one that stands ``deviations`` robust standard deviations (1.48
-    median absolute deviations) above the median. Near-duplicates among the training samples make such groups too: look
-    at what is named. Most queries should be clean.
+    median absolute deviations) above the median, and above what influence spread evenly would give them.
+    Near-duplicates among the training samples make such groups too: look at what is named. Most queries should be
+    clean.
 
     Args:
         scores: A result with all scores, or anything that makes a ``[queries, samples]`` tensor.
@@ -325,7 +340,9 @@ def detect_poison(
     concentration = shares[:, core].sum(1)
     middle = concentration.median()
     spread = 1.4826 * (concentration - middle).abs().median()
-    suspicious = (concentration > middle + deviations * spread) & (found >= overlap)
+    # Where these samples oppose most queries the deviations vanish, and next to nothing would stand out.
+    even = len(core) / matrix.shape[1]
+    suspicious = (concentration > (middle + deviations * spread).clamp_min(even)) & (found >= overlap)
     behind = torch.zeros(matrix.shape[1], dtype=matrix.dtype)
     if bool(suspicious.any()):
         behind = shares[suspicious].mean(0) - shares[~suspicious].mean(0)
@@ -346,13 +363,17 @@ def _scores_and_names(scores: InfluenceResult | Any, data_id: Sequence[DataId] |
     if isinstance(scores, InfluenceResult):
         if scores.scores is None or scores.data_id is None:
             raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
+        if scores.reduce == "none":
+            raise EvaluationError(f"the result scores visits, not samples; {BY_SAMPLE}")
         matrix, names = scores.scores.double(), scores.data_id
     else:
         matrix = torch.as_tensor(scores).detach().cpu().double()
-        if data_id is not None and len(data_id) != matrix.shape[-1]:
-            raise EvaluationError(f"data_id names {len(data_id)} samples; the scores have {matrix.shape[-1]} columns")
-        names = np.empty(matrix.shape[-1], dtype=object)
-        names[:] = list(range(matrix.shape[-1]) if data_id is None else data_id)
+        columns = matrix.shape[-1] if matrix.ndim else 0
+        given = as_data_ids(range(columns) if data_id is None else data_id)
+        if len(given) != columns:
+            raise EvaluationError(f"data_id names {len(given)} samples; the scores have {columns} columns")
+        names = np.empty(columns, dtype=object)
+        names[:] = given
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
         raise EvaluationError(f"the scores have the shape {tuple(matrix.shape)}; finite [queries, samples] are needed")
     return matrix, names

@@ -192,6 +192,57 @@ def test_what_ended_before_the_pool_broke_is_kept(tmp_path: Path) -> None:
     assert len(again.trained) == 3
 
 
+def test_an_interrupt_among_workers_loses_nothing_that_had_ended(tmp_path: Path) -> None:
+    class Interrupted(Dying):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            if self.taken == 2:
+                raise KeyboardInterrupt
+            return super().submit(fn, *args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        Ridge(5).oracle(tmp_path, executor=Interrupted()).values(without_each(5))
+    again = Ridge(5)
+    again.oracle(tmp_path).values(without_each(5))
+    assert len(again.trained) == 3
+
+
+def test_an_executor_that_is_shut_down_is_said() -> None:
+    with ThreadPoolExecutor(1) as over:
+        oracle = Ridge(5).oracle(executor=over)
+    with pytest.raises(RetrainingError, match=r"the executor takes no tasks .*before it is shut down"):
+        oracle.full()
+
+
+def test_what_the_executor_cancels_is_a_failure_like_another() -> None:
+    class Cancelling(Dying):
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            future = super().submit(fn, *args, **kwargs)
+            if self.taken == 2:
+                future = Future()
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            return future
+
+    found = Ridge(2).oracle(executor=Cancelling()).measurements(without_each(2))
+    assert [failure.reason for failure in found.failures] == ["the executor cancelled it"]
+    assert found.values[0].isfinite().all()
+
+
+@pytest.mark.timeout(30)
+def test_a_training_may_ask_an_oracle_itself() -> None:
+    inner = Ridge(5).oracle()
+    outer = SubsetOracle(lambda samples, seed: inner.full().sum(), itself, 3)
+    assert outer.full() == inner.full().sum()
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    oracle = Ridge(5).oracle(tmp_path / "cache")
+    (tmp_path / "cache" / "about.json").unlink()
+    (tmp_path / "cache").rmdir()
+    with pytest.raises(RetrainingError, match="cannot be written to the cache"):
+        oracle.full()
+
+
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
@@ -199,9 +250,11 @@ def test_what_ended_before_the_pool_broke_is_kept(tmp_path: Path) -> None:
         (torch.tensor([float("inf")]), r"measure\(\) gave inf for query 0"),
         (torch.zeros(2, 2), r"shape \(2, 2\)"),
         (torch.zeros(0), r"shape \(0,\)"),
+        (None, r"measure\(\) gave a NoneType; it must give numbers"),
+        ({"loss": 1.0}, r"measure\(\) gave a dict; it must give numbers"),
     ],
 )
-def test_measurements_that_make_no_sense(measured: Tensor, said: str) -> None:
+def test_measurements_that_make_no_sense(measured: Any, said: str) -> None:
     with pytest.raises(RetrainingError, match=said):
         SubsetOracle(lambda samples, seed: None, lambda model: measured, 3).full()
 

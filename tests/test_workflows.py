@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ import logix_like as logix
 from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.stored import StoredInfluence
 from logix_like.objective import Gaussian, Objective
+from logix_like.query.result import Ids
+from logix_like.retraining import SubsetOracle
 from logix_like.workflows import curate, detect_poison, explain, find_mislabeled
 from tests import training
 from tests.evaluation.additive import Additive
@@ -106,6 +109,40 @@ def test_find_mislabeled_by_self_influence_and_by_harm(run: logix.Run, model: nn
         find_mislabeled(run, share=0.001)
     with pytest.raises(EvaluationError, match="share is nan: 0 of 23"):
         find_mislabeled(run, share=math.nan)
+    for validation in (None, query):  # a sample of three visits would fill three places
+        with pytest.raises(EvaluationError, match="samples are ranked, not their visits"):
+            find_mislabeled(run, validation=validation, reduce="none")
+    with pytest.raises(EvaluationError, match="the source is a Tensor; give a run or an estimator"):
+        find_mislabeled(torch.zeros(23))
+    with pytest.raises(EvaluationError, match="1 of 4 samples have no finite score"):
+        find_mislabeled(Diverged())
+
+
+def test_curate_trains_on_no_more_than_it_compares() -> None:
+    trained = []
+
+    def train(samples: list[int], seed: int) -> float:
+        trained.append(samples)
+        return float(sum(samples))
+
+    curate(SubsetOracle(train, torch.tensor, 30), torch.arange(30.0), drop=0.2, draws=3)
+    assert len(trained) == 5  # all samples, without the worst, and three random ones
+
+
+class Diverged(StoredInfluence):
+    """One sample's score is NaN."""
+
+    def __init__(self) -> None:
+        """Asks no run."""
+
+    @property
+    def data_id(self) -> Ids:
+        """Numbers."""
+        return np.arange(4).astype(object)
+
+    def self_influence(self) -> Tensor:
+        """Of 4 samples."""
+        return torch.tensor([1.0, math.nan, 2.0, 3.0])
 
 
 def test_curate_drops_what_harms() -> None:
@@ -118,8 +155,9 @@ def test_curate_drops_what_harms() -> None:
     assert found.after == pytest.approx(values.sort().values[15:].sum().item())
     assert found.after > found.random.max().item()
     assert "without 15 of 60 samples" in str(found)
-    with pytest.raises(EvaluationError, match="must remove some"):
-        curate(world.oracle, values, drop=0.0)
+    for drop in (0.0, 1.0, math.nan):
+        with pytest.raises(EvaluationError, match=f"drop is {drop}: .*some must go and some must be kept"):
+            curate(world.oracle, values, drop=drop)
     with pytest.raises(EvaluationError, match=r"needs a SubsetOracle.*find_mislabeled"):
         curate(values, values)
 
@@ -139,6 +177,15 @@ def test_a_planted_group_is_found() -> None:
     assert str(found).startswith("8 of 60 queries hang on the same few samples")
 
 
+def test_queries_that_the_planted_samples_oppose_are_no_yardstick() -> None:
+    """The planted samples hold none of the others' positive influence, and a little of a few clean queries'."""
+    scores = planted()
+    scores[8:, 100:108] -= 5
+    scores[20, 100], scores[21, 104] = 0.2, 0.1
+    found = detect_poison(scores)
+    assert found.suspicious.nonzero().flatten().tolist() == list(range(8))
+
+
 def test_without_one_nothing_is_suspicious() -> None:
     found = detect_poison(torch.randn(60, 500, generator=torch.Generator().manual_seed(1)))
     assert not found.suspicious.any()
@@ -153,6 +200,11 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
     assert detect_poison(planted(), data_id=[f"x{i}" for i in range(500)]).first(1)[0][0] == "x"
     with pytest.raises(EvaluationError, match="ask without k="):
         detect_poison(explain(run, model, (x, y), k=2))
+    with pytest.raises(EvaluationError, match="scores visits, not samples"):
+        detect_poison(explain(run, model, (x, y), k=None, reduce="none"))
+    assert detect_poison(planted(), data_id=torch.arange(500) + 7).first(1)[0] in range(107, 115)
+    with pytest.raises(EvaluationError, match=r"shape \(\)"):
+        detect_poison(1.0)
     with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
         detect_poison(planted(), data_id=["a"])
     with pytest.raises(EvaluationError, match="top is 10, group 0"):

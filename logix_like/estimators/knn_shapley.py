@@ -11,6 +11,7 @@ from torch import Tensor
 
 from logix_like.errors import QueryError
 from logix_like.estimators.base import Estimator
+from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.query.result import Ids
 
@@ -44,11 +45,12 @@ class KNNShapley(Estimator):
             raise QueryError("there are no training samples; nothing can be a neighbour")
         if not (k >= 1 and k % 1 == 0):
             raise QueryError(f"k is {k}; it must be a whole number: there must be at least 1 neighbour")
-        if data_id is not None and len(data_id) != len(labels):
-            raise QueryError(f"data_id names {len(data_id)} samples, but there are {len(labels)}")
+        names = as_data_ids(range(len(labels)) if data_id is None else data_id)
+        if len(names) != len(labels):
+            raise QueryError(f"data_id names {len(names)} samples, but there are {len(labels)}")
         self._features, self._labels, self._k = features, labels, k
         self._ids = np.empty(len(labels), dtype=object)
-        self._ids[:] = list(range(len(labels)) if data_id is None else data_id)
+        self._ids[:] = names
 
     @property
     def data_id(self) -> Ids:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logix_like.errors import QueryError, RetrainingError
 from logix_like.estimators.base import Estimator
+from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.query.result import Ids
 from logix_like.retraining import SubsetOracle
@@ -163,8 +164,9 @@ def difference_of_means(masks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ids(data_id: Sequence[DataId] | range, n: int) -> Ids:
-    if len(data_id) != n:
-        raise QueryError(f"data_id names {len(data_id)} samples; the oracle trains on {n}")
+    names = as_data_ids(data_id)
+    if len(names) != n:
+        raise QueryError(f"data_id names {len(names)} samples; the oracle trains on {n}")
     array = np.empty(n, dtype=object)
-    array[:] = list(data_id)
+    array[:] = names
     return array

@@ -111,10 +111,13 @@ class Shapley(RetrainedEstimator):
             self._gains.append(self._gains_of(order, total))
             drawn += count
             errors = _standard_errors(torch.cat(self._gains))
-            if drawn > 1 and bool((errors.amax(1) <= self._tolerance * total).all()):
+            largest = errors.amax(1)
+            # A quantity that no sample changes is known, whatever it is a share of.
+            unsure = largest[(largest > 0) & ~(largest <= self._tolerance * total)]
+            if not len(unsure):
                 break
         else:
-            share = (errors.amax(1) / total).max().item()
+            share = (largest / total)[largest > 0].max().item()
             warnings.warn(
                 f"after {drawn} permutations the largest standard error is {share:.2g} of v(N) - v(nothing), above the "
                 f"tolerance {self._tolerance}; allow more permutations, or look at standard_errors()",
@@ -143,7 +146,7 @@ class Shapley(RetrainedEstimator):
         full, held = self._oracle.full(), self._nothing().expand(count, -1).clone()
         values = [held]
         for size in range(1, n + 1):
-            going = ((full - held).abs() >= self._truncation * total).any(1)
+            going = ((full - held).abs() > self._truncation * total).any(1)
             if bool(going.any()):
                 held = held.clone()
                 held[going] = self._oracle.values(rank[going] < size)

@@ -25,7 +25,8 @@ class LabelErrors:
     standard_error: float
     """Of the AUROC (Hanley and McNeil 1982)."""
     found: Tensor
-    """``[samples]``: share of all errors among the first 1, 2, ..., n samples by falling score; ``found[k - 1]``."""
+    """``[samples]``: share of all errors among the first 1, 2, ..., n samples by falling score; ``found[k - 1]``.
+    Samples of equal scores come in random order: their expected share."""
 
     def found_in(self, share: float) -> float:
         """Share of all errors found by checking the first ``share`` of the samples.
@@ -67,9 +68,18 @@ def label_errors(scores: Scores, wrong: Any, *, data_id: Sequence[DataId] | None
     if isinstance(scores, InfluenceResult):
         suspicion = -suspicion
     auroc = (ranks(suspicion)[wrong].sum().item() / errors - (errors + 1) / 2) / (n - errors)
-    order = suspicion.argsort(stable=True, descending=True)
-    found = wrong[order].double().cumsum(0) / errors
-    return LabelErrors(auroc, _standard_error(auroc, errors, n - errors), found)
+    return LabelErrors(auroc, _standard_error(auroc, errors, n - errors), _curve(suspicion, wrong) / errors)
+
+
+def _curve(suspicion: Tensor, wrong: Tensor) -> Tensor:
+    """``[samples]``: errors to be expected among the first 1, 2, ..., n by falling suspicion."""
+    # Scores that rise, so that equal ones stand together; each then counts the mean of its equals.
+    equals: Tensor
+    counts: Tensor
+    _, equals, counts = (-suspicion).unique(return_inverse=True, return_counts=True)
+    errors = torch.zeros(len(counts), dtype=torch.float64).scatter_add_(0, equals, wrong.double())
+    expected: Tensor = (errors / counts).repeat_interleave(counts)
+    return expected.cumsum(0)
 
 
 def _standard_error(auroc: float, errors: int, others: int) -> float:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from logix_like.errors import EvaluationError
 from logix_like.evaluation.scored import Scores, score_matrix
-from logix_like.evaluation.statistics import correlation, interval, ranks, resampled, spearman
+from logix_like.evaluation.statistics import bootstrapped, correlation, interval, ranks, spearman
 from logix_like.layout import DataId
 from logix_like.retraining import Measurements, SubsetOracle
 from logix_like.subsets import random_subsets, size_of
 
 FEWEST_SUBSETS = 3
-DRAWS = 1000
 
 
 def subset_truth(oracle: SubsetOracle, *, subsets: int = 100, share: float = 0.5, seed: int = 0) -> Measurements:
@@ -100,13 +99,9 @@ def lds(
     predicted, observed = ranks(truth.masks.double() @ matrix.T), ranks(measured)
     per_query = correlation(predicted, observed)
     generator = torch.Generator().manual_seed(seed)
-    subsets = resampled(len(measured), DRAWS, generator)
-    asked = resampled(len(per_query), DRAWS, generator)
-    # Ranks of the whole stand in for those of each draw, in which equal subsets would be ties.
-    draws = (correlation(predicted, observed, subsets) * asked).sum(1) / len(per_query)
     return LDS(
         value=per_query.mean().item(),
-        interval=interval(draws, level),
+        interval=interval(bootstrapped(predicted, observed, generator), level),
         level=level,
         per_query=per_query,
         ceiling=noise_ceiling(truth),

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from logix_like.errors import EvaluationError
 from logix_like.evaluation.scored import Scores, score_matrix
-from logix_like.evaluation.statistics import correlation, interval, resampled, spearman
+from logix_like.evaluation.statistics import bootstrapped, correlation, interval, ranks
 from logix_like.layout import DataId
 from logix_like.retraining import SubsetOracle
-from logix_like.subsets import without_each
-
-DRAWS = 1000
+from logix_like.subsets import whole_number, without_each
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +24,7 @@ class Correlation:
     pearson: float
     spearman: float
     interval: tuple[float, float]
-    """Of Spearman's, by resampling queries; 95 %."""
+    """Of Spearman's, by resampling queries and samples together; 95 %."""
     per_query: Tensor
     """``[queries]``: Spearman's."""
     differences: Tensor
@@ -64,7 +62,7 @@ def leave_one_out_correlation(
     Raises:
         EvaluationError: the scores do not fit, or fewer than 3 samples are to be left out.
     """
-    chosen = list(range(oracle.n) if samples is None else samples)
+    chosen = [whole_number(one, "a sample to leave out") for one in (range(oracle.n) if samples is None else samples)]
     if len(set(chosen) & set(range(oracle.n))) < max(3, len(chosen)):
         raise EvaluationError(
             f"samples to be left out are {chosen[:10]}; a correlation needs at least 3 different ones, from 0 to "
@@ -72,8 +70,9 @@ def leave_one_out_correlation(
         )
     matrix = score_matrix(scores, oracle.n, oracle.queries, queries, data_id)[:, chosen].T
     differences = oracle.full() - oracle.values(without_each(oracle.n)[chosen])
-    per_query = spearman(matrix, differences)
-    draws = resampled(len(per_query), DRAWS, torch.Generator().manual_seed(0)) @ per_query / len(per_query)
+    predicted, observed = ranks(matrix), ranks(differences)
+    per_query = correlation(predicted, observed)
+    draws = bootstrapped(predicted, observed, torch.Generator().manual_seed(0))
     return Correlation(
         pearson=correlation(matrix, differences).mean().item(),
         spearman=per_query.mean().item(),

@@ -83,11 +83,15 @@ def brittleness(
         EvaluationError: the scores do not fit, a number to remove leaves no sample, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
-    counts = tuple(map(operator.index, removed))
+    try:
+        counts = tuple(map(operator.index, removed))
+    except TypeError as error:
+        raise EvaluationError(f"removed is {removed!r}; give a sequence of whole numbers") from error
+    _require_draws(draws)  # before anything is trained
     if not counts or not all(0 < count < oracle.n for count in counts):
         raise EvaluationError(f"removed is {counts}; each number must be between 1 and {oracle.n - 1}, of {oracle.n}")
     matrix = score_matrix(scores, oracle.n, oracle.queries, queries, data_id)
-    own, randomly = _retrained(oracle, _masks(matrix, counts).flatten(0, 1), counts, draws, seed)
+    own, randomly = with_random_removals(oracle, _masks(matrix, counts).flatten(0, 1), counts, draws, seed)
     after = own.view(len(counts), len(matrix), -1).diagonal(dim1=1, dim2=2)
     everything = oracle.full()
     right = everything > 0
@@ -104,16 +108,25 @@ def _masks(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return masks
 
 
-def _retrained(
+def with_random_removals(
     oracle: SubsetOracle, chosen: Tensor, counts: Sequence[int], draws: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Measured on the subsets ``chosen [m, n]``, and ``[counts, draws, queries]`` without so many random samples."""
-    if draws < 1:
-        raise EvaluationError(f"draws is {draws}; at least 1 random removal is needed to compare with")
+    """Measured on the subsets ``chosen [m, n]``, and ``[counts, draws, queries]`` without so many random samples.
+
+    Raises:
+        EvaluationError: nothing is drawn.
+        RetrainingError: a retraining failed.
+    """
+    _require_draws(draws)
     generator = torch.Generator().manual_seed(seed)
     others = [~random_subsets(oracle.n, count, draws, generator) for count in counts]
     measured = oracle.values(torch.cat([chosen, *others]))  # at once, so that none waits for another
     return measured[: len(chosen)], measured[len(chosen) :].view(len(counts), draws, -1)
+
+
+def _require_draws(draws: int) -> None:
+    if draws < 1:
+        raise EvaluationError(f"draws is {draws}; at least 1 random removal is needed to compare with")
 
 
 def query_loss_difference(
@@ -186,5 +199,5 @@ def removal_curve(
     if not counts or not all(0 < count < n for count in counts):
         raise EvaluationError(f"shares are {tuple(shares)} of {n} samples; each must remove some and leave some")
     chosen = torch.cat([_masks(ranked[None], counts)[:, 0] for ranked in (vector, -vector)])
-    own, randomly = _retrained(oracle, chosen, counts, draws, seed)
+    own, randomly = with_random_removals(oracle, chosen, counts, draws, seed)
     return RemovalCurve(tuple(shares), own[: len(counts)], own[len(counts) :], randomly)

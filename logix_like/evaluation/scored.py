@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logix_like.errors import EvaluationError
 from logix_like.estimators.base import Estimator
+from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
 
@@ -93,10 +94,17 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def _reordered(scores: Tensor, held: Ids, n: int, data_id: Sequence[DataId] | None) -> Tensor:
-    wanted: list[DataId] = list(range(n)) if data_id is None else list(data_id)
+    wanted = tuple(range(n)) if data_id is None else as_data_ids(data_id)
     if (named := len(set(wanted))) != n or len(wanted) != n:
         raise EvaluationError(f"data_id names {named} samples ({len(wanted)} names); the truth has {n}")
-    place = {name: column for column, name in enumerate(held.tolist())}
+    names: list[DataId] = held.tolist()
+    place = {name: column for column, name in enumerate(names)}
+    if len(place) < len(names):
+        twice = next(name for column, name in enumerate(names) if place[name] != column)
+        raise EvaluationError(
+            f"{len(names) - len(place)} scores bear the name of another sample (first: {twice!r}), so that it is not "
+            "known whose they are; each sample needs a name of its own"
+        )
     missing = [name for name in wanted if name not in place]
     if missing:
         shown = ", ".join(map(repr, missing[:3]))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from logix_like.errors import EvaluationError, MissingDependencyError
 
+DRAWS = 1000
+"""Of a bootstrap."""
+
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks along the first dimension, float64; equal values share the mean of theirs."""
@@ -52,6 +55,15 @@ def resampled(count: int, draws: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(
         1, chosen, torch.ones(1, dtype=torch.float64).expand(draws, count)
     )
+
+
+def bootstrapped(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
+    """``[draws]``: mean over columns of the correlations of ``a`` and ``b`` (``[m, q]``), lines and columns redrawn.
+
+    Give ranks for Spearman's: those of the whole stand in for those of each draw, in which equal lines would be ties.
+    """
+    lines, columns = resampled(len(a), DRAWS, generator), resampled(a.shape[1], DRAWS, generator)
+    return (correlation(a, b, lines) * columns).sum(1) / a.shape[1]
 
 
 def mean_and_error(values: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_c6_truncation_saves_trainings_and_is_off_by_less_than_it_says(ridge: Ri
     for game, truncation in ((saver, 0.9), (plainly, 0.0)):
         Shapley(game.oracle(), permutations=4, tolerance=math.inf, batch=2, truncation=truncation).scores()
     assert len(saver.trained) < len(plainly.trained)
+
+
+def test_a_quantity_that_no_sample_changes_costs_no_training_and_no_certainty() -> None:
+    """One query that every model gets right, measured as 0 or 1, is common."""
+    trained = {}
+    for queries in (1, 2):
+        calls: list[int] = []
+
+        def train(samples: list[int], seed: int, calls: list[int] = calls) -> Tensor:
+            calls.append(seed)
+            return torch.tensor([float(len(samples) > 0), 1.0])
+
+        oracle = SubsetOracle(train, partial(torch.narrow, dim=0, start=0, length=queries), 8)
+        found = Shapley(oracle, permutations=4, batch=4, tolerance=math.inf, truncation=0.5)
+        assert found.scores().shape == (queries, 8)
+        trained[queries] = len(calls)
+    assert trained[1] == trained[2]
+    constant = SubsetOracle(lambda samples, seed: torch.tensor([float(sum(samples)) ** 2, 1.0]), lambda m: m, 5)
+    with pytest.warns(RuntimeWarning, match=r"the largest standard error is 0\.\d+ of"):
+        Shapley(constant, permutations=4, tolerance=1e-9).scores()
 
 
 def test_c10_axioms() -> None:

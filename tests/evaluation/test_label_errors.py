@@ -36,6 +36,16 @@ def test_the_curve_counts_the_errors_among_the_first() -> None:
     assert str(perfect).startswith("AUROC 1.000")
 
 
+def test_samples_of_equal_scores_are_in_no_order() -> None:
+    wrong = torch.arange(50) < 10
+    for given in (wrong, wrong.flip(0)):
+        found = label_errors(torch.zeros(50), given)
+        assert found.auroc == 0.5
+        assert found.found.tolist() == pytest.approx([(i + 1) / 50 for i in range(50)])
+    some = label_errors(torch.tensor([2.0, 1, 1, 0]), torch.tensor([True, False, True, False]))
+    assert some.found.tolist() == [0.5, 0.75, 1, 1]
+
+
 def test_self_influence_of_a_store_goes_by_its_names() -> None:
     ids = np.array(["b", "a", "c"], dtype=object)
     scores = SelfInfluence(ids, torch.tensor([1.0, 9.0, 2.0]), "x", 0.1, "mean", "")

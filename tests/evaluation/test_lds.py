@@ -99,6 +99,18 @@ def test_an_estimator_or_a_result_may_be_given_in_any_order() -> None:
         lds(estimator, truth, data_id=names[:3])
 
 
+def test_names_may_be_a_tensor_and_each_names_one_sample() -> None:
+    world = Additive()
+    truth = subset_truth(world.oracle, subsets=20)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    estimator = LeaveOneOut(world.oracle, data_id=order)
+    assert lds(estimator, truth, data_id=order).value == pytest.approx(1)
+    assert lds(estimator, truth, data_id=order.numpy()).value == pytest.approx(1)
+    twice = _result(torch.cat([world.effects, world.effects[:, 3:5]], 1), np.array([*range(60), 3, 4], dtype=object))
+    with pytest.raises(EvaluationError, match=r"2 scores bear the name of another sample \(first: 3\)"):
+        lds(twice, truth)
+
+
 def _result(scores: Tensor, ids: np.ndarray, reduce: str = "mean") -> InfluenceResult:
     queries = tuple(range(len(scores)))
     return InfluenceResult(queries, len(ids), "dot", "x", 0.1, reduce, "exact", "", data_id=ids, scores=scores)

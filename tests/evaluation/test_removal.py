@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from logix_like.errors import EvaluationError
+from logix_like.errors import EvaluationError, RetrainingError
 from logix_like.evaluation import (
     brittleness,
     label_errors,
@@ -82,10 +82,26 @@ def test_leave_one_out_correlation() -> None:
     assert "over 4 samples and 5 queries" in str(found)
 
 
+def test_the_interval_of_one_query_is_no_point() -> None:
+    """It tells how sure the figure is given so few samples left out, however few queries there are."""
+    world = Additive(q=1)
+    scores = world.effects + torch.randn(1, 60, generator=torch.Generator().manual_seed(2))
+    few, all_of_them = (
+        leave_one_out_correlation(world.oracle, scores, samples=samples) for samples in (torch.arange(10), None)
+    )
+    for found in (few, all_of_them):
+        low, high = found.interval
+        assert low < found.spearman < high
+    assert few.interval[1] - few.interval[0] > all_of_them.interval[1] - all_of_them.interval[0] > 0.05
+
+
 def test_what_is_refused() -> None:
     world = Additive(q=2)
     with pytest.raises(EvaluationError, match="between 1 and 59"):
         brittleness(world.oracle, world.effects, removed=(60,))
+    for removed in ((1.5,), 5):
+        with pytest.raises(EvaluationError, match="give a sequence of whole numbers"):
+            brittleness(world.oracle, world.effects, removed=removed)
     with pytest.raises(EvaluationError, match=r"shape \(2, 59\)"):
         brittleness(world.oracle, world.effects[:, 1:], removed=(5,))
     with pytest.raises(EvaluationError, match="must remove some and leave some"):
@@ -96,7 +112,9 @@ def test_what_is_refused() -> None:
         removal_curve(world.oracle, world.effects)
     with pytest.raises(EvaluationError, match="at least 3"):
         leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])
-    for samples in ([1, 1, 1, 1], [0.5, 1.5, 2.5], [58, 59, 60]):
+    with pytest.raises(RetrainingError, match=r"a sample to leave out is 0\.0; it must be a whole number"):
+        leave_one_out_correlation(world.oracle, world.effects, samples=[0.0, 1.0, 2.0])
+    for samples in ([1, 1, 1, 1], [58, 59, 60]):
         with pytest.raises(EvaluationError, match="at least 3 different ones, from 0 to 59"):
             leave_one_out_correlation(world.oracle, world.effects, samples=samples)
 
