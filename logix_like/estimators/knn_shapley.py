@@ -64,19 +64,28 @@ class KNNShapley(Estimator):
         except (TypeError, ValueError) as error:
             raise QueryError("a query is a pair (features [queries, d], labels [queries])") from error
         features, labels = _pair(given, asked, "the queries", self._features.shape[1])
-        order = torch.cdist(features.double(), self._features.double()).argsort(dim=1, stable=True)
-        return self._ranked(order, labels)
+        return self._ranked(self._distances(features).argsort(dim=1, stable=True), labels)
 
     def self_influence(self) -> Tensor:
         """``[samples]`` float64: each sample's score for a query with its own features and label.
 
         It is its own nearest neighbour then; large where the others around it have another label.
         """
-        found = [
-            self.scores((self._features[part], self._labels[part])).gather(1, part.unsqueeze(1)).flatten()
-            for part in torch.arange(len(self._labels)).split(TILE)
-        ]
+        found = []
+        for part in torch.arange(len(self._labels)).split(TILE):
+            own = part.unsqueeze(1)
+            # Before any sample of the same features, which may have another label.
+            distances = self._distances(self._features[part]).scatter_(1, own, -1.0)
+            values = self._ranked(distances.argsort(dim=1, stable=True), self._labels[part])
+            found.append(values.gather(1, own).flatten())
         return torch.cat(found)
+
+    def _distances(self, features: Tensor) -> Tensor:
+        """``[queries, samples]`` float64."""
+        # By way of products, which lose the digits that all features share.
+        samples = self._features.double()
+        centre = samples.mean(0)
+        return torch.cdist(features.double() - centre, samples - centre)
 
     def _ranked(self, order: Tensor, labels: Tensor) -> Tensor:
         """Values by the recursion from the farthest sample to the nearest."""

@@ -189,6 +189,21 @@ def test_c9_neighbours_shapley_is_that_of_enumeration(n: int, k: int) -> None:
     close(estimator.self_influence(), estimator.scores((features, labels)).diagonal())
 
 
+def test_neighbours_are_the_same_wherever_the_features_lie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(2, (60,), generator=generator)
+    near, far = (KNNShapley(features + shift, labels).scores((features + shift, labels)) for shift in (0, 1e8))
+    close(near, far)
+
+
+def test_a_sample_is_its_own_neighbour_before_its_duplicates() -> None:
+    features = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    labels = torch.arange(60) < 30  # the same image, labelled once so and once so
+    own = KNNShapley(features, labels, k=1).self_influence()
+    assert (own > 0.5).all()
+
+
 def test_neighbours_errors() -> None:
     features, labels = torch.randn(4, 2), torch.zeros(4)
     with pytest.raises(QueryError, match="at least 1 neighbour"):

@@ -112,8 +112,8 @@ def test_what_is_refused() -> None:
         removal_curve(world.oracle, world.effects)
     with pytest.raises(EvaluationError, match="at least 3"):
         leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])
-    with pytest.raises(RetrainingError, match=r"a sample to leave out is 0\.0; it must be a whole number"):
-        leave_one_out_correlation(world.oracle, world.effects, samples=[0.0, 1.0, 2.0])
+    with pytest.raises(RetrainingError, match=r"a sample to leave out is tensor\(0\.\); it must be a whole number"):
+        leave_one_out_correlation(world.oracle, world.effects, samples=torch.tensor([0.0, 1.0, 2.0]))
     for samples in ([1, 1, 1, 1], [58, 59, 60]):
         with pytest.raises(EvaluationError, match="at least 3 different ones, from 0 to 59"):
             leave_one_out_correlation(world.oracle, world.effects, samples=samples)
