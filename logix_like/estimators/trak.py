@@ -130,8 +130,9 @@ class TRAK(Estimator):
                 gram = features.T @ features if gram is None else gram + features.T @ features
             if gram is None:
                 raise EmptyStoreError("there are no samples to score: the loader yielded no batch")
-            chosen = shrinkage_damping(gram, len(self.data_id))
-            shift = self._damping.shift(float(gram.diagonal().mean()), chosen)
+            size, trace = len(gram), gram.trace().item()
+            chosen = shrinkage_damping(size, trace, gram.square().sum().item(), len(self.data_id))
+            shift = self._damping.shift(trace / size, chosen)
             known = weights, damped_inverse(gram, shift, "all modules together")
             self._inverses[number] = known
         return known[1]
