@@ -17,13 +17,14 @@ from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import CallReader
 from logix_like.capture.selection import Selection
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.curvature.files import packed, read_tensors, unpacked, write_tensors
+from logix_like.curvature.files import packed, unpacked
 from logix_like.curvature.gradients import SquareSums
 from logix_like.curvature.moments import WIDEST, FactorSums
 from logix_like.curvature.passes import kronecker, with_squares
 from logix_like.curvature.sums import MEMORY, Sums
 from logix_like.errors import CaptureError
 from logix_like.projection import INITS
+from logix_like.store.format.tensors import read_tensors, write_tensors
 from logix_like.timing import Stopwatch
 
 EVERY = 8

@@ -21,6 +21,8 @@ from logix_like.curvature.sweep import Sweep
 from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError
 from logix_like.estimators import EKFAC
 from logix_like.objective import Objective
+from logix_like.store import repair, verify
+from logix_like.store.format.tensors import write_tensors
 from tests.curvature.cases import dense_gradients
 from tests.models import BATCH, ZOO, Case, build
 
@@ -229,3 +231,25 @@ def test_what_is_refused(tmp_path: Path) -> None:
     file.write_bytes(broken)
     with pytest.raises(StoreDamagedError, match="or delete it"):
         logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED)
+
+
+def test_verify_finds_any_flipped_bit_and_repair_takes_the_curvature_out(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    gathered(tmp_path, model, batches)
+    store = tmp_path / "run"
+    folder = store / "curvature"
+    (folder / "default.partial").mkdir()
+    sums = write_tensors(folder / "default.partial" / "factors.safetensors", {"a": torch.ones(2)}, {"batches": 1})
+    assert verify(store).ok
+    for file in (folder / "training.safetensors", sums):
+        content = file.read_bytes()
+        ends = range(0, len(content), max(1, len(content) // 40))
+        for byte in {*ends, 0, 8, len(content) - 1}:
+            flipped = bytearray(content)
+            flipped[byte] ^= 1 << byte % 8
+            file.write_bytes(flipped)
+            assert [damage.file for damage in verify(store).damages] == [file], byte
+        assert repair(store).ok and not file.exists()
+    with logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED) as run:
+        trained(run, model, batches)
+    assert run.curvature("training").fisher.samples == 40
