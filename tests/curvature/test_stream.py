@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import logix_like as logix
 from logix_like.capture.selection import select_modules
-from logix_like.curvature import Curvature, fit_curvature, stream
+from logix_like.curvature import Curvature, fit_curvature, save_curvature, stream
 from logix_like.curvature.gradients import Gradients
 from logix_like.curvature.stream import CurvatureStream
 from logix_like.curvature.sweep import Sweep
-from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError
+from logix_like.errors import ConfigError, StatisticsError, StoreDamagedError, StoreNotFoundError
 from logix_like.estimators import EKFAC
 from logix_like.objective import Objective
 from logix_like.store import repair, verify
@@ -144,7 +144,7 @@ def test_rows_and_answers_are_as_without_it(tmp_path: Path) -> None:
             trained(run, model, batches)
         rows.append(torch.as_tensor(run.store.gradients[:]))
     assert torch.equal(*rows)
-    with pytest.raises(StoreNotFoundError, match="fit a curvature first"):
+    with pytest.raises(StoreNotFoundError, match=r"finalize\(\) writes it .* or fit a curvature first"):
         run.curvature("training")
 
 
@@ -253,3 +253,15 @@ def test_verify_finds_any_flipped_bit_and_repair_takes_the_curvature_out(tmp_pat
     with logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED) as run:
         trained(run, model, batches)
     assert run.curvature("training").fisher.samples == 40
+
+
+def test_a_fitted_curvature_is_neither_put_in_its_place_nor_gone_on_with(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    with logix.init("run", model, root=str(tmp_path), **GATHERED) as run:
+        trained(run, model, batches)
+        with pytest.raises(ConfigError, match="'training' is the name of the curvature that"):
+            run.fit_curvature(batches, name="training", progress=False)
+    fitted = fit_curvature(model, batches, progress=False)
+    save_curvature(fitted, tmp_path / "run" / "curvature" / "training.safetensors")
+    with pytest.raises(StatisticsError, match="was fitted, which a training cannot go on with"):
+        logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED)
