@@ -60,10 +60,9 @@ def unpacked(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path
         raise StoreVersionError(f"{path} has the format {about.get('format')!r}; this library reads {FORMAT}")
     try:
         layout = Layout.from_json(about["layout"])
-        bases = {
-            block.name: (_basis(tensors, f"input/{block.input_group}"), _basis(tensors, f"output/{block.name}"))
-            for block in layout
-        }
+        groups = dict.fromkeys(block.input_group for block in layout)
+        inward = {group: _basis(tensors, f"input/{group}") for group in groups}  # one for all that share it
+        bases = {block.name: (inward[block.input_group], _basis(tensors, f"output/{block.name}")) for block in layout}
         eigenvalues = {block.name: tensors[f"eigenvalues/{block.name}"] for block in layout}
         return Curvature(about["kind"], layout, bases, eigenvalues, Fisher(**about["fisher"]))
     except (KeyError, TypeError) as error:

@@ -296,8 +296,8 @@ class Run(Questions):
 
         They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
         the store is compacted. Only Kronecker factors, sums over activations, and the curvature that is gathered in
-        training hold what they added. Rows that are logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
-        :meth:`commit` in all.
+        training hold what they added. Rows that are logged later count. Works after :meth:`finalize` too. Of several
+        processes one calls it, after :meth:`commit` in all.
 
         Raises:
             StoreError: the run was loaded for queries, blocks wait for a projection's warm-up or for an optimizer step

@@ -265,3 +265,32 @@ def test_a_fitted_curvature_is_neither_put_in_its_place_nor_gone_on_with(tmp_pat
     save_curvature(fitted, tmp_path / "run" / "curvature" / "training.safetensors")
     with pytest.raises(StatisticsError, match="was fitted, which a training cannot go on with"):
         logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED)
+
+
+class TwoReaders(nn.Module):
+    """Two modules of one input, of which the second is called only from some time on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.both = nn.Linear(4, 3), nn.Linear(4, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.q(x) + (self.k(x) if self.both else 0)
+        return found.square().sum()
+
+
+def test_a_module_that_joins_another_s_input_later_leaves_its_eigenvalues_alone() -> None:
+    model = TwoReaders().double()
+    followed = CurvatureStream(select_modules(model), Path("nowhere"))
+    for model.both in (False, True):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        look = followed.look(6)
+        assert look is not None
+        with look:
+            model(x).backward()
+        followed.take(look, 1.0)
+    found = followed.curvature()
+    assert found is not None
+    outputs = 2 * (model.q(x) + model.k(x)).detach()
+    gradients = torch.einsum("no,ni->noi", outputs, nn.functional.pad(x, (0, 1), value=1.0))
+    assert close(found.eigenvalues, dense(found, {"q": gradients, "k": gradients}))
