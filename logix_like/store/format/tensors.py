@@ -24,8 +24,8 @@ from logix_like.store.places.files import Place, checksum, sync_folder, temporar
 
 def tensor_files(store: Place) -> list[Path]:
     """The curvatures of a store and the half-finished sums of their fits; an object store has none."""
-    found = [file for file, _ in walk(store / CURVATURE)] if isinstance(store, Path) else []
-    return sorted(Path(file) for file in found if file.name.endswith(".safetensors") and file.name[0] != ".")
+    found = [Path(str(file)) for file, _ in walk(store / CURVATURE)] if isinstance(store, Path) else []
+    return sorted(file for file in found if file.suffix == ".safetensors" and file.name[0] != ".")
 
 
 def check_tensors(file: Path) -> None:
