@@ -1,24 +1,21 @@
-"""Curvatures and half-finished sums on disk: one safetensors file each, written whole or not at all."""
+"""Curvatures on disk: one safetensors file each, written whole or not at all."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError, StoreVersionError, StoreWriteError
+from logix_like.errors import ConfigError, StoreDamagedError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
-from logix_like.store.places.files import Place, checksum, sync_folder, temporary_name
+from logix_like.store.format.schema import CURVATURE
+from logix_like.store.format.tensors import read_tensors, write_tensors
+from logix_like.store.places.files import Place
 
 FORMAT = 1
 SIDES = ("input", "output")
@@ -63,10 +60,9 @@ def unpacked(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path
         raise StoreVersionError(f"{path} has the format {about.get('format')!r}; this library reads {FORMAT}")
     try:
         layout = Layout.from_json(about["layout"])
-        bases = {
-            block.name: (_basis(tensors, f"input/{block.input_group}"), _basis(tensors, f"output/{block.name}"))
-            for block in layout
-        }
+        groups = dict.fromkeys(block.input_group for block in layout)
+        inward = {group: _basis(tensors, f"input/{group}") for group in groups}  # one for all that share it
+        bases = {block.name: (inward[block.input_group], _basis(tensors, f"output/{block.name}")) for block in layout}
         eigenvalues = {block.name: tensors[f"eigenvalues/{block.name}"] for block in layout}
         return Curvature(about["kind"], layout, bases, eigenvalues, Fisher(**about["fisher"]))
     except (KeyError, TypeError) as error:
@@ -87,52 +83,7 @@ def stored_curvature(store: Place, name: str) -> Path:
         )
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
-    return store / "curvature" / f"{name}.safetensors"
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
-    """Write ``tensors`` and plain data ``about`` them, with a checksum over both."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    document = json.dumps(about)
-    temporary = temporary_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, temporary, metadata={"about": document, "crc": _seal(whole, document)})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:  # the second where the disk is full
-        raise StoreWriteError(
-            f"{path} could not be written: {error}; see to the disk, or name another place"
-        ) from error
-    finally:
-        if temporary.is_file():
-            temporary.unlink()
-    return path
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_tensors` wrote."""
-    if not path.is_file():
-        raise StoreNotFoundError(f"there is no file {path}; fit a curvature first (fit_curvature) and save it there")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _seal(tensors, metadata["about"]) != metadata["crc"]:
-            raise ValueError("it does not match its checksum")
-        about = json.loads(metadata["about"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise StoreDamagedError(
-            f"{path} cannot be read: {error!r}; restore it from a copy, or delete it and fit again"
-        ) from error
-    return tensors, about
-
-
-def _seal(tensors: Mapping[str, Tensor], document: str) -> str:
-    crcs = [(name, checksum(tensors[name].reshape(-1).view(torch.uint8).numpy())) for name in sorted(tensors)]
-    return f"{checksum(json.dumps([document, crcs]).encode()):08x}"
+    return store / CURVATURE / f"{name}.safetensors"
 
 
 def _basis(tensors: Mapping[str, Tensor], name: str) -> Basis:

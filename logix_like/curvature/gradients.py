@@ -89,7 +89,7 @@ class EigenSink(Sink):
         self._taken: set[str] = set()
         self._again: set[str] = set()
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Basis, Tensor] | None = None
 
     @abstractmethod
     def take(self, block: str, inputs: Tensor, outputs: Tensor) -> None:
@@ -134,11 +134,12 @@ class EigenSink(Sink):
             self.take(block, *rotated)
 
     def _rotated_input(self, block: str, inputs: Tensor) -> Tensor:
-        # Modules that share an input go backward one after another: the last one's is kept.
-        basis = self._bases[block][0]
-        if self._last is None or self._last[0] is not inputs:
-            self._last = inputs, self._rotated(basis, inputs)
-        return self._last[1]
+        # Modules that share an input go backward one after another: the last one's is kept. One that was first called
+        # when the bases had been made has one of its own. Another device's thread may put its own in between.
+        basis, last = self._bases[block][0], self._last
+        if last is None or last[0] is not inputs or last[1] is not basis:
+            last = self._last = inputs, basis, self._rotated(basis, inputs)
+        return last[2]
 
     def _rotated(self, basis: Basis, factor: Tensor) -> Tensor:
         factor = widened(factor)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from logix_like.curvature.curvature import Curvature
-from logix_like.curvature.files import load_curvature, read_tensors, save_curvature, write_tensors
+from logix_like.curvature.files import load_curvature, save_curvature
 from logix_like.curvature.sums import Sums
 from logix_like.curvature.sweep import Sweep
 from logix_like.errors import ConfigError, StatisticsError
+from logix_like.store.format.tensors import read_tensors, write_tensors
 
 SAVE_SECONDS = 300.0
 """How much work a kill may cost."""

@@ -17,13 +17,14 @@ from logix_like.capture.projector import Projector
 from logix_like.capture.recorder import CallReader
 from logix_like.capture.selection import Selection
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.curvature.files import packed, read_tensors, unpacked, write_tensors
+from logix_like.curvature.files import packed, unpacked
 from logix_like.curvature.gradients import SquareSums
 from logix_like.curvature.moments import WIDEST, FactorSums
 from logix_like.curvature.passes import kronecker, with_squares
 from logix_like.curvature.sums import MEMORY, Sums
-from logix_like.errors import CaptureError
+from logix_like.errors import CaptureError, StatisticsError
 from logix_like.projection import INITS
+from logix_like.store.format.tensors import read_tensors, write_tensors
 from logix_like.timing import Stopwatch
 
 EVERY = 8
@@ -66,7 +67,8 @@ class CurvatureStream:
     by their number, every other one gives the factors, and those between give the eigenvalues in the factors'
     eigenbasis. That is made anew whenever the factors hold twice the samples, and the eigenvalues are carried over
     (as George et al. 2018 keep them from basis to basis). Blocks that end in an exception and blocks with numbers
-    that are not finite count for nothing.
+    that are not finite count for nothing. Samples that are taken back later, and steps that a resumed training takes
+    again, stay in the averages.
 
     Args:
         selection: The tracked modules.
@@ -74,6 +76,7 @@ class CurvatureStream:
 
     Raises:
         ModelMismatchError: the file holds other modules.
+        StatisticsError: it was fitted, not gathered, so that it cannot be gone on with.
         StoreDamagedError: the file is not as it was written.
     """
 
@@ -171,6 +174,11 @@ class CurvatureStream:
 
     def _restore(self) -> None:
         tensors, about = read_tensors(self._file)
+        if "stream" not in about:
+            raise StatisticsError(
+                f"{self._file} holds a curvature that was fitted, which a training cannot go on with: rename the file, "
+                "or leave 'curvature' out of the config's statistics"
+            )
         curvature = unpacked(tensors, about, self._file)
         self._projector.layout().require_same(curvature.layout)
         for block in curvature.layout:

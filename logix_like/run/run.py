@@ -22,7 +22,7 @@ from logix_like.capture.tracker import Tracker
 from logix_like.config import Config, is_due
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
 from logix_like.curvature.stream import CurvatureStream
-from logix_like.errors import CaptureError, ConfigError, StoreError
+from logix_like.errors import CaptureError, ConfigError, StoreError, StoreNotFoundError
 from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
@@ -297,9 +297,9 @@ class Run(Questions):
         """Take back every row logged so far of the samples ``data_id``; returns how many there were.
 
         They count no more from here on, in scores, statistics or sample views, and are dropped from the disk when
-        the store is compacted. Only Kronecker factors, sums over activations, hold what they added. Rows that are
-        logged later count. Works after :meth:`finalize` too. Of several processes one calls it, after
-        :meth:`commit` in all.
+        the store is compacted. Only Kronecker factors, sums over activations, and the curvature that is gathered in
+        training hold what they added. Rows that are logged later count. Works after :meth:`finalize` too. Of several
+        processes one calls it, after :meth:`commit` in all.
 
         Raises:
             StoreError: the run was loaded for queries, blocks wait for a projection's warm-up or for an optimizer step
@@ -412,7 +412,15 @@ class Run(Questions):
 
         A fit that was interrupted goes on when it is called again. ``options`` are those of
         :func:`logix_like.curvature.fit_curvature`; ``at=lambda: run.at_checkpoints("all")`` averages over checkpoints.
+
+        Raises:
+            ConfigError: the name is not that of a file, or that of the curvature which the training gives.
         """
+        if name == TRAINING:
+            raise ConfigError(
+                f"{name!r} is the name of the curvature that statistics: [..., curvature] gathers in training; give "
+                "this one another"
+            )
         file, tracker = stored_curvature(self.path, name), self._logbook.tracker
         options = {"selection": tracker.selection, "resume_from": file.with_name(f"{file.stem}.partial"), **options}
         curvature = fit_curvature(tracker.model, loader, objective, **options)
@@ -423,9 +431,15 @@ class Run(Questions):
         """What :meth:`fit_curvature` kept; ``"training"``: what ``statistics: [..., curvature]`` gathered in training.
 
         Raises:
-            StoreNotFoundError: there is no curvature of that name.
+            StoreNotFoundError: there is no curvature of that name, or nothing of it was written yet.
         """
-        return load_curvature(stored_curvature(self.path, name))
+        file = stored_curvature(self.path, name)
+        if name == TRAINING and not file.is_file():
+            raise StoreNotFoundError(
+                f"there is no file {file}: statistics: [..., curvature] in the config gathers it, and run.commit() or "
+                "run.finalize() writes it behind the second block; or fit a curvature first (run.fit_curvature)"
+            )
+        return load_curvature(file)
 
     def _followed(self, rows: ProjectedBatch) -> None:
         for live in self._live:

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 import logix_like as logix
 from logix_like.capture.selection import select_modules
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, partial, save_curvature
-from logix_like.curvature.files import write_tensors
 from logix_like.curvature.fitting import default_selection
 from logix_like.curvature.gradients import Gradients
 from logix_like.curvature.sums import Scratch
@@ -31,6 +30,7 @@ from logix_like.errors import (
     StoreNotFoundError,
 )
 from logix_like.objective import Categorical, Gaussian, Objective
+from logix_like.store.format.tensors import write_tensors
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -377,7 +377,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
         path.write_bytes(b"torn")
         raise failure
 
-    monkeypatch.setattr("logix_like.curvature.files.save_file", full)
+    monkeypatch.setattr("logix_like.store.format.tensors.save_file", full)
     with pytest.raises(StoreError, match=r"could not be written: .*; see to the disk"):
         write_tensors(tmp_path / "curvature.safetensors", {}, {})
     assert not list(tmp_path.iterdir())

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 import logix_like as logix
 from logix_like.capture.selection import select_modules
-from logix_like.curvature import Curvature, fit_curvature, stream
+from logix_like.curvature import Curvature, fit_curvature, save_curvature, stream
 from logix_like.curvature.gradients import Gradients
 from logix_like.curvature.stream import CurvatureStream
 from logix_like.curvature.sweep import Sweep
-from logix_like.errors import ConfigError, StoreDamagedError, StoreNotFoundError
+from logix_like.errors import ConfigError, StatisticsError, StoreDamagedError, StoreNotFoundError
 from logix_like.estimators import EKFAC
 from logix_like.objective import Objective
+from logix_like.store import repair, verify
+from logix_like.store.format.tensors import write_tensors
 from tests.curvature.cases import dense_gradients
 from tests.models import BATCH, ZOO, Case, build
 
@@ -142,7 +144,7 @@ def test_rows_and_answers_are_as_without_it(tmp_path: Path) -> None:
             trained(run, model, batches)
         rows.append(torch.as_tensor(run.store.gradients[:]))
     assert torch.equal(*rows)
-    with pytest.raises(StoreNotFoundError, match="fit a curvature first"):
+    with pytest.raises(StoreNotFoundError, match=r"finalize\(\) writes it .* or fit a curvature first"):
         run.curvature("training")
 
 
@@ -229,3 +231,66 @@ def test_what_is_refused(tmp_path: Path) -> None:
     file.write_bytes(broken)
     with pytest.raises(StoreDamagedError, match="or delete it"):
         logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED)
+
+
+def test_verify_finds_any_flipped_bit_and_repair_takes_the_curvature_out(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    gathered(tmp_path, model, batches)
+    store = tmp_path / "run"
+    folder = store / "curvature"
+    (folder / "default.partial").mkdir()
+    sums = write_tensors(folder / "default.partial" / "factors.safetensors", {"a": torch.ones(2)}, {"batches": 1})
+    assert verify(store).ok
+    for file in (folder / "training.safetensors", sums):
+        content = file.read_bytes()
+        ends = range(0, len(content), max(1, len(content) // 40))
+        for byte in {*ends, 0, 8, len(content) - 1}:
+            flipped = bytearray(content)
+            flipped[byte] ^= 1 << byte % 8
+            file.write_bytes(flipped)
+            assert [damage.file for damage in verify(store).damages] == [file], byte
+        assert repair(store).ok and not file.exists()
+    with logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED) as run:
+        trained(run, model, batches)
+    assert run.curvature("training").fisher.samples == 40
+
+
+def test_a_fitted_curvature_is_neither_put_in_its_place_nor_gone_on_with(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    with logix.init("run", model, root=str(tmp_path), **GATHERED) as run:
+        trained(run, model, batches)
+        with pytest.raises(ConfigError, match="'training' is the name of the curvature that"):
+            run.fit_curvature(batches, name="training", progress=False)
+    fitted = fit_curvature(model, batches, progress=False)
+    save_curvature(fitted, tmp_path / "run" / "curvature" / "training.safetensors")
+    with pytest.raises(StatisticsError, match="was fitted, which a training cannot go on with"):
+        logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED)
+
+
+class TwoReaders(nn.Module):
+    """Two modules of one input, of which the second is called only from some time on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.both = nn.Linear(4, 3), nn.Linear(4, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.q(x) + (self.k(x) if self.both else 0)
+        return found.square().sum()
+
+
+def test_a_module_that_joins_another_s_input_later_leaves_its_eigenvalues_alone() -> None:
+    model = TwoReaders().double()
+    followed = CurvatureStream(select_modules(model), Path("nowhere"))
+    for model.both in (False, True):
+        x = torch.randn(6, 4, dtype=torch.float64)
+        look = followed.look(6)
+        assert look is not None
+        with look:
+            model(x).backward()
+        followed.take(look, 1.0)
+    found = followed.curvature()
+    assert found is not None
+    outputs = 2 * (model.q(x) + model.k(x)).detach()
+    gradients = torch.einsum("no,ni->noi", outputs, nn.functional.pad(x, (0, 1), value=1.0))
+    assert close(found.eigenvalues, dense(found, {"q": gradients, "k": gradients}))

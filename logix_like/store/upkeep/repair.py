@@ -37,6 +37,7 @@ from logix_like.store.format.parts import PartWriter
 from logix_like.store.format.schema import (
     CHECKPOINTS,
     COMMITS,
+    CURVATURE,
     DOCUMENT,
     JOURNAL,
     MEAN_VIEWS,
@@ -129,6 +130,8 @@ class _Repair:
         for place in places:
             if place[0] == JOURNAL:
                 self._aside(self._at(place), "a recorded path, which can be replayed no more")
+            if place[0] == CURVATURE:
+                self._aside(self._at(place), "a curvature, which can be fitted again, or the sums of a fit")
         for name in sorted({place[1] for place in places if place[0] == WRITERS and len(place) > 2}):
             folder = self._store / WRITERS / name
             self._writer(folder, [file for file in documents if str(file).startswith(f"{folder}/")])

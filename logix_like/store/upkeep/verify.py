@@ -1,8 +1,9 @@
 """Reading every byte of a store that counts, and naming what is not as it was committed.
 
 Checked are the manifest, every Zarr document, the commit records, each committed chunk of every array (against
-its own checksum and the record's), the latest statistics, projections, checkpoints, retractions and sample views. Files
-that no record names (what a kill left, temporary names) hold no committed rows and are not read.
+its own checksum and the record's), the latest statistics, projections, checkpoints, retractions, recorded paths,
+curvatures and sample views. Files that no record names (what a kill left, temporary names) hold no committed rows and
+are not read.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from logix_like.store.format.schema import (
     segment,
 )
 from logix_like.store.format.sums import load_latest_statistics
+from logix_like.store.format.tensors import check_tensors, tensor_files
 from logix_like.store.places.files import Place, as_place, names_in, read_bytes, walk
 
 Progress = Callable[[int, int], None]
@@ -183,6 +185,7 @@ def _contents(store: Place, manifest: StoreManifest, damages: list[Damage]) -> t
         *_checkpoints(store),
         *(_Check(file, partial(read_retraction, file)) for file in retraction_files(store)),
         *(_Check(file, partial(read_journal, file)) for file in journals(store)),
+        *(_Check(file, partial(check_tensors, file)) for file in tensor_files(store)),
     ]
     rows = 0
     for name in _standing(store):
