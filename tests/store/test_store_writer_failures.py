@@ -14,6 +14,7 @@ import torch
 
 from logix_like.errors import StoreWriteError
 from logix_like.store import open_store
+from logix_like.store.format.commits import CommitLog
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.places.storage import Pending
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
@@ -125,6 +126,29 @@ def test_no_file_is_left_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
                 out.commit()
     assert not list(store.rglob("*.partial"))
     assert len(open_store(store)) == 20
+
+
+def test_a_file_that_cannot_be_closed_after_a_failure_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_store(tmp_path / "s")
+    Gate(monkeypatch, fail_at=1)
+    monkeypatch.setattr(CommitLog, "close", _no_space)
+    out = writer(store)
+    out.put(next(batches(torch.randn(5, WIDTH))))
+    heard: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            out.commit()
+        except StoreWriteError as error:
+            heard.append(error)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(20)
+    assert "No space left" in str(heard)
+    out.close()
 
 
 def _no_space(*_: object) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 from os import PathLike
 from queue import SimpleQueue
 from types import TracebackType
@@ -68,7 +69,8 @@ class _Worker:
                     taken = self._inbox.take(self._pipeline.missing, due)
                     due = self._handle(taken)
         except BaseException as error:  # whatever it is, the training thread has to hear of it
-            self._pipeline.abandon()
+            with suppress(OSError):  # some storages say only when a file is closed that it has no room
+                self._pipeline.abandon()
             self._inbox.fail(error, taken)
 
     def _handle(self, taken: Taken) -> float:
