@@ -56,6 +56,11 @@ class _Worker:
         self._ready.get()
         torch.set_num_threads(threads)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is called by one of the threads that write."""
+        return threading.current_thread() is self.thread or self._pipeline.is_behind
+
     def _run(self) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
@@ -107,10 +112,13 @@ class _Worker:
         request.done.put(True)
 
 
-def _shut(inbox: Inbox, thread: threading.Thread, process: int) -> None:
-    """Flush and end the thread when its writer was forgotten or the interpreter exits."""
-    if os.getpid() == process and inbox.ask(Request(last=True)):
-        thread.join()
+def _shut(inbox: Inbox, worker: _Worker, process: int) -> None:
+    """Flush and end the thread when its writer was forgotten or the interpreter exits.
+
+    Writers in a reference cycle are forgotten in whichever thread collects it: those that write wait for nobody.
+    """
+    if os.getpid() == process and inbox.ask(Request(last=True)) and not worker.is_here:
+        worker.thread.join()
 
 
 class StoreWriter:
@@ -186,7 +194,7 @@ class StoreWriter:
         self.told = False
         """Whether a failure was raised or logged."""
         self._process = os.getpid()
-        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker.thread, self._process)
+        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker, self._process)
         self.rows = 0
         """Rows that were put."""
         self.dropped = 0
