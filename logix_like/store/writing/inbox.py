@@ -125,6 +125,8 @@ class Inbox:
         due = min(due, self._due())
         items = list(self._waiting())
         batches = [item for item in items if not isinstance(item, Request)]
+        if batches:  # they may have come since the line above
+            due = min(due, time.monotonic() + self._commit_seconds)
         self._taken += sum(batch.rows.nbytes for batch in batches)
         self._rows_taken += sum(len(batch.data_id) for batch in batches)
         return Taken(batches, [item for item in items if isinstance(item, Request)], due)
