@@ -16,7 +16,7 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import create_store, open_store
+from logix_like.store import StoreWriter, create_store, open_store
 from logix_like.store.writing.rowwriter import RowWriter
 from logix_like.store.writing.staging import StagedChunk
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
@@ -70,10 +70,10 @@ def test_a_writer_may_be_forgotten_in_a_thread_that_writes(
     out = writer(store)
 
     class Cycle:
-        def __init__(self) -> None:
-            self.writer, self.itself = out, self
+        def __init__(self, writer: StoreWriter) -> None:
+            self.writer, self.itself = writer, self
 
-    cycle = Cycle()
+    cycle = Cycle(out)
     dead, acts = weakref.ref(out), {"logix_like-writer": StagedChunk.encoded, "logix_like-files": RowWriter.write}
     kind, name = (StagedChunk, "encoded") if where == "logix_like-writer" else (RowWriter, "write")
 
