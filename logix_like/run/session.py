@@ -135,6 +135,7 @@ class StoreSession:
 
     def keep(self, write: Callable[[], object]) -> None:
         """Write something beside the rows, but never into a store that has taken this one's place."""
+        self._require_own()
         if self._writer is None or self.attempt(self._writer.require_present):
             self.attempt(write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -14,8 +15,10 @@ import torch
 
 from logix_like.errors import StoreWriteError
 from logix_like.store import open_store
+from logix_like.store.format.commits import CommitLog
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.places.storage import Pending
+from tests.interrupts import broken_off_at
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
 
 
@@ -125,6 +128,84 @@ def test_no_file_is_left_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
                 out.commit()
     assert not list(store.rglob("*.partial"))
     assert len(open_store(store)) == 20
+
+
+def test_a_file_that_cannot_be_closed_after_a_failure_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_store(tmp_path / "s")
+    Gate(monkeypatch, fail_at=1)
+    monkeypatch.setattr(CommitLog, "close", _no_space)
+    out = writer(store)
+    out.put(next(batches(torch.randn(5, WIDTH))))
+    heard: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            out.commit()
+        except StoreWriteError as error:
+            heard.append(error)
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(20)
+    assert "No space left" in str(heard)
+    out.close()
+
+
+def test_a_failure_of_a_forgotten_writer_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As at the end of a script without finalize()."""
+    Gate(monkeypatch, fail_at=2)
+    out = writer(new_store(tmp_path / "s"))
+    out.put(next(batches(torch.randn(20, WIDTH), size=20)))
+    with caplog.at_level(logging.ERROR):
+        del out
+    (record,) = caplog.records
+    assert f"{CHUNK_ROWS} rows are committed and safe" in record.message and "No space left" in record.message
+
+
+def test_closing_that_is_broken_off_anywhere_can_be_ended(tmp_path: Path) -> None:
+    """Ctrl-C while a run ends, and then a further run in the same place."""
+    store = new_store(tmp_path / "s")
+    for step in itertools.count(1, 5):
+        out = writer(store)
+        out.put(next(batches(torch.randn(5, WIDTH))))
+        ended = broken_off_at(step, out.close)
+        out.close()
+        with pytest.raises(StoreWriteError, match="is closed"):
+            out.commit()
+        assert open_store(store).writers[-1].state == "closed"
+        if ended:
+            break
+    assert step > 50, "nothing was broken off"
+    assert len(open_store(store)) == 5 * len(open_store(store).writers)
+
+
+def test_a_put_that_waits_while_the_writer_is_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a handler of SIGTERM, which ends the run while the training thread waits for the disk."""
+    store, gate, heard = new_store(tmp_path / "s"), Gate(monkeypatch), list[str]()
+    out = writer(store, queue_mib=CHUNK_ROWS * WIDTH * 4 / 2**20)
+
+    def produce() -> None:
+        try:
+            for batch in batches(torch.randn(300, WIDTH), size=CHUNK_ROWS):
+                out.put(batch)
+        except StoreWriteError as error:
+            heard.append(str(error))
+
+    producer = threading.Thread(target=produce, daemon=True)
+    producer.start()
+    producer.join(0.3)
+    assert producer.is_alive()
+    threading.Timer(0.2, gate.open.set).start()
+    out.close()
+    producer.join(20)
+    assert not producer.is_alive() and "is closed" in heard[0]
+    assert len(open_store(store)) == out.committed == out.rows
 
 
 def _no_space(*_: object) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import StoreError, StoreWriteError
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import create_store, open_store
+from logix_like.store import StoreWriter, create_store, open_store
+from logix_like.store.writing.rowwriter import RowWriter
+from logix_like.store.writing.staging import StagedChunk
 from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
 from tests.store.writer_process import start
 
@@ -51,6 +58,43 @@ def test_rows_are_flushed_when_the_writer_is_forgotten(tmp_path: Path) -> None:
     out.put(next(batches(torch.randn(5, WIDTH))))
     del out
     assert len(open_store(store)) == 5
+
+
+@pytest.mark.parametrize("where", ["logix_like-writer", "logix_like-files"])
+def test_a_writer_may_be_forgotten_in_a_thread_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Python collects a run, which refers to itself, in whichever thread comes to it."""
+    store, rows = new_store(tmp_path / "s"), torch.randn(2 * CHUNK_ROWS + 5, WIDTH)
+    forgotten, threads = threading.Event(), set(threading.enumerate())
+    out = writer(store)
+
+    class Cycle:
+        def __init__(self, writer: StoreWriter) -> None:
+            self.writer, self.itself = writer, self
+
+    cycle = Cycle(out)
+    dead, acts = weakref.ref(out), {"logix_like-writer": StagedChunk.encoded, "logix_like-files": RowWriter.write}
+    kind, name = (StagedChunk, "encoded") if where == "logix_like-writer" else (RowWriter, "write")
+
+    def collects(*given: Any, **more: Any) -> Any:
+        assert threading.current_thread().name == where and forgotten.wait(20)
+        gc.collect()
+        return acts[where](*given, **more)
+
+    monkeypatch.setattr(kind, name, collects)
+    gc.disable()  # here
+    try:
+        out.put(ProjectedBatch(tuple(range(len(rows))), rows))
+        del out, cycle, Cycle
+        forgotten.set()
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(20)
+    finally:
+        gc.enable()
+    assert dead() is None
+    opened = open_store(store)
+    assert opened.gradients[:].equal(rows) and opened.writers[0].state == "closed"
 
 
 def test_a_forked_child_leaves_the_writer_alone(tmp_path: Path) -> None:

@@ -154,5 +154,6 @@ def _lives(process: int) -> bool:
 def _release(state: _State, thread: threading.Thread, process: int) -> None:
     if os.getpid() == process:
         state.ended.set()
-        thread.join()
+        if threading.current_thread() is not thread:  # which may be the one that collects a forgotten writer
+            thread.join()
         state.release()

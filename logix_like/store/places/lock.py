@@ -47,14 +47,17 @@ class WriterLock:
                     "give each process a rank or a project of its own"
                 ) from error
         _held.add(holder)
-        self._release = weakref.finalize(self, _release, handle, holder)
+        self._handle, self._holder = handle, holder
+        self._finalizer = weakref.finalize(self, _release, handle, holder)
 
     def require(self) -> None:
         """Nothing can take it over while this process lives."""
 
     def close(self) -> None:
         """Let another writer in; idempotent."""
-        self._release()
+        if self._finalizer.alive:
+            _release(self._handle, self._holder)
+            self._finalizer.detach()  # last: a closing that was broken off before is done again
 
 
 def _holder(file: os.stat_result) -> Holder:
@@ -62,5 +65,6 @@ def _holder(file: os.stat_result) -> Holder:
 
 
 def _release(handle: int, holder: Holder) -> None:
-    _held.discard(holder)
-    os.close(handle)
+    if holder in _held:
+        _held.discard(holder)
+        os.close(handle)

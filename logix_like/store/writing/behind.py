@@ -48,6 +48,11 @@ class Behind:
         if self._thread is not None:
             self._thread.join()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is called by a task."""
+        return threading.current_thread() is self._thread
+
     def _wait(self) -> None:
         self._changed.wait_for(lambda: self._task is None)
         if self._error is not None:

@@ -71,17 +71,23 @@ class Inbox:
         self._awaited = False
         """Whether somebody may be waiting for room."""
         self.error: BaseException | None = None
+        self.told = False
+        """Whether somebody was told of it."""
+        self._closing = False
+        """Whether the last item is queued."""
+        self.ended = False
+        """Whether the worker takes no more, for an error or because it was told of the last item."""
 
     def put(self, batch: ProjectedBatch) -> bool:
-        """Queue a batch, waiting while it does not fit; False if the worker has failed."""
+        """Queue a batch, waiting while it does not fit; False if the worker has ended."""
         size = batch.rows.nbytes
-        while self.error is None and self._is_full_for(size):
+        while not self._closing and not self.ended and self._is_full_for(size):
             self._awaited = True
             self._calls.put(None)
             if self._is_full_for(size):  # still: the worker, who looks when it is done, cannot have missed the above
                 with suppress(Empty):
                     self._room.get(timeout=LOOK_SECONDS)
-        if self.error is not None:
+        if self._closing or self.ended:
             return False
         if self._items.empty():
             self._since = time.monotonic()
@@ -90,14 +96,15 @@ class Inbox:
         self._rows_put += len(batch.data_id)
         if (self._idle or self._worthwhile()) and self._calls.empty():
             self._calls.put(None)
-        return self.error is None
+        return not self.ended
 
     def ask(self, request: Request) -> bool:
-        """Queue a request; False if the worker has failed."""
+        """Queue a request; False if the worker has ended."""
+        self._closing |= request.last
         self._items.put(request)
         self._asked = True
         self._calls.put(None)
-        return self.error is None
+        return not self.ended
 
     def take(self, wanted: int, due: float) -> Taken:
         """All that waits, once it is ``wanted`` rows or urgent, or the time is ``due``; the last is done with."""
@@ -118,13 +125,16 @@ class Inbox:
         due = min(due, self._due())
         items = list(self._waiting())
         batches = [item for item in items if not isinstance(item, Request)]
+        if batches:  # they may have come since the line above
+            due = min(due, time.monotonic() + self._commit_seconds)
         self._taken += sum(batch.rows.nbytes for batch in batches)
         self._rows_taken += sum(len(batch.data_id) for batch in batches)
         return Taken(batches, [item for item in items if isinstance(item, Request)], due)
 
-    def fail(self, error: BaseException, taken: Taken) -> None:
+    def end(self, taken: Taken, error: BaseException | None = None) -> None:
         """Refuse all further items and wake everyone who waits, those whose requests were ``taken`` included."""
         self.error = error
+        self.ended = True
         self._room.put(None)
         for item in (*taken.requests, *self._waiting()):
             if isinstance(item, Request):

@@ -103,6 +103,11 @@ class RowPipeline:
         self._behind.start()
 
     @property
+    def is_behind(self) -> bool:
+        """Whether this is called by the thread that was started."""
+        return self._behind.is_here
+
+    @property
     def staged(self) -> int:
         """Rows that wait for their commit."""
         return self._staged.count

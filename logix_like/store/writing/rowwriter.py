@@ -103,8 +103,10 @@ class RowWriter:
 
     def abandon(self) -> None:
         """Let go of the record file without ending it; idempotent."""
-        self._log.close()
-        self._anchor.close()
+        try:
+            self._log.close()
+        finally:
+            self._anchor.close()
 
     def _new_tail(self, rows: int) -> PartWriter:
         if self._tails == 0:

@@ -8,10 +8,11 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 from os import PathLike
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 import torch
 
@@ -55,6 +56,16 @@ class _Worker:
         self._ready.get()
         torch.set_num_threads(threads)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is called by one of the threads that write."""
+        return threading.current_thread() is self.thread or self._pipeline.is_behind
+
+    @property
+    def committed(self) -> int:
+        """Rows that are safe."""
+        return self._pipeline.committed
+
     def _run(self) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes the default at its first look: have that happen now
@@ -67,9 +78,11 @@ class _Worker:
                     taken = Taken()  # what it held is not in the queue's bound any more
                     taken = self._inbox.take(self._pipeline.missing, due)
                     due = self._handle(taken)
+            self._inbox.end(taken)
         except BaseException as error:  # whatever it is, the training thread has to hear of it
-            self._pipeline.abandon()
-            self._inbox.fail(error, taken)
+            with suppress(OSError):  # some storages say only when a file is closed that it has no room
+                self._pipeline.abandon()
+            self._inbox.end(taken, error)
 
     def _handle(self, taken: Taken) -> float:
         """Returns when the oldest row that is left waiting is due.
@@ -81,6 +94,8 @@ class _Worker:
         self._pipeline.add(taken.batches)
         for request in taken.requests:
             self._answer(request)
+            if request.last:  # of several (a closing that was broken off asks again) the first
+                break
         if not self._pipeline.staged:
             return math.inf
         if time.monotonic() < taken.due:
@@ -105,10 +120,33 @@ class _Worker:
         request.done.put(True)
 
 
-def _shut(inbox: Inbox, thread: threading.Thread, process: int) -> None:
-    """Flush and end the thread when its writer was forgotten or the interpreter exits."""
-    if os.getpid() == process and inbox.ask(Request(last=True)):
-        thread.join()
+def _shut(inbox: Inbox, worker: _Worker, folder: Place, process: int) -> None:
+    """Flush and end the thread when its writer was forgotten or the interpreter exits.
+
+    Writers in a reference cycle are forgotten in whichever thread collects it: those that write wait for nobody.
+    """
+    if os.getpid() != process:
+        return
+    if worker.is_here:
+        inbox.ask(Request(last=True))
+        return
+    _end(inbox, worker.thread)
+    if inbox.error is not None and not inbox.told:
+        _log.error(
+            "writing to %s failed: %r; %d rows are committed and safe, those behind them are not stored: end a run "
+            "with finalize(), which raises this",
+            folder,
+            inbox.error,
+            worker.committed,
+        )
+
+
+def _end(inbox: Inbox, thread: threading.Thread) -> None:
+    """Return once everything is committed, or has failed, and the thread is done."""
+    request = Request(last=True)
+    if inbox.ask(request):
+        request.done.get()  # and not join alone, which after a Ctrl-C takes the thread for one that has ended
+    thread.join()
 
 
 class StoreWriter:
@@ -181,10 +219,9 @@ class StoreWriter:
         worker = _Worker(self._inbox, self._pipeline)
         worker.start()
         self._thread = worker.thread
-        self.told = False
-        """Whether a failure was raised or logged."""
+        self._closing = False
         self._process = os.getpid()
-        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker.thread, self._process)
+        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker, self.folder, self._process)
         self.rows = 0
         """Rows that were put."""
         self.dropped = 0
@@ -194,6 +231,15 @@ class StoreWriter:
     def committed(self) -> int:
         """Rows that are safe."""
         return self._pipeline.committed
+
+    @property
+    def told(self) -> bool:
+        """Whether a failure was raised or logged."""
+        return self._inbox.told
+
+    @told.setter
+    def told(self, told: bool) -> None:
+        self._inbox.told = told
 
     @property
     def nonfinite(self) -> int:
@@ -231,13 +277,16 @@ class StoreWriter:
         self._ask(Request(statistics=StoredStatistics(statistics, coverage)))
 
     def close(self) -> None:
-        """Commit everything and end the thread; idempotent. A failure is raised if it was not before."""
+        """Commit everything and end the thread; idempotent. A failure is raised if it was not before.
+
+        Where it is broken off (Ctrl-C) rows go on being committed, and it may be called again.
+        """
         if not self._finalizer.alive or os.getpid() != self._process:
             return  # a forked child has no such thread, and its parent's rows are not its to flush
-        self._finalizer.detach()
-        self._inbox.ask(Request(last=True))
-        self._thread.join()
+        self._closing = True
+        _end(self._inbox, self._thread)
         self._lock.close()
+        self._finalizer.detach()
         if self._inbox.error is not None and not self.told:
             self._report()
 
@@ -261,14 +310,17 @@ class StoreWriter:
                 "forked from it without the thread that writes; no row was taken: log in the process that began, or "
                 "start a run of a rank of its own here"
             )
-        if not self._finalizer.alive:
-            raise StoreWriteError(
-                f"the writer of {self.folder} is closed; no row was taken, start a new writer to go on"
-            )
+        if self._closing:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise StoreWriteError(f"the writer of {self.folder} is closed; no row was taken, start a new writer to go on")
 
     def _report(self) -> None:
         """Raise the worker's failure, or log it once."""
         cause = self._inbox.error
+        if cause is None:  # it was closed meanwhile, by a handler of a signal or another thread
+            self._refuse()
         message = str(cause)
         if not isinstance(cause, StoreWriteError):  # which says by itself what is to be done
             message = (
