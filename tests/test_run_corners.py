@@ -57,6 +57,20 @@ def test_a_change_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
     assert len(logix.open_store(tmp_path / "here" / "run")) == 8
 
 
+def test_what_a_loop_does_with_its_tensors_afterwards_is_not_stored(tmp_path: Path) -> None:
+    inputs, labels = data()
+    model, losses = network(), torch.arange(4.0)
+    with logix.init("run", model, root=str(tmp_path), verbose=False, store={"dtype": "float32"}) as run:
+        with run(data_id=range(4), loss=losses):
+            F.cross_entropy(model(inputs[:4]), labels[:4]).backward()
+        expected = run.get_log().gradients.clone()
+        run.get_log().gradients.zero_()
+        losses.fill_(7.0)
+        run.commit()
+        assert run.store.loss.tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert torch.equal(run.store.gradients[:], expected.float())
+
+
 class TiedWithOneBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()

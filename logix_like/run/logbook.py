@@ -120,7 +120,8 @@ class Logbook:
         if self._last is None:
             raise CaptureError("there is no log yet: run a block first" + self.warmup_note())
         self._unread = 0
-        return self._last
+        # A copy: the rows themselves may still be on their way to the store.
+        return replace(self._last, gradients=self._last.gradients.clone())
 
     @property
     def timing(self) -> Timing:
@@ -297,7 +298,7 @@ class Logbook:
             step=self._progress.step,
             epoch=self._progress.epoch,
             lr=self._progress.lr,
-            loss=None if options.loss is None else options.loss.float(),
+            loss=None if options.loss is None else options.loss.to(torch.float32, copy=True),  # a loop may reuse it
             metadata=options.metadata,
             weight=1 / options.factor(options.scale),
             timing=timing,
