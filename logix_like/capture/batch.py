@@ -70,6 +70,12 @@ class ProjectedBatch:
     arrival: Arrival | None = None
     """Waited for before any tensor is read, where they are still being copied to the host."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that rows and moments take."""
+        moments = () if self.moments is None else (*self.moments.inputs.values(), *self.moments.outputs.values())
+        return self.rows.nbytes + sum(moment.nbytes for moment in moments)
+
     def wait(self) -> None:
         """Return once the tensors are there; their shapes are known before."""
         if self.arrival is not None:

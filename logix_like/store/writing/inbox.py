@@ -80,7 +80,7 @@ class Inbox:
 
     def put(self, batch: ProjectedBatch) -> bool:
         """Queue a batch, waiting while it does not fit; False if the worker has ended."""
-        size = batch.rows.nbytes
+        size = batch.nbytes
         while not self._closing and not self.ended and self._is_full_for(size):
             self._awaited = True
             self._calls.put(None)
@@ -127,7 +127,7 @@ class Inbox:
         batches = [item for item in items if not isinstance(item, Request)]
         if batches:  # they may have come since the line above
             due = min(due, time.monotonic() + self._commit_seconds)
-        self._taken += sum(batch.rows.nbytes for batch in batches)
+        self._taken += sum(batch.nbytes for batch in batches)
         self._rows_taken += sum(len(batch.data_id) for batch in batches)
         return Taken(batches, [item for item in items if isinstance(item, Request)], due)
 
