@@ -61,6 +61,10 @@ class ModuleBlock:
         return slice(self.offset, self.offset + self.size)
 
 
+WIDEST = 2**40
+"""Numbers a row: what claims more is no layout."""
+
+
 class Layout(Sequence[ModuleBlock]):
     """The blocks of a row in order; ``width`` numbers in all."""
 
@@ -77,6 +81,8 @@ class Layout(Sequence[ModuleBlock]):
             if kept is not None and (not kept or min(kept) < 0 or max(kept) >= block.rank[0] * block.rank[1]):
                 raise ValueError(f"block {block.name!r} keeps coordinates that its matrix does not have")
             end += block.size
+        if end > WIDEST:
+            raise ValueError(f"a row has {end:,} numbers, more than the {WIDEST:,} that any memory could hold")
         self.width = end
         self._picked: dict[str, Tensor] = {}
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 import torch
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _stance = ExitStack()
-_askers = 0
+
+
+class _Asker:
+    """Somebody who asks, for as long as it is referred to."""
+
+
+_askers: WeakSet[_Asker] = WeakSet()
 
 
 @contextmanager
@@ -18,26 +25,19 @@ def eager() -> Iterator[None]:
     """What was compiled runs eagerly inside; the compiled code itself is kept.
 
     Those who ask may end in any order, and one that is forgotten ends with its last reference: torch's own way puts
-    back what it found, which for the one that ends last may be another's.
+    back what it found, which for the one that ends last may be another's. One that Ctrl-C breaks off as it begins or
+    ends is forgotten, too, and ends with the next.
     """
-    _begin()
+    asker = _Asker()
     try:
+        with _lock:
+            if not _askers:
+                _stance.close()  # of one that was broken off
+                _stance.enter_context(torch.compiler.set_stance("force_eager"))
+            _askers.add(asker)
         yield
     finally:
-        _end()
-
-
-def _begin() -> None:
-    global _askers
-    with _lock:
-        if not _askers:
-            _stance.enter_context(torch.compiler.set_stance("force_eager"))
-        _askers += 1
-
-
-def _end() -> None:
-    global _askers
-    with _lock:
-        _askers -= 1
-        if not _askers:
-            _stance.close()
+        with _lock:
+            _askers.discard(asker)
+            if not _askers:
+                _stance.close()

@@ -126,11 +126,10 @@ def require_training(optimizer: Optimizer | None, model: nn.Module) -> None:
         RuntimeWarning: it holds none of them, but tensors that may be flattened from them, or their copies in a wider
             type.
     """
-    if optimizer is None:
-        return
     own = list(model.parameters())
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if {id(parameter) for parameter in own} & {id(parameter) for parameter in held}:
+    groups = [] if optimizer is None else optimizer.param_groups
+    held = [parameter for group in groups for parameter in group["params"]]
+    if not held or {id(parameter) for parameter in own} & {id(parameter) for parameter in held}:
         return
     none = f"optimizer= holds none of the {len(own)} parameters of the model, but {len(held)} other tensors"
     types, largest = {parameter.dtype for parameter in own}, max((parameter.numel() for parameter in own), default=0)

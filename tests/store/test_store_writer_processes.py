@@ -88,8 +88,9 @@ def test_a_writer_may_be_forgotten_in_a_thread_that_writes(
         out.put(ProjectedBatch(tuple(range(len(rows))), rows))
         del out, cycle, Cycle
         forgotten.set()
-        for thread in set(threading.enumerate()) - threads:
-            thread.join(20)
+        until = time.monotonic() + 20
+        while set(threading.enumerate()) - threads and time.monotonic() < until:  # also those that are not started yet
+            time.sleep(0.01)
     finally:
         gc.enable()
     assert dead() is None
