@@ -121,6 +121,7 @@ def test_a_block_that_is_broken_off_anywhere_leaves_nothing_on_the_model(run: lo
         left += sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
         for module in model.modules():
             module._forward_hooks.clear()
+    torch.compiler.set_stance("default")  # broken off within torch's own set_stance, it stays as it was set
     assert at > 1000 and left <= 4, "more than what is broken off within torch's own register_forward_hook"
     run.finalize()
     assert len(run.store) % 4 == 0 and len(run.store)
