@@ -112,16 +112,16 @@ def test_an_exception_in_a_block_loses_that_block_only(run: logix.Run, model: nn
 
 
 def test_a_block_that_is_broken_off_anywhere_leaves_nothing_on_the_model(run: logix.Run, model: nn.Module) -> None:
-    """Ctrl-C at every 101st step of the interpreter: at most the open block is to be dropped by hand, as is said."""
+    """Ctrl-C at every 11th place of the interpreter: at most the open block is to be dropped by hand, as is said."""
     left = 0
-    for at in itertools.count(1, 101):
+    for at in itertools.count(1, 11):
         if broken_off_at(at, lambda: step(run, model, range(4))):
             break
         run.abort()
         left += sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
         for module in model.modules():
             module._forward_hooks.clear()
-    torch.compiler.set_stance("default")  # broken off within torch's own set_stance, it stays as it was set
+    torch.compiler.set_stance("default")  # broken off right behind torch's own set_stance, it stays as it was set
     assert at > 1000 and left <= 4, "more than what is broken off within torch's own register_forward_hook"
     run.finalize()
     assert len(run.store) % 4 == 0 and len(run.store)

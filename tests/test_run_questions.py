@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import logix_like as logix
 from logix_like.errors import ConfigError, QueryError
@@ -20,10 +20,14 @@ COUNT = 40
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[logix.Run]:
+def labels() -> Tensor:
+    return torch.randint(3, (COUNT,))
+
+
+@pytest.fixture
+def run(tmp_path: Path, labels: Tensor) -> Iterator[logix.Run]:
     """Forty samples; number 30 is a copy of number 3."""
-    model = nn.Linear(5, 3)
-    inputs, labels = torch.randn(COUNT, 5), torch.randint(3, (COUNT,))
+    model, inputs = nn.Linear(5, 3), torch.randn(COUNT, 5)
     inputs[30], labels[30] = inputs[3], labels[3]
     settings = {"damping": {"absolute": 0.02}, "preconditioner": "covariance"}
     with logix.init("questions", model, root=str(tmp_path), query=settings, verbose=False) as run:
@@ -32,7 +36,6 @@ def run(tmp_path: Path) -> Iterator[logix.Run]:
             with run(data_id=range(start, start + 10), metadata={"label": labels[part].tolist()}):
                 nn.functional.cross_entropy(model(inputs[part]), labels[part]).backward()
         run.commit()
-        run.labels = labels  # type: ignore[attr-defined]
         yield run
 
 
@@ -44,9 +47,9 @@ def query(run: logix.Run) -> Query:
     return query
 
 
-def test_samples_are_chosen_by_the_columns_that_were_logged(run: logix.Run, query: Query) -> None:
+def test_samples_are_chosen_by_the_columns_that_were_logged(run: logix.Run, query: Query, labels: Tensor) -> None:
     some = run.compute_influence_all(query, where={"label": 1})
-    expected = [i for i in range(COUNT) if run.labels[i] == 1]  # type: ignore[attr-defined]
+    expected = [i for i in range(COUNT) if labels[i] == 1]
     assert some.data_id.tolist() == expected
     assert some.damping == {"absolute": 0.02}
     split = run.compute_influence(query, expected[:2], k=1, per="module", normalize=True)

@@ -64,21 +64,23 @@ def test_the_leave_one_out_loss_of_a_monitor_is_told(tmp_path: Path) -> None:
     assert (told["loo_loss"], told["train_loss"]) == (found.loo_loss, found.train_loss)
 
 
-class _Writer:
-    """As TensorBoard's."""
+class _Told:
+    """What a logger was told."""
 
     def __init__(self) -> None:
         self.told: dict[str, float] = {}
         self.step = -1
 
+
+class _Writer(_Told):
+    """As TensorBoard's."""
+
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.told[name], self.step = value, step
 
 
-class _Module(_Writer):
+class _Module(_Told):
     """As a LightningModule: ``log`` takes a name and a value, ``log_dict`` the whole."""
-
-    add_scalar = None  # type: ignore[assignment]
 
     def log(self, name: str, value: float) -> None:
         raise AssertionError("one by one")
@@ -87,34 +89,28 @@ class _Module(_Writer):
         self.told = numbers
 
 
-class _Logger(_Writer):
+class _Logger(_Told):
     """As Lightning's loggers and MLflow."""
-
-    add_scalar = None  # type: ignore[assignment]
 
     def log_metrics(self, numbers: dict[str, float], step: int | None = None) -> None:
         assert step is not None
         self.told, self.step = numbers, step
 
 
-class _Run(_Writer):
+class _Run(_Told):
     """As wandb's run and the Hugging Face Trainer."""
-
-    add_scalar = None  # type: ignore[assignment]
 
     def log(self, numbers: dict[str, float]) -> None:
         self.told = numbers
 
 
-class _Function(_Writer):
-    add_scalar = None  # type: ignore[assignment]
-
+class _Function(_Told):
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
         self.told, self.step = dict(numbers), step
 
 
 @pytest.mark.parametrize("kind", [_Writer, _Module, _Logger, _Run, _Function])
-def test_every_kind_of_logger_is_written_to(tmp_path: Path, kind: type[_Writer]) -> None:
+def test_every_kind_of_logger_is_written_to(tmp_path: Path, kind: type[_Told]) -> None:
     target = kind()
     model = nn.Linear(3, 2)
     with logix.init("kinds", model, root=tmp_path, verbose=False) as run:

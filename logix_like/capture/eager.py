@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
 import torch
+
+_lock = threading.RLock()
+_stance = ExitStack()
 
 
 class _Asker:
@@ -15,7 +18,6 @@ class _Asker:
 
 
 _askers: WeakSet[_Asker] = WeakSet()
-_stances: list[Any] = []
 
 
 @contextmanager
@@ -28,19 +30,14 @@ def eager() -> Iterator[None]:
     """
     asker = _Asker()
     try:
-        _askers.add(asker)
-        _settle()
+        with _lock:
+            if not _askers:
+                _stance.close()  # of one that was broken off
+                _stance.enter_context(torch.compiler.set_stance("force_eager"))
+            _askers.add(asker)
         yield
     finally:
-        _askers.discard(asker)
-        _settle()
-
-
-def _settle() -> None:
-    # No lock, which Ctrl-C could leave held for good: what another thread changes meanwhile is seen by looking again.
-    while bool(_askers) != bool(_stances):
-        if _askers:
-            _stances.append(torch.compiler.set_stance("force_eager"))
-        else:
-            _stances[-1].__exit__(None, None, None)
-            _stances.pop()
+        with _lock:
+            _askers.discard(asker)
+            if not _askers:
+                _stance.close()

@@ -174,8 +174,9 @@ def test_gradients_are_chosen_like_rows_of_an_array(tmp_path: Path) -> None:
         gradients[[1, 50]]
     with pytest.raises(IndexError, match="one entry for each row"):
         gradients[mask[:3]]
+    fractions: Any = [0.5]
     with pytest.raises(IndexError, match="by numbers, a slice or a mask"):
-        gradients[[0.5]]  # type: ignore[list-item]
+        gradients[fractions]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,11 @@ def test_a_batch_larger_than_the_queue_is_taken(tmp_path: Path) -> None:
     assert open_store(store).gradients[:].equal(rows)
 
 
+def with_column(name: Any, values: Any) -> ProjectedBatch:
+    """One row with a column of the user's."""
+    return ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={name: values})
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -82,13 +88,13 @@ def test_a_batch_larger_than_the_queue_is_taken(tmp_path: Path) -> None:
         (ProjectedBatch((1.5,), torch.ones(1, WIDTH)), "id is 1.5 of type float, expected str or int"),
         (ProjectedBatch(("\ud800",), torch.ones(1, WIDTH)), "cannot be written as UTF-8"),
         (ProjectedBatch((1,), torch.ones(1, WIDTH), loss=torch.ones(2)), "'loss' has 2 values for 1 samples"),
-        (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={"a": ()}), "'a' has 0 values for 1 samples"),
-        (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={"a": ([],)}), "expected str, int or float"),  # type: ignore[dict-item]
+        (with_column("a", ()), "'a' has 0 values for 1 samples"),
+        (with_column("a", ([],)), "expected str, int or float"),
         *(
-            (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={name: (1,)}), f"cannot be called {name!r}: its name")
+            (with_column(name, (1,)), f"cannot be called {name!r}: its name")
             for name in ("", ".", "..", "a/b", "x" * 300)
         ),
-        (ProjectedBatch((1,), torch.ones(1, WIDTH), metadata={7: (1,)}), "column is called 7 of type int"),  # type: ignore[dict-item]
+        (with_column(7, (1,)), "column is called 7 of type int"),
     ],
 )
 def test_a_batch_that_cannot_be_stored_is_refused_at_once(tmp_path: Path, batch: ProjectedBatch, message: str) -> None:
@@ -136,7 +142,7 @@ def test_statistics_of_writers_are_added(tmp_path: Path) -> None:
     torch.testing.assert_close(opened.statistics.mean("").float(), rows[:, 16:].mean(0))
 
 
-def test_torch_keeps_its_threads(tmp_path: Path) -> None:
+def test_torch_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     seen: dict[str, int] = {}
     torch.set_num_threads(3)
@@ -148,7 +154,7 @@ def test_torch_keeps_its_threads(tmp_path: Path) -> None:
             seen["worker"] = torch.get_num_threads()
             original(rows, covered)
 
-        statistics.update = update  # type: ignore[method-assign]
+        monkeypatch.setattr(statistics, "update", update)
         with writer(new_store(tmp_path / "s"), statistics=statistics) as out:
             out.put(next(batches(torch.randn(20, WIDTH), size=20)))
             out.commit()

@@ -169,7 +169,7 @@ def test_a_failure_of_a_forgotten_writer_is_logged(
 def test_closing_that_is_broken_off_anywhere_can_be_ended(tmp_path: Path) -> None:
     """Ctrl-C while a run ends, and then a further run in the same place."""
     store = new_store(tmp_path / "s")
-    for step in itertools.count(1, 5):
+    for step in itertools.count(1):
         out = writer(store)
         out.put(next(batches(torch.randn(5, WIDTH))))
         ended = broken_off_at(step, out.close)
@@ -179,7 +179,7 @@ def test_closing_that_is_broken_off_anywhere_can_be_ended(tmp_path: Path) -> Non
         assert open_store(store).writers[-1].state == "closed"
         if ended:
             break
-    assert step > 50, "nothing was broken off"
+    assert step > 20, "nothing was broken off"
     assert len(open_store(store)) == 5 * len(open_store(store).writers)
 
 
