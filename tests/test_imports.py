@@ -60,6 +60,7 @@ LAYERS = (
     ("logix_like.evaluation",),
     (
         "logix_like.run.block",
+        "logix_like.run.curvatures",
         "logix_like.run.delivery",
         "logix_like.run.extraction",
         "logix_like.run.logtypes",

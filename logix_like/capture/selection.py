@@ -147,21 +147,19 @@ def select_modules(
             assert kind is not None
             chosen.append((name, module, RULES[kind]))
         elif exact:
-            raise UnsupportedModuleError(
-                f"module {name!r} ({type(module).__name__}) cannot be tracked: {reason}; "
-                f"rules exist for {', '.join(RULES)}"
-            )
+            of = f"{name!r} ({type(module).__name__})"
+            raise UnsupportedModuleError(f"module {of} cannot be tracked: {reason}; rules exist for {', '.join(RULES)}")
         elif next(module.parameters(), None) is not None:
             skipped[name] = reason
     _check_patterns(list(candidates), include, "include")
     _check_patterns(list(candidates), list(batch_dim or ()), "batch_dim")
     _warn_of_patterns(list(candidates), exclude)
     if not chosen:
+        left_out = f"; left out: {_some(skipped)}" if skipped else ""
         raise ConfigError(
             f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
-            f"include={list(include)}, exclude={list(exclude)}"
-            + (f"; left out: {_some(skipped)}" if skipped else "")
-            + " (a frozen model is tracked with modules.frozen=true)"
+            f"include={list(include)}, exclude={list(exclude)}{left_out} (a frozen model is tracked with "
+            "modules.frozen=true)"
         )
     chosen = _with_partners(candidates, chosen, exclude, skipped)
     selection = _assemble(model, chosen, skipped, batch_dim or {})

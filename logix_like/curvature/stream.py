@@ -6,7 +6,7 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 from zlib import crc32
 
 from torch import Tensor
@@ -36,28 +36,21 @@ SAVE_SHARE = 50
 SUMS = "sums/"
 
 
-class Look:
+class Look(ExitStack):
     """A context manager around the forward and backward pass of one block that is looked at."""
 
     def __init__(self, hooks: HookSet, calls: CallReader, sink: FactorSums | SquareSums) -> None:
-        self._stack = ExitStack()
+        super().__init__()
         self._hooks = hooks
         self._calls = calls
         self.sink = sink
         """Holds what the block gave."""
 
-    def __enter__(self) -> Look:
-        self._stack.callback(self._calls.close)
-        self._stack.enter_context(self._hooks)
+    def __enter__(self) -> Self:
+        self.callback(self._calls.close)
+        self.push(self._hooks)  # first: Ctrl-C may come while they are being attached
+        self._hooks.__enter__()
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
 
 class CurvatureStream:

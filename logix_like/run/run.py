@@ -20,9 +20,9 @@ from tqdm import tqdm
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import Config, is_due
-from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
+from logix_like.curvature import Curvature, stored_curvature
 from logix_like.curvature.stream import CurvatureStream
-from logix_like.errors import CaptureError, ConfigError, StoreError, StoreNotFoundError
+from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
 from logix_like.path import Checkpoint, TrainingPath
@@ -30,6 +30,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.ranks import Ranks
 from logix_like.run.asking import Asker
 from logix_like.run.block import Block
+from logix_like.run.curvatures import TRAINING, fitted_curvature, kept_curvature
 from logix_like.run.extraction import batch_ids, progress_over
 from logix_like.run.live import LiveScores
 from logix_like.run.logbook import Logbook
@@ -43,9 +44,6 @@ from logix_like.steps import Progress, counted
 from logix_like.store import GradientStore, OnDamage, Place, open_store
 from logix_like.timing import Timing
 from logix_like.weights import frozen
-
-TRAINING = "training"
-"""Name of the curvature that the training itself gives."""
 
 
 class Run(Questions):
@@ -416,16 +414,7 @@ class Run(Questions):
         Raises:
             ConfigError: the name is not that of a file, or that of the curvature which the training gives.
         """
-        if name == TRAINING:
-            raise ConfigError(
-                f"{name!r} is the name of the curvature that statistics: [..., curvature] gathers in training; give "
-                "this one another"
-            )
-        file, tracker = stored_curvature(self.path, name), self._logbook.tracker
-        options = {"selection": tracker.selection, "resume_from": file.with_name(f"{file.stem}.partial"), **options}
-        curvature = fit_curvature(tracker.model, loader, objective, **options)
-        save_curvature(curvature, file)
-        return curvature
+        return fitted_curvature(self.path, self._logbook.tracker, loader, objective, name, options)
 
     def curvature(self, name: str = "default") -> Curvature:
         """What :meth:`fit_curvature` kept; ``"training"``: what ``statistics: [..., curvature]`` gathered in training.
@@ -433,13 +422,7 @@ class Run(Questions):
         Raises:
             StoreNotFoundError: there is no curvature of that name, or nothing of it was written yet.
         """
-        file = stored_curvature(self.path, name)
-        if name == TRAINING and not file.is_file():
-            raise StoreNotFoundError(
-                f"there is no file {file}: statistics: [..., curvature] in the config gathers it, and run.commit() or "
-                "run.finalize() writes it behind the second block; or fit a curvature first (run.fit_curvature)"
-            )
-        return load_curvature(file)
+        return kept_curvature(self.path, name)
 
     def _followed(self, rows: ProjectedBatch) -> None:
         for live in self._live:

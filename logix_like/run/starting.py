@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from logix_like.config import AtSteps, Config, EverySteps, load_config
 from logix_like.curvature import Curvature, stored_curvature
 from logix_like.errors import ConfigError
+from logix_like.run.curvatures import TRAINING
 from logix_like.run.resuming import require_resume_step, stored_config, warn_of_missing_steps, with_stored
-from logix_like.run.run import TRAINING, Run
+from logix_like.run.run import Run
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import new_tracker, require_training
 from logix_like.store import OnDamage, Place, as_place, is_store, open_store
@@ -65,11 +66,8 @@ def init(
         stored_curvature(path, TRAINING)  # refuses where none can be kept
     if resume and is_store(path):
         settings = with_stored(settings, stored_config(open_store(path)))
-    if optimizer is None and isinstance(settings.checkpoints, EverySteps | AtSteps):
-        asked = next(iter(settings.checkpoints.model_dump()))
-        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
-    if optimizer is None and settings.record == "path":
-        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
+    if optimizer is None:
+        _require_no_steps(settings)
     # What is wrong with the choice of modules is said before a store is touched.
     tracker = None if model is None or resume else new_tracker(model, settings, curvature)
     if tracker is not None:
@@ -84,6 +82,15 @@ def init(
     elif model is not None:
         run.watch(model)
     return run
+
+
+def _require_no_steps(settings: Config) -> None:
+    """Raise :class:`ConfigError` where settings count steps, which only an optimizer takes."""
+    if isinstance(settings.checkpoints, EverySteps | AtSteps):
+        asked = next(iter(settings.checkpoints.model_dump()))
+        raise ConfigError(f"checkpoints: {asked} counts optimizer steps; give init(optimizer=...)")
+    if settings.record == "path":
+        raise ConfigError("record: path keeps what each optimizer step does; give init(optimizer=...)")
 
 
 def place_of(config: Config) -> Place:
