@@ -6,9 +6,9 @@ as float32 (rounding them is included) and as bfloat16, in which they are stored
 records are always included. It is compared with files of the same chunks, written from memory: into the page cache,
 where raw writing is a memory copy, and forced to the disk. Removing what was written is not counted.
 
-The bar of .6 was reached where a slow disk is waited for, and not in the page cache: there writing raw and the passes over
-the data that no store can do without (rounding, norms, a checksum) come close to it already by themselves, of which
-the last line of each case prints the time. The writer spreads them over two threads; with the one that puts rows,
+The bar of .6 was reached where a slow disk is waited for, and not in the page cache: there writing raw and the passes
+over the data that no store can do without (rounding, norms, a checksum) come close to it already by themselves, of
+which the last line of each case prints the time. The writer spreads them over two threads; with the one that puts rows,
 and with what the kernel does for three files a chunk where raw writing has one, two cores are busy throughout.
 """
 
