@@ -105,11 +105,12 @@ def parts_of_extremes(task: Task, side: Extremes, parts: Parts) -> Tensor:
 
 def exact_extremes(task: Task, k: int) -> Sides:
     """The ``k`` highest and the ``k`` lowest by float64 products, in one pass over the rows, in bounded memory."""
-    if 8 * k > min(task.group_rows, task.candidates.count):  # a sieve would let most rows pass
+    candidates = task.candidates
+    if candidates.fits_in_memory or 8 * k > min(task.group_rows, candidates.count):  # a sieve would save nothing
         return _by_float64(task, k)
     group = Group()
     sieve: Sieve | None = None
-    for tile in task.candidates.tiles(task.progress, "influence"):
+    for tile in candidates.tiles(task.progress, "influence"):
         group.add(tile, task.products.of(tile))
         if group.rows >= task.group_rows:
             sieve = _sieved(sieve, group, task, k)
@@ -125,10 +126,11 @@ def _by_float64(task: Task, k: int) -> Sides:
     highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
     queries = task.scorer.queries.double()
     with task.candidates.buffer() as buffer:
+        wide = torch.empty(buffer.shape, dtype=torch.float64)
         for tile in task.candidates.tiles(task.progress, "influence"):
             products = torch.empty(len(tile), len(queries), dtype=torch.float64)
             for start, stop, values in tile.pieces(buffer):
-                torch.mm(values.double(), queries.T, out=products[start:stop])
+                torch.mm(wide[: stop - start].copy_(values), queries.T, out=products[start:stop])
             scores = task.scorer.scores(products.T.contiguous(), tile.positions)
             for side in (highest, lowest):
                 side.update(scores, tile.positions)

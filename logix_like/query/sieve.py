@@ -21,6 +21,8 @@ from logix_like.query.scan import Tile
 
 EXACT_BYTES = 8 * 2**20
 """Rows are multiplied again so many bytes (float64) at a time."""
+PAIRS_COST = 16
+"""A pair that is multiplied by itself takes as long as so many that are part of one matrix product."""
 SMALLEST_NORM = 1e-18
 """Norms below are not told apart: squares underflow in float32."""
 
@@ -178,10 +180,14 @@ class Sieve:
         """``[pairs]``: exact scores of pairs, ordered by query and then by column."""
         rows, inverse = columns.unique(return_inverse=True)
         decoded = group.take(rows)
-        products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
-        for query, start, stop in runs(queries, piece):
-            products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
+        if len(rows) * len(self._queries) <= PAIRS_COST * len(columns):
+            every = torch.cat([torch.mm(part.double(), self._queries.T) for part in decoded.split(piece)])
+            products = every[inverse, queries]
+        else:
+            products = torch.empty(len(columns), dtype=torch.float64)
+            for query, start, stop in runs(queries, piece):
+                products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
         return self._scorer.pair_scores(products, queries, positions[columns])
 
 
