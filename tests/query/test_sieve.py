@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logix_like.query import products, scoring
+from logix_like.query import products, scoring, sieve
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.products import summation_error
@@ -33,6 +33,13 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Force one of the two ways of multiplying, where the rows allow both."""
     narrow = request.param == "narrow"
     monkeypatch.setattr(products.Products, "_prefers_narrow", lambda self, tile, raw: narrow)
+    return str(request.param)
+
+
+@pytest.fixture(params=["pairs", "products"])
+def multiplied_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Multiply what passes the sieve a pair at a time, or all rows of it with all queries."""
+    monkeypatch.setattr(sieve, "PAIRS_COST", 0 if request.param == "pairs" else 2**40)
     return str(request.param)
 
 
@@ -62,7 +69,9 @@ def _assert_is_the_reference(result: InfluenceResult, expected: Tensor, k: int) 
 @pytest.mark.parametrize("k", [1, 10, 100])
 @pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_ids_order_and_scores_are_those_of_float64(arithmetic: str, queries: int, mode: str, k: int) -> None:
+def test_ids_order_and_scores_are_those_of_float64(
+    arithmetic: str, multiplied_as: str, queries: int, mode: str, k: int
+) -> None:
     rows, asked = _rows(700), torch.randn(queries, LAYOUT.width)
     lengths = (rows.float() * rows.float()).sum(1).double(), (asked * asked).sum(1).double()
     expected = asked.double() @ rows.double().T
@@ -88,7 +97,7 @@ def test_gradients_of_any_size(arithmetic: str, scale: float) -> None:
     _assert_is_the_reference(_ask(rows, asked, 5), asked.double() @ rows.double().T, 5)
 
 
-def test_equal_rows_rank_in_row_order(arithmetic: str) -> None:
+def test_equal_rows_rank_in_row_order(arithmetic: str, multiplied_as: str) -> None:
     rows = _rows(3)[torch.randint(3, (600,))]
     asked = torch.randn(2, LAYOUT.width)
     _assert_is_the_reference(_ask(rows, asked, 8), asked.double() @ rows.double().T, 8)
