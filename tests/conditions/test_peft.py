@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SAMPLES, LENGTH, VOCABULARY = 6, 5, 11
 FLOAT32 = 1e-4
 
 
-def adapted() -> nn.Module:
+def adapted(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -30,8 +31,9 @@ def adapted() -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     lora = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.0
-    )
+        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.0,
+        **options,
+    )  # fmt: skip
     return peft.get_peft_model(LlamaForCausalLM(config), lora)
 
 
@@ -40,8 +42,9 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), tokens)
 
 
-def test_adapters_are_tracked_and_the_frozen_base_is_not(tmp_path: Path) -> None:
-    model, tokens = adapted(), torch.randint(VOCABULARY, (SAMPLES, LENGTH))
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_adapters_are_tracked_and_the_frozen_base_is_not(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, tokens = adapted(**options), torch.randint(VOCABULARY, (SAMPLES, LENGTH))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     run = logix.init("run", model, full(tmp_path, store={"dtype": "float32"}), verbose=False)
     with run(data_id=range(SAMPLES)):
