@@ -77,6 +77,7 @@ class LogixCallback(Callback):
         self._loader: Any = None
         self._block: Block | None = None
         self._batch: dict[str, Any] = {}
+        self._passes = 0
         self._saved_steps: int | None = None
         self._telling = Telling(log_to)
 
@@ -135,6 +136,7 @@ class LogixCallback(Callback):
             scale /= trainer.accumulate_grad_batches
         ids = self._names.take(batch, mask, _training_pass(trainer))
         self._batch = {"data_id": ids, "mask": mask, "scale": scale, "scaler": scaler}
+        self._passes = 0
         self._open()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -143,10 +145,22 @@ class LogixCallback(Callback):
             self._block.measure()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """The block's rows go to the run; with manual optimization another pass may follow."""
+        """The block's rows go to the run; with manual optimization another pass may follow.
+
+        Raises:
+            CaptureError: no gradient reached a tracked module, or it was that of a forward pass of an earlier block.
+        """
         block, self._block = self._block, None
         if block is not None:
+            if self._passes and block.recording is not None and not block.has_gradients:
+                block.drop()
+                raise CaptureError(
+                    "manual_backward was called again without a forward pass since the last call (retain_graph=True, "
+                    "or two losses that were computed before), so its gradients are of no block; add the losses up for "
+                    "one call, or compute each loss behind the call for the one before"
+                )
             block.__exit__(None, None, None)
+            self._passes += 1
             if not pl_module.automatic_optimization:
                 self._open()
 

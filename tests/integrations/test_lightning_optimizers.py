@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch.plugins import MixedPrecision
 from logix_like.integrations.lightning import LogixCallback
 
+from logix_like.errors import CaptureError
 from tests.integrations.test_lightning import BFLOAT16, IDENTITY, Manual, Saving, logged, relative_error, trainer
 from tests.training import SAMPLES
 
@@ -37,3 +38,15 @@ def test_a_scaler_that_moves_on_between_two_backward_passes_of_a_batch(tmp_path:
     assert scaler.get_scale() == 2.0**10
     assert len(store) == 2 * SAMPLES
     assert relative_error(store, module) <= BFLOAT16
+
+
+@pytest.mark.parametrize("way", ["one graph", "two graphs"])
+def test_two_backward_passes_behind_their_forward_passes_are_said(tmp_path: Path, way: str) -> None:
+    class Twice(Manual):
+        def training_step(self, batch: list[torch.Tensor], number: int) -> None:
+            losses = [self.loss(batch)] * 2 if way == "one graph" else [self.loss(batch), self.loss(batch)]
+            for loss in losses:
+                self.manual_backward(loss, retain_graph=True)
+
+    with pytest.raises(CaptureError, match="called again without a forward pass since the last call"):
+        logged(tmp_path, Twice())
