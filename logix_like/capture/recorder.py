@@ -104,9 +104,7 @@ class CallReader:
 
     def _mismatch(self, tracked: TrackedModule, value: Tensor, what: str) -> str:
         samples = value.shape[0] if value.ndim else 0
-        shared = "; what all samples of a batch share (a prompt that is learned) has one gradient for all" * (
-            samples == 1
-        )
+        shared = "; what all samples share (a learned prompt) has one gradient for all of them" if samples == 1 else ""
         return (
             f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {samples} samples along "
             f"dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each sample, "
