@@ -15,7 +15,7 @@ from logix_like.capture.composite import Composite, composite_for, parts_of
 from logix_like.capture.layers import RULES, Rule, type_name
 from logix_like.errors import ConfigError, ModelMismatchError, UnsupportedModuleError
 from logix_like.layout import Layout
-from logix_like.wrapping import named_modules
+from logix_like.wrapping import named_modules, require_own_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,10 +191,11 @@ def _with_partners(
 
 
 def require_model(model: object) -> None:
-    """Raise :class:`ConfigError` for what is no model."""
+    """Raise :class:`ConfigError` for what is no model, or one whose layers do not hold their weights."""
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ConfigError(f"the model is {found}; a torch.nn.Module is needed")
+    require_own_weights(model)
 
 
 def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, int] | None = None) -> Selection:

@@ -210,12 +210,11 @@ def test_an_epoch_that_the_module_ends_early(tmp_path: Path) -> None:
 
 
 def test_a_step_that_reads_its_batches_itself_is_refused(tmp_path: Path) -> None:
-    class Reading(Classifier):
-        def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:
-            return self.loss(next(dataloader_iter)[0])
+    def reading(module: Classifier, dataloader_iter: Iterator[Any]) -> Tensor:
+        return module.loss(next(dataloader_iter)[0])
 
     with pytest.raises(CaptureError, match=r"takes dataloader_iter .* have it take \(batch, batch_idx\)"):
-        logged(tmp_path, Reading())
+        logged(tmp_path, type("Reading", (Classifier,), {"training_step": reading})())
 
 
 @pytest.mark.parametrize("way", ["validate", "test"])
