@@ -64,8 +64,8 @@ def require_own_weights(model: nn.Module) -> None:
     modules = list(model.modules())
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
         raise ConfigError(
-            "the model is wrapped in FullyShardedDataParallel (FSDP1), which takes the weights out of the layers; shard "
-            "it with torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2)"
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), which takes the weights out of the layers; "
+            "shard it with torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2)"
         )
     shards = int(any(kind.__name__ == "FSDPModule" for module in modules for kind in type(module).__mro__))
     for name, parameter in model.named_parameters():
