@@ -77,6 +77,7 @@ class LogixCallback(Callback):
         self._loader: Any = None
         self._block: Block | None = None
         self._batch: dict[str, Any] = {}
+        self._passes = 0
         self._saved_steps: int | None = None
         self._telling = Telling(log_to)
 
@@ -90,22 +91,24 @@ class LogixCallback(Callback):
         return begun(self._run, "trainer.fit()")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Watch the loader before its workers start, where it is known so early.
-
-        Raises:
-            CaptureError: this callback has logged a training already.
-        """
+        """Watch the loader before its workers start, where it is known so early."""
         if stage != "fit":
             return
-        if self._run is not None and getattr(trainer, "ckpt_path", None) is None:
-            refuse_second_training("fit()", "with ckpt_path")
+        self._saved_steps = None  # of a checkpoint that was validated or tested before
         loader = trainer.fit_loop._data_source.instance
         # With several processes the Trainer will build another loader from this one.
         if isinstance(loader, DataLoader) and trainer.world_size == 1 and not trainer.overfit_batches:
             self._watch(loader)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the run, or go on with it where the Trainer resumes from a checkpoint."""
+        """Start the run, or go on with it where the Trainer resumes from a checkpoint.
+
+        Raises:
+            CaptureError: this callback has logged a training already.
+        """
+        # Before it starts the Trainer still tells of the checkpoint of its last fit or test.
+        if self._run is not None and trainer.ckpt_path is None:
+            refuse_second_training("fit()", "with ckpt_path")
         self._follow(trainer)
         steps, self._saved_steps = self._saved_steps, None
         steps = trainer.global_step if steps is None else steps
@@ -121,6 +124,11 @@ class LogixCallback(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A block begins."""
         assert self._names is not None
+        if batch is None:
+            raise CaptureError(
+                "the training step takes dataloader_iter and reads its batches itself, so that none is known when it "
+                "begins; have it take (batch, batch_idx)"
+            )
         mask = None if self._mask is None else self._mask(batch)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = self._scale
@@ -128,13 +136,31 @@ class LogixCallback(Callback):
             scale /= trainer.accumulate_grad_batches
         ids = self._names.take(batch, mask, _training_pass(trainer))
         self._batch = {"data_id": ids, "mask": mask, "scale": scale, "scaler": scaler}
+        self._passes = 0
         self._open()
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """With manual optimization the block began before the last step, behind which a scaler may have moved on."""
+        if self._block is not None and not pl_module.automatic_optimization:
+            self._block.measure()
+
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """The block's rows go to the run; with manual optimization another pass may follow."""
+        """The block's rows go to the run; with manual optimization another pass may follow.
+
+        Raises:
+            CaptureError: no gradient reached a tracked module, or it was that of a forward pass of an earlier block.
+        """
         block, self._block = self._block, None
         if block is not None:
+            if self._passes and block.recording is not None and not block.has_gradients:
+                block.drop()
+                raise CaptureError(
+                    "manual_backward was called again without a forward pass since the last call (retain_graph=True, "
+                    "or two losses that were computed before), so its gradients are of no block; add the losses up for "
+                    "one call, or compute each loss behind the call for the one before"
+                )
             block.__exit__(None, None, None)
+            self._passes += 1
             if not pl_module.automatic_optimization:
                 self._open()
 
@@ -146,6 +172,8 @@ class LogixCallback(Callback):
         """
         passed = self._block is not None and self._block.has_gradients
         self._drop()
+        if batch is None and self._names is not None:  # what its collator gave: of it nothing was told before
+            self._names.pass_over(_training_pass(trainer))
         if passed:
             raise CaptureError(
                 "the training step called loss.backward() itself, of which no callback hears, so its batch could not "
@@ -153,6 +181,10 @@ class LogixCallback(Callback):
             )
         if trainer.is_global_zero and trainer.log_every_n_steps and (batch_idx + 1) % trainer.log_every_n_steps == 0:
             self._telling.tell(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """A batch at which the module ended the epoch (its ``on_train_batch_start`` gave -1) is not trained on."""
+        self._drop()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """A checkpoint from which training may be resumed: all rows up to it are to be safe as well."""
@@ -178,7 +210,9 @@ class LogixCallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep what was logged before training was broken off."""
-        self.close()
+        self._release()
+        if self._run is not None:
+            self._run.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing behind."""
@@ -186,12 +220,16 @@ class LogixCallback(Callback):
 
     def close(self) -> None:
         """End logging; calling it again does nothing."""
+        self._release()
+        if self._run is not None:
+            self._run.finalize()
+
+    def _release(self) -> None:
+        """Take everything off the module and the loader."""
         self._drop()
         if self._names is not None:
             self._names.close()
         self._names = self._loader = None
-        if self._run is not None:
-            self._run.finalize()
 
     def _watch(self, loader: Any) -> None:
         if self._names is not None:

@@ -49,6 +49,8 @@ class LossReader:
         if targets is None:
             return float(samples)
         own = float(targets.ne(IGNORED).sum())
+        if not own:
+            return 1.0  # there is no gradient whose divisor it could be
         given = batch.get("num_items_in_batch")
         step = own if given is None else float(given)
         if abs(step - own) <= CLOSE * own:
@@ -61,7 +63,7 @@ class LossReader:
 
     def _check(self, own: float, outputs: Any, targets: Tensor) -> None:
         """Say once where the loss is not the mean over its labels that it is taken for."""
-        if self._checked or not own:
+        if self._checked:
             return
         self._checked = True
         found = _found_divisor(outputs, targets)

@@ -63,6 +63,11 @@ class SampleNames:
             return indices
         return tuple(self._names[index] for index in indices)
 
+    def pass_over(self, iterator: Any = None) -> None:
+        """The next batch of the loader, or of this ``iterator`` of it, is not trained on."""
+        if self.order is not None:
+            self.order.take(iterator)
+
     def close(self) -> None:
         """Leave the loader as it was."""
         if self.order is not None:

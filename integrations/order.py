@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,8 +39,18 @@ class Pass(Iterator[Any]):
         if self._skip:
             self._skip -= 1
         else:
-            self.read.append(tuple(int(index) for index in indices))
+            self.read.append(tuple(map(_plain, indices)))
         return indices
+
+
+def _plain(index: Any) -> int:
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise CaptureError(
+            f"the batch sampler of the trainer's data loader hands out {index!r}, which is no dataset index; name the "
+            "samples with LogixCallback(data_id=...), a function of the batch"
+        ) from None
 
 
 class RecordedBatches(BatchSampler):

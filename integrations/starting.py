@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 import logix_like as logix
 from logix_like.config import Config, load_config
-from logix_like.errors import CaptureError, ConfigError, StoreNotFoundError
+from logix_like.errors import CaptureError, ConfigError
 from logix_like.run.starting import place_of
-from logix_like.store import Place
+from logix_like.store import is_store
 
 from .naming import NamedBy, SampleNames
 
@@ -66,7 +66,7 @@ class Setup:
         Raises:
             StoreExistsError: a new training would mix its rows with those of another.
         """
-        resume = steps > 0 and _is_store(place_of(self.config))
+        resume = steps > 0 and is_store(place_of(self.config))
         run = logix.init(
             model=model,
             config=self.config,
@@ -97,11 +97,3 @@ def refuse_second_training(how: str, resumed: str) -> None:
         f"this callback has logged a training already; give the next {how} a LogixCallback of its own (another "
         f"project, or overwrite=True), or resume {resumed}"
     )
-
-
-def _is_store(path: Place) -> bool:
-    try:
-        logix.open_store(path)
-    except StoreNotFoundError:
-        return False
-    return True

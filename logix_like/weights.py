@@ -44,14 +44,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards."""
+    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards.
+
+    Torch's transformer encoder would then lay padded sequences one behind the other (as nested tensors), which no
+    layer's rule reads; it is kept from that.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             for parameter in trained:
                 parameter.requires_grad_(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for parameter in trained:
                 parameter.requires_grad_(True)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from logix_like.errors import ConfigError
+
 WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -51,3 +53,24 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+def require_own_weights(model: nn.Module) -> None:
+    """Raise :class:`ConfigError` where layers do not hold the weights that they use, but processes parts of them.
+
+    ``fully_shard`` puts the weights together for each layer's call; FSDP's first version keeps them elsewhere, and
+    tensor parallelism splits the layer's work as well.
+    """
+    modules = list(model.modules())
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        raise ConfigError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), which takes the weights out of the layers; "
+            "shard it with torch.distributed.fsdp.fully_shard (accelerate: fsdp_version 2)"
+        )
+    shards = int(any(kind.__name__ == "FSDPModule" for module in modules for kind in type(module).__mro__))
+    for name, parameter in model.named_parameters():
+        if sum(hasattr(placement, "dim") for placement in getattr(parameter, "placements", ())) > shards:
+            raise ConfigError(
+                f"the weight {name!r} is split by tensor parallelism, so that no process sees a sample's whole "
+                "gradient; log with DistributedDataParallel or fully_shard"
+            )

@@ -362,6 +362,9 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
     "an endless scale": ({"scale": float("inf")}, "scale is inf"),
     "no scaler": ({"scaler": "cuda"}, "scaler is 'cuda'; give the torch.amp.GradScaler"),
     "columns in a list": ({"metadata": ["label"]}, "metadata is a list"),
+    "one text for all": ({"metadata": {"split": "abcd"}}, "metadata .split. is .abcd.; give a sequence with one value"),
+    "one number for all": ({"metadata": {"fold": 3}}, "metadata .fold. is 3; give a sequence"),
+    "one tensor for all": ({"metadata": {"fold": torch.tensor(3)}}, r"metadata .fold. is tensor\(3\); give a sequence"),
     "vectors in a column": ({"metadata": {"label": torch.zeros(4, 2)}}, "a metadata value is tensor"),
     "an empty mask": ({"mask": [[0] * 6] * 4, "loss_reduction": "token_mean"}, "mask leaves out every token"),
 }

@@ -82,7 +82,8 @@ class HookSet:
             self._handles.pop().remove()
 
     def _attach(self, module: nn.Module, hook: OwnHook) -> None:
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        # Before hooks of the user's own, which may give another output than the module's.
+        self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
 
 class Replayer:

@@ -46,6 +46,7 @@ class CallReader:
         """How many gradients have arrived."""
         self.called: set[str] = set()
         """Names of the modules that were called."""
+        self._mismatched = ""
 
     def close(self) -> None:
         """Ignore what arrives from now on (a later backward through the same graph)."""
@@ -61,8 +62,13 @@ class CallReader:
                 return None
             # With frozen weights the graph starts here; a copy, so that in-place layers may follow.
             output = replaced = output.detach().requires_grad_().clone()
-        if tracked.batch_dim or not value.ndim or value.size(0) != self._batch:
-            value = self._checked(tracked, value, "input")
+        if tracked.batch_dim:
+            value = value.transpose(0, tracked.batch_dim)
+        if not value.ndim or value.size(0) != self._batch:
+            # A call that no gradient comes back to is no part of any row (a DoRA adapter reads its own weights so).
+            self._mismatched = self._mismatched or self._mismatch(tracked, value, "input")
+            output.register_hook(self._refuse)
+            return replaced
         if torch.is_autocast_enabled(self._device_type):
             with torch.autocast(self._device_type, enabled=False):
                 kept = self._on_input(tracked, value)
@@ -81,8 +87,10 @@ class CallReader:
                 "outside the block, or exclude the module"
             )
         self.gradients += 1
-        if tracked.batch_dim or not gradient.ndim or gradient.size(0) != self._batch:
-            gradient = self._checked(tracked, gradient, "output")
+        if tracked.batch_dim:
+            gradient = gradient.transpose(0, tracked.batch_dim)
+        if not gradient.ndim or gradient.size(0) != self._batch:
+            raise CaptureError(self._mismatch(tracked, gradient, "output"))
         # Autocast is for the model's products, not for ours.
         if torch.is_autocast_enabled(self._device_type):
             with torch.autocast(self._device_type, enabled=False):
@@ -90,17 +98,18 @@ class CallReader:
         else:
             self._on_gradient(tracked, kept, gradient)
 
-    def _checked(self, tracked: TrackedModule, value: Tensor, what: str) -> Tensor:
-        if tracked.batch_dim:
-            value = value.transpose(0, tracked.batch_dim)
+    def _refuse(self, gradient: Tensor) -> None:
+        if self._open:
+            raise CaptureError(self._mismatched)
+
+    def _mismatch(self, tracked: TrackedModule, value: Tensor, what: str) -> str:
         samples = value.shape[0] if value.ndim else 0
-        if samples != self._batch:
-            raise CaptureError(
-                f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {samples} samples along "
-                f"dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each sample, "
-                "name another dimension in modules.batch_dim, or exclude a module that mixes samples"
-            )
-        return value
+        shared = "; what all samples share (a learned prompt) has one gradient for all of them" if samples == 1 else ""
+        return (
+            f"module {tracked.name!r}: its {what} has shape {tuple(value.shape)}, so {samples} samples along "
+            f"dimension {tracked.batch_dim}, but {self._batch} data ids were given; give one id for each sample, "
+            f"name another dimension in modules.batch_dim, or exclude a module that mixes samples{shared}"
+        )
 
 
 class _Part(NamedTuple):

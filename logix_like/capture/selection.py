@@ -15,7 +15,7 @@ from logix_like.capture.composite import Composite, composite_for, parts_of
 from logix_like.capture.layers import RULES, Rule, type_name
 from logix_like.errors import ConfigError, ModelMismatchError, UnsupportedModuleError
 from logix_like.layout import Layout
-from logix_like.wrapping import named_modules
+from logix_like.wrapping import named_modules, require_own_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +141,8 @@ def select_modules(
                 skipped[name] = f"{type(module).__name__} overrides the forward pass of its parent"
             elif name in uncalled and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
                 skipped[name] = uncalled[name]
+            elif kind is None and composite_for(module) is None and _is_trained(module):
+                skipped[name or "the model itself"] = f"{type(module).__name__} has no rule"
             continue
         reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact, meta)
         if reason is None:
@@ -155,11 +157,9 @@ def select_modules(
     _check_patterns(list(candidates), list(batch_dim or ()), "batch_dim")
     _warn_of_patterns(list(candidates), exclude)
     if not chosen:
-        left_out = f"; left out: {_some(skipped)}" if skipped else ""
         raise ConfigError(
             f"no module to track: of the types {', '.join(types)} none has trainable parameters under "
-            f"include={list(include)}, exclude={list(exclude)}{left_out} (a frozen model is tracked with "
-            "modules.frozen=true)"
+            f"include={list(include)}, exclude={list(exclude)}; {_instead(candidates, skipped)}"
         )
     chosen = _with_partners(candidates, chosen, exclude, skipped)
     selection = _assemble(model, chosen, skipped, batch_dim or {})
@@ -191,10 +191,11 @@ def _with_partners(
 
 
 def require_model(model: object) -> None:
-    """Raise :class:`ConfigError` for what is no model."""
+    """Raise :class:`ConfigError` for what is no model, or one whose layers do not hold their weights."""
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ConfigError(f"the model is {found}; a torch.nn.Module is needed")
+    require_own_weights(model)
 
 
 def select_stored(model: nn.Module, layout: Layout, *, batch_dim: Mapping[str, int] | None = None) -> Selection:
@@ -319,6 +320,23 @@ def _uncalled_parts(model: nn.Module) -> dict[str, str]:
         if (kind := composite_for(module)) is not None and (reason := kind.reason_against(module)) is not None
         for part, _ in module.named_modules()
     }
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _instead(candidates: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> str:
+    """What there is where nothing is tracked, and how to track it."""
+    trained = {name: type(module).__name__ for name, module in candidates.items() if _is_trained(module)}
+    if trained:
+        listed = {name: skipped.get(name, kind) for name, kind in trained.items()}
+        return (
+            f"what is trained is {_some(listed)}: name these in modules.include, or their types in modules.types, "
+            f"where there are rules ({', '.join(RULES)})"
+        )
+    left_out = f"left out: {_some(skipped)} " if skipped else ""
+    return f"{left_out}(a frozen model is tracked with modules.frozen=true)"
 
 
 def _looks_tracked(module: nn.Module, types: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
@@ -74,7 +74,7 @@ class BlockOptions:
                 raise CaptureError(f"loss has shape {tuple(loss.shape)}; expected one loss for each of {len(ids)} ids")
         if not isinstance(metadata or {}, Mapping):
             raise CaptureError(f"metadata is a {type(metadata).__name__}; give {{column: one value for each sample}}")
-        columns = {name: tuple(_plain(v) for v in values) for name, values in (metadata or {}).items()}
+        columns = {name: _column(name, values) for name, values in (metadata or {}).items()}
         for name, values in columns.items():
             if len(values) != len(ids):
                 raise CaptureError(f"metadata {name!r} has {len(values)} values for {len(ids)} ids")
@@ -173,7 +173,7 @@ class Block:
         """
         _require_positive(scale)
         self.options = replace(self.options, scale=scale, divisor=divisor)
-        self._measure()
+        self.measure()
 
     def drop(self) -> None:
         """Close the block without rows."""
@@ -187,7 +187,7 @@ class Block:
         if self._begun:
             raise CaptureError("this block was entered before; call run(data_id=...) again for each batch")
         with self._watch:
-            self._measure()
+            self.measure()
             self._on_begin(self)
             try:
                 self._begun = True
@@ -199,9 +199,12 @@ class Block:
                 raise
         return self
 
-    def _measure(self) -> None:
-        # When the block begins: a scaler that is updated inside it has moved on at the end, and a mask on a device
-        # is counted before there is anything to wait for.
+    def measure(self) -> None:
+        """Note what the loss is multiplied by now; a block does so as it begins.
+
+        A scaler that is updated inside it has moved on at the end, and a mask on a device is counted before there is
+        anything to wait for.
+        """
         if self.recording is not None:
             self.recording.factor = self.options.factor(self.options.loss_scale(self.recording.device))
 
@@ -228,6 +231,12 @@ class Block:
 def _require_positive(scale: Any) -> None:
     if isinstance(scale, str) or scale is None or not 0 < float(scale) < math.inf:
         raise CaptureError(f"scale is {scale}; give the positive factor that the loss was multiplied by")
+
+
+def _column(name: str, values: Any) -> tuple[str | int | float, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise CaptureError(f"metadata {name!r} is {values!r}; give a sequence with one value for each sample")
+    return tuple(_plain(value) for value in values)
 
 
 def _plain(value: Any) -> str | int | float:

@@ -260,9 +260,8 @@ class Logbook:
     def _ended(self, block: Block, *, detached: bool) -> None:
         if block.recording is not None and self.blocks == 0 and not self.closed:
             warn_of_coupling(block.recording, self.tracker.model)
-            # Not behind a warm-up, when training has gone on, nor where a trainer has clipped already, nor where
-            # gradients are averaged over processes.
-            if block.options.divisor is None and not self.tracker.needs_warmup and Ranks.here().size == 1:
+            # Not behind a warm-up, when training has gone on, nor where gradients are averaged over processes.
+            if not self.tracker.needs_warmup and Ranks.here().size == 1:
                 self._compared = block.recording
         wanted = self._storing and (block.recording is not None or self.on_block is not None)
         overflow = overflowed(self.tracker.model, block.options.scaler) if wanted else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from logix_like.capture.batch import ProjectedBatch
+from logix_like.ranks import Ranks
 
 
 def overflowed(model: nn.Module, scaler: Any) -> Tensor | None:
@@ -20,10 +21,12 @@ def overflowed(model: nn.Module, scaler: Any) -> Tensor | None:
     """
     if scaler is None or not scaler.is_enabled():
         return None
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     # The largest magnitude is finite exactly if all are, and no sum can overflow on the way.
-    largest = [torch.linalg.vector_norm(g, torch.inf) for g in gradients if g.numel()]
-    return ~_together(largest).isfinite().all()
+    largest = [torch.linalg.vector_norm(own, torch.inf) for own in map(_local, gradients) if own.numel()]
+    spoiled = ~_together(largest).isfinite().all()
+    # Each process sees its own part only, and the scaler skips the step in all of them.
+    return Ranks.here().any(spoiled) if any(_is_shared(g) for g in gradients) else spoiled
 
 
 class StepGate:
@@ -67,10 +70,14 @@ class StepGate:
         return any(bool(flag) for _, flag in self._held)
 
 
-def _local(gradient: Tensor) -> Tensor:
+def _is_shared(gradient: Tensor) -> bool:
+    """Whether a gradient is spread over several processes."""
+    return hasattr(gradient, "to_local")
+
+
+def _local(gradient: Any) -> Tensor:
     """This process's part of a gradient that is spread over several."""
-    shard = getattr(gradient, "to_local", None)
-    dense = gradient if shard is None else shard()
+    dense: Tensor = gradient.to_local() if _is_shared(gradient) else gradient
     return dense.coalesce().values() if dense.is_sparse else dense
 
 

@@ -359,7 +359,11 @@ class Run(Questions):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.finalize()
+        if exc_type is None or Ranks.here().size == 1:
+            self.finalize()
+        else:  # finalize waits for all processes, and those that go on may never come to it
+            self.abort()
+            self.commit()
 
     @property
     def store(self) -> GradientStore:

@@ -107,6 +107,7 @@ def describe(tracker: Tracker, config: Config) -> str:
         lines.append(f"  rank capped by a layer's size: {first_of(names)}")
     if selection.skipped:
         reasons = [f"{name} ({reason})" for name, reason in selection.skipped.items()]
+        reasons.sort(key=lambda reason: "frozen" in reason)  # of an adapted model most are: what is trained comes first
         lines.append(f"  not tracked: {first_of(reasons)}")
     if tracker.needs_warmup:
         lines.append(

@@ -1,6 +1,7 @@
 """Which modules are tracked, and what is said of those that are not."""
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from logix_like.capture.selection import select_modules
@@ -71,3 +72,29 @@ def test_globs_that_fit_nothing_are_said() -> None:
     with pytest.warns(RuntimeWarning, match="modules.exclude: 'heads' fits no module of the model, so nothing is left"):
         select_modules(model, exclude=("heads",))
     select_modules(model, exclude=("*lm_head",))
+
+
+class Scaled(nn.Module):
+    """Multiplies by a weight of its own, as adapters of many kinds do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+
+
+def test_trained_weights_of_a_type_without_a_rule_are_named() -> None:
+    model = nn.Sequential(Scaled(), nn.Linear(2, 2))
+    assert select_modules(model).skipped == {"0": "Scaled has no rule"}
+    assert select_modules(Scaled()).skipped == {"the model itself": "Scaled has no rule"}
+    model[0].scale.requires_grad_(False)
+    assert select_modules(model).skipped == {}
+
+
+def test_what_is_trained_is_said_where_nothing_can_be_tracked() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(3, 2), Scaled())
+    for frozen in (model[0], model[2].inner):
+        frozen.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"what is trained is '1' \(Embedding\), '2' \(Scaled has no rule\): name"):
+        select_modules(model, types=LINEAR)
+    with pytest.raises(ConfigError, match=r"left out: '0' .*frozen.* tracked with modules.frozen=true"):
+        select_modules(model.requires_grad_(False), types=LINEAR)

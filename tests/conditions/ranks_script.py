@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | killed | raise ...``."""
+"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | overflow | killed ...``."""
 
 from __future__ import annotations
 
@@ -89,12 +89,43 @@ def require_tracking_refused(run: logix.Run, queries: tuple[Tensor, Tensor]) -> 
         raise AssertionError("tracking queries in several processes was not refused")
 
 
+def train_beside_an_overflow(root: str) -> None:
+    """Sharded, with a gradient scaler: the second batch overflows in the second process's part of a weight alone."""
+    rank, (x, y), model = dist.get_rank(), data(), wrapped("fsdp", network())
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
+    run = logix.init("run", model, full(root), optimizer=optimizer, verbose=False)
+    for number, index in enumerate(shares(rank)):
+        with run(data_id=index, scaler=scaler):
+            scaler.scale(F.cross_entropy(model(x[index]), y[index])).backward()
+            if number == rank == 1:
+                next(model.parameters()).grad.to_local()[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    run.finalize()
+
+
+def train_until_one_breaks(root: str) -> None:
+    """The second process raises in the midst of its third batch, while the first waits for its gradients."""
+    rank, (x, y), model = dist.get_rank(), data(), wrapped("ddp", network())
+    with logix.init("run", model, full(root), verbose=False) as run:
+        for number, index in enumerate(shares(rank)):
+            with run(data_id=index):
+                if number == 2 and rank == 1:
+                    raise RuntimeError("broken")
+                F.cross_entropy(model(x[index]), y[index]).backward()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
         if name in ("raise", "stop_logging"):
             train_beside_a_store_that_cannot_be_begun(name, f"{sys.argv[1]}/{name}")
+        elif name == "broken":
+            train_until_one_breaks(f"{sys.argv[1]}/{name}")
+        elif name == "overflow":
+            train_beside_an_overflow(f"{sys.argv[1]}/{name}")
         else:
             train(name, f"{sys.argv[1]}/{name}")
     dist.barrier()

@@ -16,6 +16,7 @@ from logix_like.capture.selection import select_modules
 from logix_like.capture.tracker import Tracker
 from logix_like.errors import CaptureError, ConfigError
 from logix_like.projection import INITS
+from logix_like.weights import frozen
 
 BATCH, LENGTH, WIDTH = 3, 5, 8
 EXACT = 1e-9
@@ -126,6 +127,35 @@ def test_a_transformer_encoder_layer_in_train_mode_and_frozen_in_eval_mode() -> 
     for name, block in trained.items():
         assert block.abs().max() > 0
         assert torch.allclose(block, frozen[name], rtol=EXACT, atol=EXACT), name
+
+
+class Padded(nn.Module):
+    """Encodes sequences of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor, left_out: Tensor) -> Tensor:
+        found: Tensor = self.head(self.encoder(x, src_key_padding_mask=left_out))
+        return found.masked_fill(left_out.unsqueeze(-1), 0.0)
+
+
+def test_a_padded_encoder_frozen_in_eval_mode() -> None:
+    """Where nothing needs a gradient, torch would lay the sequences one behind the other, without their padding."""
+    torch.manual_seed(1)
+    model = Padded().double()
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    left_out = torch.arange(LENGTH) >= torch.tensor([LENGTH, *[LENGTH - 1] * (BATCH - 1)]).unsqueeze(1)
+    tracker = tracker_for(model)
+    trained = captured(model, tracker, lambda: model(x, left_out).pow(2).sum((1, 2)))
+    with frozen(model):
+        found = captured(model, tracker, lambda: model(x, left_out).pow(2).sum((1, 2)), detached=True)
+    assert torch.backends.mha.get_fastpath_enabled()
+    for name, block in trained.items():
+        assert block.abs().max() > 0
+        assert torch.allclose(block, found[name], rtol=EXACT, atol=EXACT), name
 
 
 def test_attention_weights_in_the_loss_are_refused() -> None:

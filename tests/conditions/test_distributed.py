@@ -21,6 +21,7 @@ from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators import ExactUnrolling
 from logix_like.objective import Objective
 from logix_like.ranks import Ranks
+from logix_like.store import Flag
 from logix_like.store.format.journal import journals
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
@@ -58,9 +59,9 @@ def single_process(root: Path, **config: Any) -> logix.GradientStore:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores ``ddp/run`` and ``fsdp/run`` of the same training."""
+    """Stores ``ddp/run`` and ``fsdp/run`` of the same training, and ``overflow/run``."""
     root = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(str(root), "ddp", "fsdp")
+    ended = torchrun(str(root), "ddp", "fsdp", "overflow")
     assert ended.returncode == 0, ended.stderr
     assert "do not add up" not in ended.stderr  # averaged gradients are no sums of one process's rows
     return root
@@ -120,6 +121,13 @@ def test_the_path_holds_what_all_processes_used(tmp_path: Path, two_processes: P
     torch.testing.assert_close(scores, wanted, rtol=REORDERED, atol=1e-12)
 
 
+def test_a_step_that_overflows_in_one_process_is_skipped_in_all(two_processes: Path) -> None:
+    store = logix.open_store(two_processes / "overflow" / "run")
+    spoiled = [int(i) for rank in range(SIZE) for i in list(shares(rank))[1]]
+    assert sorted(store.data_id[(store.flags & int(Flag.OVERFLOW)) != 0].astype(int)) == sorted(spoiled)
+    assert sorted(set(store.step)) == [0, 1]
+
+
 def test_a_step_that_one_process_did_not_write_is_no_step(two_processes: Path, tmp_path: Path) -> None:
     store = tmp_path / "run"
     shutil.copytree(two_processes / "ddp" / "run", store)
@@ -140,6 +148,18 @@ def test_a_killed_process_leaves_a_store_that_opens(tmp_path: Path) -> None:
     store = logix.open_store(tmp_path / "killed" / "run")
     committed = [int(i) for rank in range(SIZE) for index in list(shares(rank))[:2] for i in index]
     assert list(store.data_id[: len(committed)]) == committed
+    assert store.valid.all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_process_that_raises_waits_for_no_other(tmp_path: Path) -> None:
+    """Else both would wait, one for gradients and one for the end of the run, until torch gives up."""
+    ended = torchrun(str(tmp_path), "broken")
+    assert ended.returncode != 0
+    assert "RuntimeError: broken" in ended.stderr
+    store = logix.open_store(tmp_path / "broken" / "run")
+    assert set(store.data_id) >= {int(i) for index in list(shares(1))[:2] for i in index}
     assert store.valid.all()
 
 

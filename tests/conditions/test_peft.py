@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logix_like as logix
+from logix_like.errors import CaptureError, ConfigError
 from tests.training import full
 
 peft = pytest.importorskip("peft")
@@ -21,7 +23,7 @@ SAMPLES, LENGTH, VOCABULARY = 6, 5, 11
 FLOAT32 = 1e-4
 
 
-def adapted() -> nn.Module:
+def adapted(**options: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -30,8 +32,9 @@ def adapted() -> nn.Module:
     )  # fmt: skip
     torch.manual_seed(0)
     lora = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.0
-    )
+        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False, lora_dropout=0.0,
+        **options,
+    )  # fmt: skip
     return peft.get_peft_model(LlamaForCausalLM(config), lora)
 
 
@@ -40,8 +43,9 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), tokens)
 
 
-def test_adapters_are_tracked_and_the_frozen_base_is_not(tmp_path: Path) -> None:
-    model, tokens = adapted(), torch.randint(VOCABULARY, (SAMPLES, LENGTH))
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_adapters_are_tracked_and_the_frozen_base_is_not(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, tokens = adapted(**options), torch.randint(VOCABULARY, (SAMPLES, LENGTH))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     run = logix.init("run", model, full(tmp_path, store={"dtype": "float32"}), verbose=False)
     with run(data_id=range(SAMPLES)):
@@ -102,3 +106,26 @@ def test_adapters_of_a_quantised_base(tmp_path: Path, bits: int) -> None:
         model(input_ids=own, labels=own).loss.backward()
         expected = torch.cat([model.get_submodule(block.name).weight.grad.flatten() for block in blocks])
         assert float((row - expected).norm() / expected.norm()) < FLOAT32
+
+
+def test_magnitudes_that_are_not_tracked_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logix.init("run", adapted(use_dora=True), full(tmp_path)).finalize()
+    assert "lora_magnitude_vector.default (DoraLinearLayer has no rule), " in capsys.readouterr().err
+
+
+def test_a_prompt_that_all_samples_share_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    options: dict[str, Any] = {"num_virtual_tokens": 2, "token_dim": 8, "num_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(adapted().get_base_model().config)
+    prompted = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", **options))
+    with pytest.raises(ConfigError, match=r"what is trained is 'prompt_encoder.default.embedding' \(Embedding\)"):
+        logix.init("run", prompted, full(tmp_path), verbose=False)
+    run = logix.init("run", prompted, full(tmp_path, modules={"types": ["Embedding"]}), verbose=False)
+    tokens = torch.randint(VOCABULARY, (SAMPLES, 3))
+    with (
+        pytest.raises(CaptureError, match=r"so 1 samples .*; what all samples share .* one gradient for all"),
+        run(data_id=range(SAMPLES)),
+    ):
+        prompted(input_ids=tokens, labels=tokens).loss.backward()
+    run.finalize()

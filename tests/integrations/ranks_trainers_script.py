@@ -52,8 +52,8 @@ def by_huggingface(root: Path, processes: int) -> logix.Run:
     return callback.run
 
 
-def by_lightning(root: Path, processes: int) -> logix.Run:
-    """Two epochs, shuffled, as Lightning deals them out to the processes."""
+def by_lightning(root: Path, processes: int, broken: bool = False) -> logix.Run:
+    """Two epochs, shuffled, as Lightning deals them out to the processes; the second may break off."""
     import lightning
     from logix_like.integrations.lightning import LogixCallback
     from torch.utils.data import DataLoader, Subset
@@ -61,8 +61,15 @@ def by_lightning(root: Path, processes: int) -> logix.Run:
     from tests.integrations.test_lightning import IDENTITY, Classifier
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Breaking(Classifier):
+        def training_step(self, batch: Any, number: int) -> Any:
+            if broken and number == 2 and self.global_rank == 1:
+                raise RuntimeError("broken")
+            return self.loss(batch)
+
     callback = LogixCallback("run", root=root, verbose=False, **IDENTITY)
-    module = Classifier(lr=0.1)
+    module = Breaking(lr=0.1)
     data: Any = Subset(module.dataset, range(SAMPLES))
     loader: Any = DataLoader(data, batch_size=2) if processes > 1 else DataLoader(data, batch_sampler=Dealt())
     trainer = lightning.Trainer(
@@ -79,6 +86,8 @@ TRAINERS = {"huggingface": by_huggingface, "lightning": by_lightning}
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if sys.argv[2] == "broken":
+        by_lightning(Path(sys.argv[1]), 2, broken=True)
     TRAINERS[sys.argv[2]](Path(sys.argv[1]), 2)
     sys.stdout.flush()
     os._exit(0)  # torch's own threads were seen to abort the interpreter's exit; all that is tested has been written

@@ -160,3 +160,34 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"over 2 GPUs in one process \(DataParallel\)"):
         callback.on_train_begin(args, SimpleNamespace(global_step=0), None)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("network", [s.llama, s.gpt2])
+def test_a_batch_without_any_label_has_rows_of_nothing(tmp_path: Path, network: Any, accumulated: int) -> None:
+    """As where the prompt alone fills a sample, and the Trainer goes on; the first batch and one in between."""
+    data = s.sentences()
+    for empty in (0, 1, 6, 7):
+        data[empty]["labels"] = torch.full_like(data[empty]["labels"], -100)
+    model = network()
+    store = s.trained(
+        tmp_path, model, data, gradient_accumulation_steps=accumulated, train_sampling_strategy="sequential",
+        num_train_epochs=1,
+    ).run.store  # fmt: skip
+    assert list(store.data_id) == list(range(s.SAMPLES))
+    counted = torch.tensor([i not in (0, 1, 6, 7) for i in range(s.SAMPLES)])
+    assert bool((store.gradients[:][~counted] == 0).all())
+    own = s.own_rows(model, store, data)
+    assert s.relative_error(store.gradients[:][counted], own[counted]) <= FLOAT32
+
+
+def test_rows_that_do_not_add_up_to_what_is_trained_on_are_warned_of(tmp_path: Path) -> None:
+    """Also though the Trainer has clipped by then."""
+
+    class Penalised(Trainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, *args, **kwargs) + model.classifier.weight.square().sum()
+
+    with pytest.warns(RuntimeWarning, match="the rows of classifier do not add up") as said:
+        s.trained(tmp_path, s.bert(), s.labelled(), kind=Penalised, max_grad_norm=1e-3)
+    assert len(said) == 1

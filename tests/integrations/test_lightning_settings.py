@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 pytest.importorskip("lightning")
 
@@ -177,3 +177,92 @@ def test_rows_before_it_was_broken_off_are_kept(tmp_path: Path, error: type[Base
     assert len(kept.run.store) == 10
     module.loss([*data(torch.float32)]).backward()
     assert not any(layer._forward_hooks for layer in module.modules())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_its_collator_leaves_out_takes_its_names_along(tmp_path: Path, workers: int) -> None:
+    """Where a sample cannot be read the whole batch is often given up so; Lightning trains on nothing then."""
+
+    def without_third(samples: list[Any]) -> Any:
+        left_out = any(bool((x == data(torch.float32)[0][3]).all()) for x, _ in samples)
+        return None if left_out else default_collate(samples)
+
+    module = Classifier()
+    loader = DataLoader(module.dataset, 5, shuffle=True, collate_fn=without_third, num_workers=workers)
+    store = logged(tmp_path, module, loader)
+    assert len(store) in (36, 38, 40)
+    assert 3 not in set(store.data_id)
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_an_epoch_that_the_module_ends_early(tmp_path: Path) -> None:
+    class Ending(Classifier):
+        def on_train_batch_start(self, batch: list[Tensor], number: int) -> int | None:
+            return -1 if number == 2 else None
+
+        def on_train_epoch_end(self) -> None:
+            self.loss([*data(torch.float32)]).backward()  # belongs to no batch
+
+    module = Ending()
+    store = logged(tmp_path, module)
+    assert len(store) == 20
+    assert relative_error(store, module) <= FLOAT32
+
+
+def test_a_step_that_reads_its_batches_itself_is_refused(tmp_path: Path) -> None:
+    def reading(module: Classifier, dataloader_iter: Iterator[Any]) -> Tensor:
+        return module.loss(next(dataloader_iter)[0])
+
+    with pytest.raises(CaptureError, match=r"takes dataloader_iter .* have it take \(batch, batch_idx\)"):
+        logged(tmp_path, type("Reading", (Classifier,), {"training_step": reading})())
+
+
+@pytest.mark.parametrize("way", ["validate", "test"])
+def test_a_checkpoint_that_is_looked_at_is_none_to_go_on_from(tmp_path: Path, way: str) -> None:
+    class Tested(Classifier):
+        def test_step(self, batch: list[Tensor], number: int) -> None:
+            self.loss(batch)
+
+    checkpoint, validation = tmp_path / "first.ckpt", DataLoader(TensorDataset(*data(torch.float32)), 5)
+    first = LogixCallback("run", root=tmp_path, **QUIET)
+    begun = trainer(tmp_path, first, max_epochs=1)
+    begun.fit(Tested())
+    begun.save_checkpoint(checkpoint)
+    fresh = LogixCallback("run", root=tmp_path, overwrite=True, **QUIET)
+    again = trainer(tmp_path, fresh, max_epochs=1)
+    getattr(again, way)(Tested(), validation, ckpt_path=checkpoint)
+    again.fit(Tested())
+    assert list(Counter(fresh.run.store.step)) == [0, 1, 2, 3, 4]
+    assert len(fresh.run.store) == SAMPLES
+
+
+def test_one_callback_goes_on_from_a_checkpoint_and_does_not_begin_again(tmp_path: Path) -> None:
+    checkpoint, module = tmp_path / "first.ckpt", Classifier()
+    kept = LogixCallback("run", root=tmp_path, **QUIET)
+    fitted = trainer(tmp_path, kept, max_epochs=1)
+    fitted.fit(module)
+    fitted.save_checkpoint(checkpoint)
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(module, ckpt_path=checkpoint)
+    store = kept.run.store
+    assert list(store.epoch) == [0] * SAMPLES + [1] * SAMPLES
+    assert relative_error(store, module) <= FLOAT32
+    fitted.fit_loop.max_epochs = 3
+    with pytest.raises(CaptureError, match=r"has logged a training already.*or resume with ckpt_path"):
+        fitted.fit(module)
+    assert len(kept.run.store) == 2 * SAMPLES
+
+
+def test_a_sampler_of_something_else_than_indices(tmp_path: Path) -> None:
+    """As where each sample is asked for with its size."""
+
+    class Sizes(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            return data(torch.float32)[0][index[0]], data(torch.float32)[1][index[0]]
+
+    sampler: Any = [[(0, 64), (1, 64)], [(2, 32)]]
+    loader: Any = DataLoader(Sizes(range(3)), batch_sampler=sampler)
+    with pytest.raises(CaptureError, match=r"hands out \(0, 64\), which is no dataset index; name the samples"):
+        logged(tmp_path, Classifier(), loader)
+    names = {"data_id": lambda batch: range(len(batch[0])), "overwrite": True}
+    assert len(logged(tmp_path, Classifier(), loader, callback=names, max_epochs=1)) == 3

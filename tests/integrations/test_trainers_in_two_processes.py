@@ -28,20 +28,20 @@ pytestmark = [
 ]
 
 
-def in_two_processes(name: str, root: Path) -> logix.GradientStore:
+def in_two_processes(name: str, root: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(ROOT / "tests" / "integrations" / "ranks_trainers_script.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
+    return subprocess.run(
         [*command, script, str(root), name], env=environment, capture_output=True, text=True, timeout=500, check=False
     )
-    assert ended.returncode == 0, ended.stderr
-    return logix.open_store(root / "run")
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_merged_store_is_that_of_one_process(tmp_path: Path, name: str) -> None:
-    found = in_two_processes(name, tmp_path / "two")
+    ended = in_two_processes(name, tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    found = logix.open_store(tmp_path / "two" / "run")
     expected = TRAINERS[name](tmp_path / "one", 1).store
     assert [(writer.rank, writer.rows, writer.state) for writer in found.writers] == [
         (0, SAMPLES, "closed"),
@@ -56,3 +56,10 @@ def test_the_merged_store_is_that_of_one_process(tmp_path: Path, name: str) -> N
     for block in found.modules:
         ours, theirs = (store.statistics.covariance(block.name) for store in (found, expected))
         assert float((ours - theirs).norm() / theirs.norm()) < REORDERED
+
+
+def test_a_process_of_lightning_that_raises_waits_for_no_other(tmp_path: Path) -> None:
+    ended = in_two_processes("broken", tmp_path)
+    assert ended.returncode != 0
+    assert "RuntimeError: broken" in ended.stderr
+    assert len(logix.open_store(tmp_path / "run")) >= 4
