@@ -11,12 +11,23 @@ import torch.nn.functional as F
 from torch import nn
 
 import logix_like as logix
-from logix_like.errors import CaptureError, ConfigError, ModelMismatchError, StoreDamagedError, StoreError
+from logix_like.errors import (
+    CaptureError,
+    ConfigError,
+    ModelMismatchError,
+    StoreDamagedError,
+    StoreError,
+    StoreWriteError,
+)
 from logix_like.estimators.checkpointed import TracInCP
 from logix_like.estimators.unrolling import ExactUnrolling
-from logix_like.store import verify
-from logix_like.store.format.journal import journals
+from logix_like.path import PathStep
+from logix_like.ranks import Ranks
+from logix_like.store import PathJournal, create_store, verify
+from logix_like.store.format.journal import journals, read_journal
+from logix_like.store.places import local
 from tests.path_runs import OBJECTIVE, batch_of, network, queries, train
+from tests.store.broken_disk import BrokenDisk
 
 
 def resumed_at_two(folder: Path) -> tuple[logix.Run, nn.Module, torch.optim.Optimizer]:
@@ -140,6 +151,33 @@ def test_a_torn_line_is_dropped_and_a_changed_one_is_found(tmp_path: Path) -> No
     with pytest.raises(StoreDamagedError, match="line 4: the record is damaged"):
         _ = logix.open_store(copy).training_path
     assert [d.file for d in verify(copy).damages] == [file]
+
+
+def test_a_last_line_whose_end_is_changed_is_found(tmp_path: Path) -> None:
+    """It is no torn one, whose step was never recorded."""
+    train(tmp_path, steps=4)
+    (file,) = journals(tmp_path / "run")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreDamagedError, match=r"its end is no end of a line; restore"):
+        _ = logix.open_store(tmp_path / "run").training_path
+    assert [damage.file for damage in verify(tmp_path / "run").damages] == [file]
+
+
+def test_nothing_follows_a_line_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be there in part: a line behind it would make the whole path unreadable."""
+    store = create_store(tmp_path / "s", {})
+    journal = PathJournal(store, 1, "SGD", [["a"]], Ranks(), 0)
+    steps = [PathStep(number, 0, (), ({"lr": 0.1},)) for number in range(3)]
+    journal.append(steps[0])
+    with monkeypatch.context() as patch, pytest.raises(StoreWriteError, match="could not be recorded"):
+        patch.setattr(local, "os", BrokenDisk(1))
+        journal.append(steps[1])
+    with pytest.raises(StoreWriteError, match="the record is closed"):
+        journal.append(steps[2])
+    found = read_journal(store / "path/1.jsonl")
+    assert found is not None and found[1] == steps[:1] and verify(store).ok
 
 
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from logix_like.config_errors import section_of
 from logix_like.errors import ConfigError
 from logix_like.run.session import StoreSession
 from logix_like.steps import counted
-from logix_like.store import GradientStore
+from logix_like.store import StoreManifest
 
 
-def stored_config(store: GradientStore) -> Config:
+def stored_config(manifest: StoreManifest) -> Config:
     """The settings that a store was made with, read leniently: later ones must not keep an old store from opening."""
     sections = {name: section_of(field) for name, field in Config.model_fields.items()}
     known: dict[str, Any] = {}
-    for key, value in store.manifest.config.items():
+    for key, value in manifest.config.items():
         section = sections.get(key)
         if section is not None and isinstance(value, Mapping):
             known[key] = {name: setting for name, setting in value.items() if name in section.model_fields}

@@ -50,6 +50,8 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTION_SECONDS = 300.0
 """How long a process waits for the first one to log a batch and so to describe the store."""
+LONGEST_PAUSE = 0.5
+"""Seconds between two looks for that."""
 
 Projections = Mapping[str, tuple[Tensor | None, Tensor | None]]
 
@@ -182,7 +184,7 @@ class StoreSession:
 
     def _wait_for_description(self) -> None:
         """Return once the first process has described the store, which it does at the end of its first block."""
-        ranks, deadline = self._ranks, time.monotonic() + DESCRIPTION_SECONDS
+        ranks, deadline, pause = self._ranks, time.monotonic() + DESCRIPTION_SECONDS, 0.01
         while read_manifest(self.path).layout is None:
             failed = ranks.posted(self._subject)
             if failed is not None:
@@ -196,7 +198,8 @@ class StoreSession:
                     f"{DESCRIPTION_SECONDS:.0f} seconds, so that {self.path} has no module table; every process must "
                     "log"
                 )
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)  # each look is a request where the store is elsewhere
 
     def hand_over(self) -> None:
         """Commit and close, since a later run of this process takes over the store.
@@ -251,7 +254,7 @@ class StoreSession:
     def forget(self, data_id: tuple[DataId, ...]) -> int:
         """Take all committed rows of some samples back; returns how many."""
         rows = supersede_samples(self.path, data_id)
-        build_view(self.path)
+        _keep_view(self.path)
         return rows
 
     def checkpoint(self, model: nn.Module, step: int, epoch: int, moments: Mapping[str, Tensor] | None = None) -> None:
@@ -298,8 +301,9 @@ class StoreSession:
         store = open_store(self.path)
         try:
             whole = whole_statistics(store, self._statistics)
-        except StoreDamagedError:
-            return  # of an earlier start: whoever asks is told, and this run's rows are as they should be
+        except StoreDamagedError as error:
+            _tell_damage(error)
+            return
         if whole is not store.statistics:
             self._writer.write_statistics(whole, store.whole_coverage)
 
@@ -325,7 +329,20 @@ def _complete(path: Place, weights: str | None) -> None:
         return
     if weights is not None:
         add_fingerprints(path, {"weights": weights})
-    build_view(path)
+    _keep_view(path)
+
+
+def _keep_view(path: Place) -> None:
+    """Have the store hold the sample view of its rows, if all can be read."""
+    try:
+        build_view(path)
+    except StoreDamagedError as error:
+        _tell_damage(error)
+
+
+def _tell_damage(error: StoreDamagedError) -> None:
+    """Say that rows of an earlier start are damaged: whoever asks is told again, and this start's are safe."""
+    _log.warning("%s; what is made of all rows was not written, all rows of this run are safe", error)
 
 
 def _open_place(path: Place, config: dict[str, Any], *, resume: bool, overwrite: bool, step: int | None) -> None:

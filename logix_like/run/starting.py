@@ -17,7 +17,7 @@ from logix_like.run.resuming import require_resume_step, stored_config, warn_of_
 from logix_like.run.run import Run
 from logix_like.run.session import StoreSession
 from logix_like.run.tracking import new_tracker, require_training
-from logix_like.store import OnDamage, Place, as_place, is_store, open_store
+from logix_like.store import OnDamage, Place, as_place, is_store, read_manifest
 
 
 def init(
@@ -65,7 +65,7 @@ def init(
     if "curvature" in settings.statistics:
         stored_curvature(path, TRAINING)  # refuses where none can be kept
     if resume and is_store(path):
-        settings = with_stored(settings, stored_config(open_store(path)))
+        settings = with_stored(settings, stored_config(read_manifest(path)))
     if optimizer is None:
         _require_no_steps(settings)
     # What is wrong with the choice of modules is said before a store is touched.
@@ -113,7 +113,7 @@ def load(path: str | PathLike[str] | Place, model: nn.Module | None = None, *, o
         ModelMismatchError: ``model`` is not the one that was logged (names the first difference).
     """
     path = as_place(path)
-    run = Run(stored_config(open_store(path)), path, None, verbose=False, on_damage=on_damage)
+    run = Run(stored_config(read_manifest(path)), path, None, verbose=False, on_damage=on_damage)
     if model is not None:
         run.watch(model)
     return run

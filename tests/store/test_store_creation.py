@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from logix_like.errors import (
     StoreExistsError,
     StoreNotFoundError,
     StoreVersionError,
+    StoreWriteError,
 )
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.store import StoreWriter, create_store, describe, open_store, read_manifest
 from logix_like.store.format.schema import StoreManifest, segment
+from logix_like.store.places import local
+from tests.store.broken_disk import BrokenDisk
 from tests.store.store_runs import WIDTH, log, new_store, projections, small_layout, writer
 
 
@@ -257,3 +261,12 @@ def _digest_of(attributes: dict[str, Any]) -> str:
     from logix_like.store.format import schema
 
     return schema._digest(attributes)
+
+
+def test_a_store_that_cannot_be_replaced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store(tmp_path / "s")
+    log(store, torch.randn(5, WIDTH))
+    for call in (1, 2, 3):
+        with monkeypatch.context() as patch, pytest.raises(StoreWriteError, match=r"Permission denied.*see to the"):
+            patch.setattr(local, "os", BrokenDisk(call, errno.EACCES))
+            create_store(store, {}, overwrite=True)

@@ -89,3 +89,14 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MissingDependencyError, match=r"logix_like\[parquet\]"):
         export_rows(store, tmp_path / "out.parquet")
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == []
+
+
+def test_texts_are_kept_to_their_last_letter_in_parquet(tmp_path: Path) -> None:
+    """An array of numpy's texts gives each as much room as the longest, and takes zeros at the end for padding."""
+    pytest.importorskip("pyarrow.parquet")
+    store, long = new_store(tmp_path / "s"), "x" * 10**6
+    with writer(store) as out:
+        out.put(ProjectedBatch(("a\0", "a", "b"), ROWS[:3], metadata={"text": ("short\0", "", long)}))
+    export_rows(store, tmp_path / "out.parquet")
+    found = read(tmp_path / "out.parquet")
+    assert found["data_id"].tolist() == ["a\0", "a", "b"] and found["metadata_text"].tolist() == ["short\0", "", long]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from logix_like.capture.batch import ProjectedBatch
-from logix_like.errors import StoreDamagedError, StoreError
+from logix_like.errors import StoreDamagedError, StoreError, StoreWriteError
 from logix_like.query.completion import ensure_statistics
 from logix_like.statistics import StatisticsAccumulator
 from logix_like.store import (
@@ -22,6 +23,7 @@ from logix_like.store import (
     as_place,
     merge_parts,
     open_store,
+    repair,
     supersede_samples,
     supersede_steps,
     verify,
@@ -29,7 +31,7 @@ from logix_like.store import (
 from logix_like.store.format import damage
 from logix_like.store.format.commits import RowsRecord
 from logix_like.store.places import local
-from logix_like.store.places.files import names_in
+from logix_like.store.places.files import names_in, write_file
 from logix_like.store.upkeep import merging
 from logix_like.store.writing.rowwriter import RowWriter
 from tests.store.broken_disk import BrokenDisk, Killed
@@ -272,3 +274,66 @@ def test_a_reader_from_before_a_merge_is_told_of_it(tmp_path: Path) -> None:
     shutil.rmtree(store / "projections")
     with pytest.raises(StoreDamagedError, match=r"cannot be read .* restore the file from a copy"):
         _ = open_store(store).projections
+
+
+@pytest.mark.parametrize("when", ["_write", "_require_equal"])
+def test_what_is_taken_back_during_a_merge_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """By a run that has ended and so holds no lock; the merged part has these rows still, and is to be reached."""
+    store, act = scattered(tmp_path / "s"), getattr(merging, when)
+
+    def forget(*given: object) -> None:
+        supersede_samples(store, ["0-1", 100])
+        act(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, when, forget)
+        assert merge_parts(store).rows == 92
+    opened = open_store(store)
+    assert sorted(opened.data_id[~opened.valid], key=str) == ["0-1", 100] and opened.statistics.superseded == 2
+    assert merge_parts(store).rows == 90 and open_store(store).valid.all()
+
+
+def test_what_is_taken_back_as_a_merge_begins_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, begin = scattered(tmp_path / "s"), merging._row_writer
+
+    def forget_before(opened: GradientStore, folder: Path) -> RowWriter:
+        folder.rename(tmp_path / "aside")  # so that no new part is there to be named
+        supersede_samples(store, ["0-1"])
+        (tmp_path / "aside").rename(folder)
+        return begin(opened, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_row_writer", forget_before)
+        with pytest.raises(StoreError, match=r"taken back while its merge began; nothing was changed: run it again"):
+            merge_parts(store)
+    assert len(open_store(store).writers) == 3 and merge_parts(store).dropped == 1
+
+
+def test_a_retraction_that_a_merge_overtakes_names_the_new_part_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge begins between the listing of the parts and the writing of the retraction."""
+    store, merged = scattered(tmp_path / "s"), list[object]()
+
+    def merge_first(*given: Any, **more: Any) -> None:
+        if not merged:
+            merged.append(merge_parts(store))
+        write_file(*given, **more)
+
+    monkeypatch.setattr("logix_like.store.format.retractions.write_file", merge_first)
+    supersede_samples(store, ["0-1"])
+    opened = open_store(store)
+    assert opened.writers[0].name == "merged-2" and opened.data_id[~opened.valid].tolist() == ["0-1"]
+
+
+@pytest.mark.parametrize("act", [merge_parts, repair, lambda store: supersede_samples(store, ["0-1"])])
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]) -> None:
+    store = scattered(tmp_path / "s")
+    if act is repair:
+        flip(store / "writers/0-1/gradients/c.0.0", 9)
+    for call in (1, 2, 3):
+        with monkeypatch.context() as patch, pytest.raises(StoreWriteError, match=r"No space left.*make room"):
+            patch.setattr(local, "os", BrokenDisk(call))
+            act(store)
+    assert open_store(store, on_damage="skip").table
+    act(store)

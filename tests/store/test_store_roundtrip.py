@@ -14,7 +14,7 @@ from logix_like.capture.batch import FactorMoments, ProjectedBatch
 from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import ENCODINGS, StoreWriter, open_store
+from logix_like.store import ENCODINGS, StoreWriter, create_store, describe, open_store
 from logix_like.store.format.schema import Flag
 from logix_like.store.reading import gradients
 from logix_like.store.reading.gradients import GradientReader
@@ -196,17 +196,38 @@ def test_few_rows_of_chunks_are_read_alone(
     assert torch.cat([chunk.decode() for chunk in reader.selected(np.sort(wanted))]).equal(rows[sorted(wanted)])
 
 
-def test_a_chunk_cut_short_after_it_was_checked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_changes_after_it_was_checked_is_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
     store = new_store(tmp_path / "s")
     log(store, torch.randn(50, WIDTH))
     reader = open_store(store).gradients
     list(reader.chunks())
     file = next(store.glob("writers/*/gradients/c.1.0"))
-    file.write_bytes(file.read_bytes()[: 2 * WIDTH * 4])
-    assert reader[[16, 17]].shape == (2, WIDTH)
-    with pytest.raises(StoreDamagedError, match=r"c\.1\.0, which holds rows 16 to 31, cannot be read \(it ends before"):
+    content = file.read_bytes()
+    file.write_bytes(content[: 2 * WIDTH * 4])
+    with pytest.raises(StoreDamagedError, match=r"c\.1\.0, which holds rows 16 to 31, has 168 bytes, expected"):
+        reader[[16, 17]]
+    file.write_bytes(bytes(len(content)))
+    with pytest.raises(StoreDamagedError, match=r"c\.1\.0, which holds rows 16 to 31, does not match its checksum"):
         reader[[16, 18]]
+
+
+def test_a_reader_of_a_store_that_was_replaced_gives_no_row_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
+    store = new_store(tmp_path / "s")
+    log(store, torch.zeros(50, WIDTH))
+    reader = open_store(store).gradients
+    list(reader.chunks())
+    create_store(store, {}, overwrite=True)
+    describe(store, small_layout(), "float32", projections())
+    log(store, torch.ones(50, WIDTH))
+    for key in ([0, 20], slice(16)):
+        with pytest.raises(StoreDamagedError, match=r"does not match its checksum"):
+            reader[key]
 
 
 def test_reading_does_not_let_its_memory_reach_the_file(tmp_path: Path) -> None:

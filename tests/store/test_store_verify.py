@@ -20,7 +20,8 @@ from logix_like.errors import ConfigError, LogixError, StoreDamagedError, StoreE
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.statistics import StatisticsAccumulator
-from logix_like.store import GradientStore, build_view, merge_parts, open_store, save_checkpoint, verify
+from logix_like.store import GradientStore, build_view, merge_parts, open_store, repair, save_checkpoint, verify
+from logix_like.store.format.commits import Commits, read_commits
 from logix_like.store.places.local import LOCAL
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
 from tests.training import data, network, trained_run
@@ -217,23 +218,73 @@ def test_each_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     assert found == {store / "checkpoints/1.json", store / "checkpoints/3.safetensors"}
 
 
-@pytest.mark.parametrize("file", ["zarr.json", "writers/0-1/commits", "writers/0-1/gradients/c.0.0"])
+def unreachable(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Have one file or folder refused, as where the permission to read it is missing."""
+
+    def refuse(path: Path, act: Callable[[Path], Any]) -> Any:
+        if path == place:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return act(path)
+
+    for name in ("read", "map", "names"):
+        act = getattr(LOCAL, name)
+        monkeypatch.setattr(LOCAL, name, lambda path, act=act: refuse(path, act))
+
+
+REFUSED = [
+    "zarr.json",
+    "writers",
+    "writers/0-1/commits",
+    "writers/0-1/gradients/c.0.0",
+    "writers/0-1/statistics/2/zarr.json",
+    "checkpoints/1.json",
+    "checkpoints/1.safetensors",
+    "projections/encoder.q/input/c.0.0",
+]
+
+
+@pytest.mark.parametrize("file", REFUSED)
 @pytest.mark.parametrize("on_damage", ["raise", "skip"])
 def test_what_cannot_be_reached_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, on_damage: Literal["raise", "skip"]
 ) -> None:
     """A missing permission or a network that is down says nothing of the bytes: nothing is left out for it."""
     store = full_store(tmp_path / "s")
-    refused = PermissionError(errno.EACCES, "Permission denied")
-
-    def refuse(path: Path, read: Callable[[Path], Any]) -> Any:
-        if path == store / file:
-            raise refused
-        return read(path)
-
-    for name in ("read", "map"):
-        read = getattr(LOCAL, name)
-        monkeypatch.setattr(LOCAL, name, lambda path, read=read: refuse(path, read))
+    unreachable(monkeypatch, store / file)
     with pytest.raises(StoreError, match=r"could not be read .*Permission denied.* not known") as caught:
-        _ = open_store(store, on_damage=on_damage).gradients[:]
+        everything(open_store(store, on_damage=on_damage))
     assert not isinstance(caught.value, StoreDamagedError)
+
+
+@pytest.mark.parametrize("file", [*REFUSED[3:], "retractions", "views/mean"])
+def test_what_cannot_be_reached_is_not_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    store = full_store(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        unreachable(patch, store / file)
+        with pytest.raises(StoreError, match=r"could not be read .*Permission denied.* not known"):
+            repair(store)
+    assert not (store / "quarantine").exists() and verify(store).ok
+
+
+def test_chunks_that_a_live_writer_adds_meanwhile_are_no_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not in the record as it was read before."""
+    store, rows = new_store(tmp_path / "s"), torch.randn(88, WIDTH)
+    more = list(batches(rows[40:], list(range(40, 88)), size=16))
+    with writer(store) as out:
+        for batch in batches(rows[:40], size=8):
+            out.put(batch)
+        out.commit()
+
+        def read_then_write(folder: Path) -> Commits:
+            commits = read_commits(folder)
+            while more:
+                out.put(more.pop(0))
+            out.commit()
+            return commits
+
+        monkeypatch.setattr("logix_like.store.upkeep.verify.read_commits", read_then_write)
+        report = verify(store)
+    assert report.ok and report.rows == 40, str(report)
+    assert open_store(store).gradients[:].equal(rows)

@@ -13,7 +13,7 @@ import torch
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import QueryError, StoreError
 from logix_like.layout import DataId
-from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, open_store
+from logix_like.store import ENCODINGS, GradientStore, Rows, build_view, open_store, supersede_samples
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.reading import means
 from tests.store.store_runs import WIDTH, batches, log, new_store, writer, zarr_values
@@ -300,3 +300,12 @@ def test_an_unknown_reduction_is_refused(tmp_path: Path) -> None:
     store = open_store(new_store(tmp_path / "s"))
     with pytest.raises(QueryError, match="unknown reduce 'median'; known: mean, sum, last, none"):
         store.view("median")
+
+
+def test_a_store_has_one_cache_by_whatever_name_it_is_opened(tmp_path: Path, cache_folder: Path) -> None:
+    store, _, _ = visited_store(tmp_path)
+    (tmp_path / "link").symlink_to(store.path)
+    open_store(tmp_path / "link").view("mean")
+    assert len(list(cache_folder.glob("views/*/*"))) == 1
+    supersede_samples(store.path, [IDS[0]])
+    assert not list(cache_folder.glob("views/*/*"))

@@ -17,7 +17,7 @@ import numpy as np
 
 from logix_like.errors import StoreDamagedError, StoreError
 from logix_like.store.format.documents import sealed
-from logix_like.store.format.schema import DOCUMENT, WRITERS, group_document
+from logix_like.store.format.schema import DOCUMENT, VIEWS, WRITERS, group_document
 from logix_like.store.places.files import (
     CHECKSUM_BYTES,
     Bytes,
@@ -128,9 +128,16 @@ def read_chunk(file: Place, what: str, *, size: int | None = None, crc: int | No
 def damaged(file: Place, what: str, finding: str) -> StoreDamagedError:
     """The error for a chunk file that is not what was committed."""
     return StoreDamagedError(
-        f"{file}, which holds {what}, {finding}; the bytes are not those that were committed: "
-        "restore the file from a copy"
+        f"{file}, which holds {what}, {finding}; the bytes are not those that were committed: {remedy(file)}"
     )
+
+
+def remedy(file: Place) -> str:
+    """What to do about a damaged file."""
+    if f"/{VIEWS}/" in str(file):
+        return "remove the folder of the sample view, it is made anew"
+    further = ", leave it out (on_damage='skip'), or take it out of the store (logix-like repair)"
+    return "restore the file from a copy" + (further if f"/{WRITERS}/" in str(file) else "")
 
 
 def unreadable(file: Place, what: str, error: OSError) -> StoreError:

@@ -69,7 +69,7 @@ def save_checkpoint(
     folder = as_place(path) / CHECKPOINTS
     tensors = {name: _plain(name, value) for name, value in state.items()}
     try:
-        write_group(folder)
+        write_group(folder, sync=True)
         number = 1 + last_checkpoint(as_place(path))
         size, crc = _write_weights(folder / f"{number}.safetensors", tensors)
         record = CheckpointRecord(number, step, epoch, fingerprint, size, crc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from urllib.parse import quote
 
@@ -78,13 +78,15 @@ def decode_texts(chunk: np.ndarray, rows: int, what: str) -> np.ndarray:
     """The texts of such a chunk, an object array ``[rows]`` of str."""
     from numcodecs.vlen import VLenUTF8
 
+    count = int.from_bytes(chunk[:4].tobytes(), "little")
+    if count != rows:  # which the codec would make room for on its word
+        raise StoreDamagedError(f"{what}: found {count} texts, expected {rows}; restore the part from a copy")
     try:
-        texts = np.asarray(VLenUTF8().decode(chunk), dtype=object)
+        return np.asarray(VLenUTF8().decode(chunk), dtype=object)
     except (ValueError, UnicodeDecodeError) as error:
-        raise StoreDamagedError(f"{what}: the texts cannot be decoded: {error}") from error
-    if texts.shape != (rows,):
-        raise StoreDamagedError(f"{what}: found {len(texts)} texts, expected {rows}")
-    return texts
+        raise StoreDamagedError(
+            f"{what}: the texts cannot be decoded: {error}; restore the part from a copy"
+        ) from error
 
 
 def decode_ids(texts: np.ndarray, integer: np.ndarray) -> np.ndarray:
@@ -97,12 +99,14 @@ def decode_ids(texts: np.ndarray, integer: np.ndarray) -> np.ndarray:
     return ids
 
 
-def decode_values(texts: Iterable[str], name: str) -> np.ndarray:
-    """Metadata values, an object array, from their JSON scalars (one parse for all)."""
+def decode_values(texts: np.ndarray, name: str) -> np.ndarray:
+    """Metadata values, an object array ``[n]``, from their JSON scalars (one parse for all)."""
     try:
         values = json.loads(f"[{','.join(texts)}]")
-    except ValueError as error:
-        raise StoreDamagedError(f"metadata column {name!r} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreDamagedError(f"metadata column {name!r} cannot be read: {error}; restore it from a copy") from error
+    if len(values) != len(texts) or any(isinstance(value, list | dict) for value in values):
+        raise StoreDamagedError(f"metadata column {name!r} holds what is no value of a row; restore it from a copy")
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column

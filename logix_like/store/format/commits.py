@@ -13,16 +13,17 @@ only tear the last line; a bad line before the last is damage.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from logix_like.errors import StoreDamagedError
-from logix_like.store.format.schema import COMMITS, GRADIENTS, TAILS
-from logix_like.store.places.files import Place, checksum, exists, files_of, is_out_of_reach, out_of_reach
+from logix_like.store.format.arrays import remedy
+from logix_like.store.format.documents import sealed_line, unsealed, unsealed_line
+from logix_like.store.format.schema import COMMITS, DOCUMENT, GRADIENTS, TAILS
+from logix_like.store.places.files import Place, exists, files_of, read_bytes, read_records
 from logix_like.timing import NOTHING, Timing
 
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -54,6 +55,10 @@ class RowsRecord:
     """How the gradients are compressed."""
     timing: Timing = NOTHING
     """What the training took since the record before, and logging of it; nothing in records of early versions."""
+
+    def within(self, folder: Place) -> Place:
+        """The folder of the arrays that hold the chunk, of a writer's ``folder``."""
+        return folder / self.part if self.part else folder
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class Commits:
     """How many records there are, of all kinds."""
     gone: int = 0
     """How many of them stand before the latest statistics for one that a repair took out."""
+    unreadable: tuple[str, ...] = ()
+    """What is wrong with lines that were left out, in a record that is read as far as it can be."""
 
     @property
     def total(self) -> int:
@@ -148,8 +155,7 @@ class CommitLog:
 
 def format_record(record: Record) -> bytes:
     """A record as a line, without its end."""
-    content = json.dumps(asdict(record), separators=(",", ":")).encode()
-    return b"%08x %s" % (checksum(content), content)
+    return sealed_line(asdict(record))
 
 
 def read_commits(folder: Place) -> Commits:
@@ -160,15 +166,13 @@ def read_commits(folder: Place) -> Commits:
     """
     file = folder / COMMITS
     try:
-        content = files_of(file).read_records(file)
+        content = read_records(file)
     except FileNotFoundError:
         if exists(folder / GRADIENTS):
-            raise StoreDamagedError(f"{file} is missing, but the part has rows; restore it from a copy") from None
+            raise StoreDamagedError(f"{file} is missing, but the part has rows; {remedy(file)}") from None
         return Commits()
     except OSError as error:
-        if is_out_of_reach(error):
-            raise out_of_reach(file, error) from error
-        raise StoreDamagedError(f"{file} cannot be read: {error}") from error
+        raise StoreDamagedError(f"{file} cannot be read: {error}; {remedy(file)}") from error
     lines = content.split(b"\n")
     unfinished = lines.pop()
     records: list[Record] = []
@@ -180,8 +184,7 @@ def read_commits(folder: Place) -> Commits:
                 # A power cut can leave zeros in a line's place, a kill only its beginning.
                 return _collect(records, torn=True, spoilt=b"\0" not in line)
             raise StoreDamagedError(
-                f"{file}, line {number + 1}: the record is damaged ({error}) and is not the last one; "
-                "restore the file from a copy"
+                f"{file}, line {number + 1}: the record is damaged ({error}) and is not the last one; {remedy(file)}"
             ) from error
     return _collect(records, torn=bool(unfinished), spoilt=_is_whole(unfinished, len(records)))
 
@@ -189,27 +192,37 @@ def read_commits(folder: Place) -> Commits:
 class CommitReader:
     """Reads record files again only when they have changed, so that following a live store is cheap."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, salvages: bool = False) -> None:
         self._known: dict[Place, tuple[Hashable, Commits]] = {}
+        self._salvages = salvages
 
     def read(self, folder: Place) -> Commits:
-        """As :func:`read_commits`."""
+        """As :func:`read_commits`; or, of a damaged record, every line that can be read."""
         stamp = files_of(folder).stamp(folder / COMMITS)  # taken first: what is appended meanwhile is read next time
         known = self._known.get(folder)
         if known is None or stamp is None or known[0] != stamp:
-            known = (stamp, read_commits(folder))
+            known = (stamp, self._read(folder))
             self._known[folder] = known
         return known[1]
+
+    def _read(self, folder: Place) -> Commits:
+        try:
+            return read_commits(folder)
+        except StoreDamagedError as error:
+            if not self._salvages:
+                raise
+            return _salvaged(folder, error)
 
 
 def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
     """Every record of a part that is as it was written, by its number, and what is wrong with the other lines.
 
-    Between them :class:`GoneRecord` stands for those that are not to be read.
+    Between them :class:`GoneRecord` stands for those that are not to be read. Which parts a merged one replaces is
+    also told by its document: without that, their rows would count twice.
     """
     records: dict[int, Record] = {}
     findings = []
-    lines = files_of(folder).read_records(folder / COMMITS).split(b"\n")
+    lines = read_records(folder / COMMITS).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
@@ -221,7 +234,26 @@ def salvage_records(folder: Place) -> tuple[list[Record], list[str]]:
                 raise ValueError(f"it has number {found.sequence}, as a line before it")
         except _UNREADABLE as error:
             findings.append(f"line {number} is no record ({error})")
+    if told := _replaced(folder):
+        records[0] = ReplacesRecord(0, told)
     return [records.get(number, GoneRecord(number)) for number in range(1 + max(records, default=-1))], findings
+
+
+def _replaced(folder: Place) -> tuple[str, ...]:
+    """The parts that a merged one replaces, by its document; none where that is damaged."""
+    try:
+        return tuple(map(str, unsealed(read_bytes(folder / DOCUMENT)).get("replaces", ())))
+    except (OSError, *_UNREADABLE):
+        return ()
+
+
+def _salvaged(folder: Place, error: StoreDamagedError) -> Commits:
+    try:
+        records, findings = salvage_records(folder)
+    except FileNotFoundError:  # rows without a record of them
+        return Commits(unreadable=(str(error),))
+    told = tuple(f"{folder / COMMITS}: {finding}; its rows are left out" for finding in findings)
+    return replace(_collect(records, torn=False), unreadable=told or (str(error),))
 
 
 def _is_whole(unfinished: bytes, number: int) -> bool:
@@ -253,9 +285,7 @@ def _collect(records: list[Record], *, torn: bool, spoilt: bool = False) -> Comm
 
 def _parse(line: bytes, number: int | None) -> Record:
     """The record in a line, of this number or (None) of any."""
-    if line[:9] != b"%08x " % checksum(line[9:]):
-        raise ValueError("its checksum does not match")
-    entry = json.loads(line[9:])
+    entry = unsealed_line(line)
     if number is None:
         number = _count(entry, "sequence")
     if entry["sequence"] != number:

@@ -55,22 +55,22 @@ def create_store(
         raise ConfigError("resume=True goes on with a store, overwrite=True replaces it; give one of them")
     store = as_place(path)
     manifest = StoreManifest(created=_now(), library=_library_version(), config=_plain(config))
-    if is_store(store):
-        if resume:
-            read_manifest(store)
-            return store
-        if not overwrite:
-            raise StoreExistsError(
-                f"{store} already holds a run; pass resume=True to go on with it, overwrite=True to "
-                "replace it, or choose another project"
-            )
-        remove_tree(store)
-    elif not files_of(store).vacant(store):
-        raise StoreExistsError(
-            f"{store} exists and is no store of this library that can be read; nothing was changed: "
-            "choose another project, or move it away"
-        )
     with named_errors(store):
+        if is_store(store):
+            if resume:
+                read_manifest(store)
+                return store
+            if not overwrite:
+                raise StoreExistsError(
+                    f"{store} already holds a run; pass resume=True to go on with it, overwrite=True to "
+                    "replace it, or choose another project"
+                )
+            remove_tree(store)
+        elif not files_of(store).vacant(store):
+            raise StoreExistsError(
+                f"{store} exists and is no store of this library that can be read; nothing was changed: "
+                "choose another project, or move it away"
+            )
         write_group(store / WRITERS, sync=True)
         write_manifest(store, manifest)
     return store

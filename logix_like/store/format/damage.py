@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from logix_like.errors import StoreDamagedError
 from logix_like.store.format.arrays import chunk_file, read_chunk
 from logix_like.store.format.commits import Commits, RowsRecord
-from logix_like.store.format.schema import COLUMNS, COORDINATE_SCALE, GRADIENTS, SCALE, TAILS
-from logix_like.store.places.files import Place, exists, names_in
+from logix_like.store.format.schema import COLUMNS, COORDINATE_SCALE, GRADIENTS, SCALE, TAILS, WRITER_COLUMNS
+from logix_like.store.places.files import CHECKSUM_BYTES, Place, exists, file_size, names_in
 
 _CHUNK = re.compile(r"c\.[0-9]{1,12}\.0", re.ASCII)
 _WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
@@ -18,8 +19,7 @@ _WIDE = (GRADIENTS, COLUMNS, SCALE, COORDINATE_SCALE)
 
 def array_file(folder: Place, record: RowsRecord, array: str) -> Place:
     """The file of a committed chunk of one of a part's arrays."""
-    part = folder / record.part if record.part else folder
-    return chunk_file(part / array, record.chunk, 2 if array in _WIDE else 1)
+    return chunk_file(record.within(folder) / array, record.chunk, 2 if array in _WIDE else 1)
 
 
 def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[StoreDamagedError]:
@@ -33,22 +33,41 @@ def damaged_files(folder: Place, record: RowsRecord, first: int) -> Iterator[Sto
             yield error
 
 
-def unrecorded_files(folder: Place, commits: Commits) -> list[Place]:
-    """Chunks of gradients that the record does not name though its writer wrote others after them.
+def written_chunks(folder: Place) -> list[tuple[str, int]]:
+    """``(part, number)`` of every chunk of gradients in a part and its tails, as a commit record names them.
+
+    To be listed before the record is read: a live writer then has named all of them but the last.
+    """
+    full = sorted(int(name.split(".")[1]) for name in names_in(folder / GRADIENTS) if _CHUNK.fullmatch(name))
+    tails = [name for name in names_in(folder / TAILS) if name.isdecimal()]
+    return [*(("", number) for number in full), *((f"{TAILS}/{name}", 0) for name in tails)]
+
+
+def unrecorded_files(folder: Place, written: Iterable[tuple[str, int]], commits: Commits) -> list[Place]:
+    """Those of the chunks ``written`` that the record does not name though its writer wrote others after them.
 
     A writer that was killed leaves at most one chunk without its record; more say that lines of the record are gone.
     """
-    full = [record.chunk for record in commits.rows if not record.part]
-    numbers = {int(name.split(".")[1]) for name in names_in(folder / GRADIENTS) if _CHUNK.fullmatch(name)}
-    files = [chunk_file(folder / GRADIENTS, number, 2) for number in sorted(numbers - set(full))]
-    tails = {record.part for record in commits.rows if record.part}
-    found = {f"{TAILS}/{name}" for name in names_in(folder / TAILS) if name.isdecimal()}
-    files += [
-        chunk_file(folder / part / GRADIENTS, 0, 2)
-        for part in sorted(found - tails)
-        if exists(chunk_file(folder / part / GRADIENTS, 0, 2))
-    ]
-    return files if len(files) > 1 else []
+    recorded = {(record.part, record.chunk) for record in commits.rows}
+    files = [_chunk(folder, *one, GRADIENTS) for one in written if one not in recorded]
+    found = [file for file in files if exists(file)]  # a tail's folder is there before its chunk
+    return found if len(found) > 1 else []
+
+
+def unrecorded_rows(folder: Place, commits: Commits) -> int:
+    """How many rows lie in chunks that the record does not name, by the sizes of their columns."""
+    recorded = {(record.part, record.chunk) for record in commits.rows}
+    rows = 0
+    for one in written_chunks(folder):
+        if one not in recorded:
+            with suppress(OSError):
+                size = file_size(_chunk(folder, *one, COLUMNS))
+                rows += (size - CHECKSUM_BYTES) // (8 * len(WRITER_COLUMNS))
+    return rows
+
+
+def _chunk(folder: Place, part: str, number: int, array: str) -> Place:
+    return chunk_file((folder / part if part else folder) / array, number, 2)
 
 
 class IntactRows:

@@ -1,4 +1,4 @@
-"""Zarr documents (``zarr.json``) with a checksum of their own, so that a flipped bit in one is found."""
+"""Documents (``zarr.json``) and lines of records with a checksum of their own, so that a flipped bit is found."""
 
 from __future__ import annotations
 
@@ -31,3 +31,17 @@ def unsealed(content: bytes | bytearray) -> dict[str, Any]:
         raise ValueError("it does not match its checksum")
     attributes: dict[str, Any] = document["attributes"]
     return attributes
+
+
+def sealed_line(entry: Mapping[str, Any]) -> bytes:
+    """An entry of a record as a line, without its end: eight hex digits (CRC-32C of the rest), a blank, and JSON."""
+    content = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s" % (checksum(content), content)
+
+
+def unsealed_line(line: bytes) -> dict[str, Any]:
+    """The entry of a line whose bytes are those that :func:`sealed_line` gave, else ValueError or RecursionError."""
+    if line[:9] != b"%08x " % checksum(line[9:]):
+        raise ValueError("its checksum does not match")
+    entry: dict[str, Any] = json.loads(line[9:])
+    return entry

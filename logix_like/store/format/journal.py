@@ -19,9 +19,10 @@ from logix_like.errors import StoreDamagedError, StoreError, StoreWriteError
 from logix_like.path import Checkpoint, PathBlock, PathStep, StoredCheckpoint, TrainingPath
 from logix_like.ranks import Ranks
 from logix_like.store.format.checkpoints import CheckpointRecord, load_checkpoint
+from logix_like.store.format.documents import sealed_line, unsealed_line
 from logix_like.store.format.retractions import read_retractions, standing_checkpoints
 from logix_like.store.format.schema import JOURNAL
-from logix_like.store.places.files import checksum, files_of, make_folder, named_errors, names_in
+from logix_like.store.places.files import files_of, make_folder, named_errors, names_in, read_records
 from logix_like.store.places.storage import Place
 
 _FILE = re.compile(r"(\d+)(?:-(\d+))?\.jsonl")
@@ -58,10 +59,10 @@ class PathJournal:
         self._settings = settings
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        content = json.dumps(entry, separators=(",", ":")).encode()
         try:
-            self._records.append(b"%08x %s" % (checksum(content), content))
+            self._records.append(sealed_line(entry))
         except OSError as error:
+            self._records.close()  # part of the line may be there, and nothing is to follow it
             raise StoreWriteError(
                 f"the path could not be recorded in {self._file}: {error}; see to the disk"
             ) from error
@@ -106,7 +107,9 @@ def next_attempt(store: Place) -> int:
 
 def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
     """An attempt's header and steps; None where it was torn before the header was complete."""
-    lines = files_of(file).read_records(file).split(b"\n")[:-1]
+    *lines, unfinished = read_records(file).split(b"\n")
+    if _is_line(unfinished[:-1]):
+        raise StoreDamagedError(f"{file}, line {len(lines) + 1}: its end is no end of a line; restore it from a copy")
     entries = [_entry(file, number, line, last=number == len(lines)) for number, line in enumerate(lines, 1)]
     whole = [entry for entry in entries if entry is not None]
     if not whole:
@@ -128,16 +131,21 @@ def read_journal(file: Place) -> tuple[dict[str, Any], list[PathStep]] | None:
 
 def _entry(file: Place, number: int, line: bytes, *, last: bool) -> dict[str, Any] | None:
     try:
-        if line[:9] != b"%08x " % checksum(line[9:]):
-            raise ValueError("its checksum does not match")
-        entry: dict[str, Any] = json.loads(line[9:])
-        return entry
+        return unsealed_line(line)
     except _UNREADABLE as error:
         if last and b"\0" in line:  # what a power cut leaves in a line's place
             return None
         raise StoreDamagedError(
             f"{file}, line {number}: the record is damaged ({error}); restore the file from a copy"
         ) from error
+
+
+def _is_line(line: bytes) -> bool:
+    try:
+        unsealed_line(line)
+    except _UNREADABLE:
+        return False
+    return True
 
 
 def _attempts(store: Place) -> dict[int, list[Place]]:

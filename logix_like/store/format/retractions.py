@@ -17,13 +17,16 @@ import numpy as np
 
 from logix_like.errors import StoreDamagedError
 from logix_like.layout import DataId
-from logix_like.store.format.attempts import parse_writer_name
+from logix_like.store.format.attempts import MERGED_RANK, parse_writer_name
 from logix_like.store.format.checkpoints import CheckpointRecord, list_checkpoints
 from logix_like.store.format.commits import read_commits
 from logix_like.store.format.documents import sealed, unsealed
 from logix_like.store.format.schema import RETRACTIONS, WRITERS
-from logix_like.store.places.files import names_in, read_bytes, write_file
+from logix_like.store.places.files import named_errors, names_in, read_bytes, write_file
 from logix_like.store.places.storage import Place
+
+EVERY_RECORD = 1 << 53
+"""More than a part has."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,23 @@ def standing_checkpoints(store: Place, retractions: Collection[Retraction]) -> t
 
 
 def _write(store: Place, what: Mapping[str, Any]) -> Retraction:
-    writers = [store / WRITERS / name for name in names_in(store / WRITERS) if parse_writer_name(name)]
+    reach = {name: read_commits(store / WRITERS / name).length for name in _parts(store, merged=False)}
     numbers = [record.number for record in list_checkpoints(store)]
-    entry = {
-        **what,
-        "reach": {folder.name: read_commits(folder).length for folder in writers},
-        "checkpoints": max(numbers, default=0),
-    }
-    retraction = _parse(entry)
-    file = store / RETRACTIONS / f"{retraction.digest}.json"
-    write_file(file, [sealed({"attributes": entry})], sync=True)
-    return retraction
+    while True:
+        # Whatever a merge writes, now or later, was logged before.
+        merged = _parts(store, merged=True)
+        entry = {**what, "reach": reach | dict.fromkeys(merged, EVERY_RECORD), "checkpoints": max(numbers, default=0)}
+        retraction = _parse(entry)
+        file = store / RETRACTIONS / f"{retraction.digest}.json"
+        with named_errors(file):
+            write_file(file, [sealed({"attributes": entry})], sync=True)
+        if _parts(store, merged=True) == merged:  # else a merge has begun meanwhile, which may not have read this one
+            return retraction
+
+
+def _parts(store: Place, *, merged: bool) -> list[str]:
+    names = names_in(store / WRITERS)
+    return [name for name in names if (one := parse_writer_name(name)) and (one[1] == MERGED_RANK) == merged]
 
 
 def _parse(entry: Mapping[str, Any]) -> Retraction:

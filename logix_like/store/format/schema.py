@@ -15,6 +15,7 @@ This is the only place that spells a path or the format's version::
       writers/merged-<attempt>/              the same, in the place of the parts that its record names
       views/mean/<key>/                      a part with one mean row for each sample
       checkpoints/<n>.safetensors, <n>.json
+      curvature/<name>.safetensors          curvatures at full size, and half-finished sums of their fits (folders only)
       retractions/<digest>.json              rows taken back after their commit
       path/<attempt>[-<rank>].jsonl          a recorded training: one checksummed line for each optimizer step
       quarantine/<n>/                        what repair and compact took out, by its old path
@@ -31,10 +32,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
-from logix_like.errors import StoreDamagedError, StoreNotFoundError, StoreVersionError
+from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.store.format.documents import SEAL, sealed
-from logix_like.store.places.files import Place, is_out_of_reach, names_in, out_of_reach, read_bytes, write_file
+from logix_like.store.places.files import Place, names_in, read_bytes, write_file
 
 FORMAT = "logix_like"
 VERSION = 1
@@ -205,7 +206,7 @@ def read_manifest(store: Place) -> StoreManifest:
 
 def _stores_in(folder: Place) -> str:
     """The stores directly in a folder that is none, to be told to whoever gave it."""
-    with suppress(OSError):
+    with suppress(OSError, StoreError):
         found = [name for name in names_in(folder)[:LISTED] if is_store(folder / name)]
         return f"; in it are the stores {', '.join(found)}" if found else ""
     return ""
@@ -220,8 +221,6 @@ def _attributes(store: Place) -> dict[str, Any]:
             f"{store} holds no store: there is no {DOCUMENT}; give the folder <root>/<project> of a run"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, OSError) and is_out_of_reach(error):
-            raise out_of_reach(document, error) from error
         raise StoreDamagedError(f"{document} cannot be read: {error}; restore it from a copy") from error
     attributes = content.get("attributes") if isinstance(content, dict) else None
     if not isinstance(attributes, dict):

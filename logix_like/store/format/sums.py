@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import StoreDamagedError
-from logix_like.layout import Layout
+from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import Statistics
 from logix_like.store.format.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
 from logix_like.store.format.commits import StatisticsRecord, read_commits
@@ -95,9 +95,7 @@ def load_statistics(folder: Place, layout: Layout, rows: int | None) -> StoredSt
     for name in fields:
         if name not in FIELDS:
             raise _damaged(folder, f"names a sum {name!r} that does not exist")
-        for module, tensor in _load_field(folder / name).items():
-            if module not in sums:
-                raise _damaged(folder / name, f"names the module {module!r} that the store does not have")
+        for module, tensor in _load_field(folder / name, layout).items():
             sums[module][name] = tensor
     superseded = _count(attributes.get("superseded", 0), folder)
     stale = _count(attributes.get("stale", superseded), folder)
@@ -114,13 +112,37 @@ def _coverage(attributes: Mapping[str, Any], folder: Place) -> Coverage | None:
     return Coverage(rows, _count(told.get("superseded"), folder))
 
 
-def _load_field(folder: Place) -> dict[str, Tensor]:
+def _load_field(folder: Place, layout: Layout) -> dict[str, Tensor]:
     shapes = _shapes(folder)
+    for name, shape in shapes:
+        _require_shape(folder, layout, name, shape)
     size = 8 * sum(math.prod(shape) for _, shape in shapes)
     content = read_chunk(chunk_file(folder, 0, 1), f"the sums {folder.name!r}", size=size)
     numbers = torch.from_numpy(content).view(torch.float64)
     parts = numbers.split([math.prod(shape) for _, shape in shapes])
     return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+
+
+def _require_shape(folder: Place, layout: Layout, module: str, shape: tuple[int, ...]) -> None:
+    """Refuse a sum that is not of the size that the module's block has."""
+    try:
+        block: ModuleBlock = layout[module]
+    except KeyError:
+        raise _damaged(folder, f"names the module {module!r} that the store does not have") from None
+    size, (outward, inward) = block.size, block.rank
+    expected = {
+        "sum": (size,),
+        "square_sum": (size,),
+        "outer_sum": (size, size),
+        "sketch_sum": (size, shape[-1] if shape else 0),  # of as many directions as there were
+        "output_outer_sum": (outward, outward),
+        "input_outer_sum": (inward, inward),
+        "corrected_square_sum": block.matrix,
+        "input_basis": (inward, inward),
+        "output_basis": (outward, outward),
+    }.get(folder.name, ())
+    if shape != expected:
+        raise _damaged(folder, f"gives module {module!r} the shape {shape}, expected {expected}")
 
 
 def _shapes(folder: Place) -> list[tuple[str, tuple[int, ...]]]:

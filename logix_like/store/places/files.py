@@ -128,14 +128,27 @@ def prepare_checked(
     return totals, files.prepare({path: content(path) for path in contents}, sync=sync, once=True)
 
 
+@contextmanager
+def reached(place: Place) -> Iterator[None]:
+    """What the storage refuses for a reason that says nothing of the bytes, as a :class:`StoreError` that says so."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LogixError) or not is_out_of_reach(error):
+            raise
+        raise out_of_reach(place, error) from error
+
+
 def read_bytes(path: Place) -> bytearray:
     """The whole content of a file, writable."""
-    return files_of(path).read(path)
+    with reached(path):
+        return files_of(path).read(path)
 
 
 def map_bytes(path: Place) -> Content:
     """The content of a file as a writable buffer that never reaches the file; mapped where that is possible."""
-    return files_of(path).map(path)
+    with reached(path):
+        return files_of(path).map(path)
 
 
 def file_size(path: Place) -> int:
@@ -146,6 +159,12 @@ def file_size(path: Place) -> int:
 def exists(path: Place) -> bool:
     """Whether there is a file or a folder."""
     return files_of(path).exists(path)
+
+
+def read_records(path: Place) -> bytes:
+    """All lines of a record."""
+    with reached(path):
+        return files_of(path).read_records(path)
 
 
 def names_in(folder: Place) -> list[str]:

@@ -158,11 +158,7 @@ class LocalFiles(Files):
         return zarr.open_group(folder, mode="r", zarr_format=3)
 
     def stamp(self, path: Path) -> Hashable:
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return file_stamp(path)
 
     def lock(self, store: Path, folder: Path, rank: int) -> WriterLock:
         return WriterLock(store, folder / f"{rank}.lock", rank)
@@ -241,6 +237,15 @@ def _write(handle: int, buffer: Bytes) -> None:
     rest = memoryview(buffer.data if isinstance(buffer, np.ndarray) else buffer)
     while rest:
         rest = rest[os.write(handle, rest) :]
+
+
+def file_stamp(path: str | Path) -> Hashable:
+    """Changes whenever a file or its content does; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_items(path: str, numbers: np.ndarray, into: np.ndarray) -> None:

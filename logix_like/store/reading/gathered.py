@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from logix_like.errors import StoreDamagedError
 from logix_like.statistics import Statistics
 from logix_like.store.format.attempts import WriterInfo
 from logix_like.store.format.retractions import Retraction
@@ -20,15 +21,24 @@ from logix_like.store.reading.table import RowTable
 
 
 class GatheredStatistics:
-    """What was gathered over the rows of ``table``, those of ``writers``; read at first use and then kept."""
+    """What was gathered over the rows of ``table``, those of ``writers``; read at first use and then kept.
+
+    ``damaged`` is how many rows were left out since a file of theirs is damaged, and damaged statistics then are too;
+    None: those raise.
+    """
 
     def __init__(
-        self, writers: tuple[WriterInfo, ...], retractions: tuple[Retraction, ...], table: RowTable, damaged: int = 0
+        self,
+        writers: tuple[WriterInfo, ...],
+        retractions: tuple[Retraction, ...],
+        table: RowTable,
+        damaged: int | None = None,
     ) -> None:
         self._writers = writers
         self._retractions = retractions
         self._table = table
         self._damaged = damaged
+        self._findings: list[str] = []
 
     @cached_property
     def together(self) -> Statistics:
@@ -37,7 +47,7 @@ class GatheredStatistics:
         if not parts:
             return Statistics(self._table.layout, {}, 0)
         merged = Statistics.merge(parts)
-        return merged if merged.stale else merged.less(self._damaged)
+        return merged if merged.stale else merged.less(self._damaged or 0)
 
     @cached_property
     def of_writers(self) -> Mapping[str, Statistics]:
@@ -60,6 +70,12 @@ class GatheredStatistics:
         return covered
 
     @property
+    def damages(self) -> tuple[str, ...]:
+        """What is wrong with statistics that are left out, where damaged ones are to be."""
+        _ = self._stored
+        return tuple(self._findings)
+
+    @property
     def whole(self) -> Coverage:
         """What statistics cover that are taken over all rows that count."""
         rows = {writer.name: writer.rows for writer in self._writers}
@@ -72,7 +88,13 @@ class GatheredStatistics:
         for writer in reversed(self._writers):
             if writer.commits.statistics is None or any(writer.name in one.rows for _, one in found.values()):
                 continue
-            stored = load_latest_statistics(writer.folder, writer.commits.statistics, self._table.layout)
+            try:
+                stored = load_latest_statistics(writer.folder, writer.commits.statistics, self._table.layout)
+            except StoreDamagedError as error:
+                if self._damaged is None:
+                    raise
+                self._findings.append(f"{error} (left out: sums over rows are computed anew, Kronecker factors lost)")
+                continue
             found[writer.name] = (stored, stored.coverage or Coverage({writer.name: writer.statistics_rows}, 0))
         return dict(reversed(found.items()))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -23,7 +24,7 @@ from logix_like.store.format.schema import COORDINATE_SCALE, GRADIENTS, SCALE
 from logix_like.store.format.segments import Segment
 from logix_like.store.places.files import CHECKSUM_BYTES, Place, as_bytes, checksum, file_size, map_bytes
 from logix_like.store.places.hold import FolderHold
-from logix_like.store.places.local import read_items
+from logix_like.store.places.local import file_stamp, read_items
 
 KEPT_BYTES = 32 * 2**20
 """Mappings of this size are kept open, so that small stores are mapped once."""
@@ -117,7 +118,8 @@ class GradientReader:
         self._starts = np.array([segment.first for segment in self._segments], dtype=np.int64)
         self._kept: OrderedDict[int, RowChunk] = OrderedDict()
         self._kept_bytes = 0
-        self._checked: set[int] = set()
+        self._checked: dict[int, Hashable] = {}
+        """By chunk the stamp of the file whose checksum was compared; an object is compared each time."""
         self._lock = threading.Lock()
         self.rows = self._segments[-1].stop if self._segments else 0
         """Number of rows."""
@@ -184,8 +186,9 @@ class GradientReader:
     def _reads_singly(self, run: _Run) -> bool:
         """Whether rows are read one by one: from a chunk that was checked before and is not at hand anyway."""
         segment = self._segments[run.segment]
-        known = run.segment in self._checked and run.segment not in self._kept
-        return known and is_mapped(segment) and len(run.rows) < FEW * segment.rows
+        if run.segment in self._kept or not is_mapped(segment) or len(run.rows) >= FEW * segment.rows:
+            return False
+        return run.segment in self._checked and self._checked[run.segment] == _stamp(segment)
 
     @property
     def _joined(self) -> int:
@@ -211,7 +214,7 @@ class GradientReader:
         size, start = len(content) // sum(len(run.rows) for run in runs), 0
         for run in runs:
             segment, stop = self._segments[run.segment], start + size * len(run.rows)
-            file = f"{segment.folder}/{array}/{chunk_name(segment.chunk, 2)}"  # a path object would cost as much again
+            file = _file(segment, array)
             try:
                 read_items(file, run.rows, content[start:stop])
             except OSError as error:
@@ -223,8 +226,10 @@ class GradientReader:
             if number in self._kept:
                 self._kept.move_to_end(number)
                 return self._kept[number]
-            chunk = self._open(self._segments[number], check=number not in self._checked)
-            self._checked.add(number)
+            segment = self._segments[number]
+            stamp = _stamp(segment)
+            chunk = self._open(segment, check=stamp is None or self._checked.get(number) != stamp)
+            self._checked[number] = stamp
             self._kept[number] = chunk
             self._kept_bytes += chunk.raw.nbytes
             while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
@@ -232,7 +237,7 @@ class GradientReader:
             return chunk
 
     def _open(self, segment: Segment, *, check: bool) -> RowChunk:
-        """Map a chunk; ``check`` compares it with the checksum that was committed, once for each reader."""
+        """Map a chunk; ``check`` compares it with the checksum that was committed."""
         encoding, layout, rows = self._encoding, self._layout, segment.rows
         shape = rows, encoding.stored_width(layout.width)
         raw = _mapped(segment, GRADIENTS, encoding.dtype, shape, codec=segment.codec, check=check)
@@ -247,6 +252,18 @@ class GradientReader:
 def is_mapped(segment: Segment) -> bool:
     """Whether a chunk is a plain file of this machine."""
     return segment.codec == "none" and isinstance(segment.folder, Path)
+
+
+def _stamp(segment: Segment) -> Hashable:
+    """Tells the chunk's file from another one in its place; None in an object store, and where there is none."""
+    with suppress(OSError):
+        return file_stamp(_file(segment, GRADIENTS)) if isinstance(segment.folder, Path) else None
+    return None
+
+
+def _file(segment: Segment, array: str) -> str:
+    """A chunk's file as text: a path object would cost as much again as reading a row of it."""
+    return f"{segment.folder}/{array}/{chunk_name(segment.chunk, 2)}"
 
 
 def _mapped(

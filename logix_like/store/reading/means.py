@@ -19,6 +19,7 @@ from logix_like.store.encoding.kinds import encoding_of_means
 from logix_like.store.format.arrays import write_group
 from logix_like.store.format.columns import id_text, value_text
 from logix_like.store.format.commits import read_commits
+from logix_like.store.format.damage import damaged_files
 from logix_like.store.format.documents import unsealed
 from logix_like.store.format.parts import EncodedRows, flag_nonfinite
 from logix_like.store.format.schema import DATA_ID, DOCUMENT, METADATA, VIEW_COLUMNS, segment
@@ -42,7 +43,8 @@ def cache_folder(store: Place, created: str, kind: str = "views") -> Path:
     """The folder of a user's for what is made of a store that this process may not write to (not created)."""
     chosen = os.environ.get(CACHE_VARIABLE)
     root = Path(chosen).absolute() if chosen else user_cache_path("logix_like", appauthor=False)
-    name = hashlib.blake2b(f"{store}\n{created}".encode(), digest_size=12).hexdigest()
+    place = store.resolve() if isinstance(store, Path) else store  # by whatever name it is opened
+    name = hashlib.blake2b(f"{place}\n{created}".encode(), digest_size=12).hexdigest()
     return root / kind / name
 
 
@@ -59,6 +61,16 @@ def open_means(folder: Path, table: RowTable, key: str) -> RowTable | None:
     encoding, left_out = encoding_of_means(table.encoding), _left_out(folder)
     means = make_table([PartSource(folder, key, commits)], table.layout, encoding, VIEW_COLUMNS, key)
     return RowTable(means.segments, table.layout, encoding, VIEW_COLUMNS, key, left_out=left_out, hold=hold)
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether there is a mean view, complete, of which nothing is damaged; all of it is read."""
+    try:
+        _left_out(folder)
+        commits = read_commits(folder)
+        return commits.closed and not any(any(damaged_files(folder, record, 0)) for record in commits.rows)
+    except StoreDamagedError:
+        return False
 
 
 def _left_out(folder: Path) -> int:
@@ -81,6 +93,8 @@ def build_means(table: RowTable, visits: Visits, folder: Path) -> None:
     try:
         make_folder(folder.parent)
         _write_means(table, visits, temporary)
+        if folder.exists() and not is_sound(folder):
+            remove_unheld(folder)
         if not folder.exists():  # else another process was faster, with the same rows
             os.rename(temporary, folder)
             sync_folder(folder.parent)
@@ -149,10 +163,12 @@ def _mean_chunks(table: RowTable, visits: Visits, chunk: int) -> Iterator[tuple[
     row_bytes = table.layout.width * table.encoding.staging.itemsize
     block = chunk * max(1, BLOCK_BYTES // (row_bytes * chunk))
     samples = len(visits.count)
-    for first in range(0, samples, block):
+    order = np.argsort(visits.sample, kind="stable")
+    edges = np.searchsorted(visits.sample[order], np.arange(0, samples + block, block))
+    for number, first in enumerate(range(0, samples, block)):
         count = min(block, samples - first)
         sums = torch.zeros(count, table.layout.width, dtype=table.encoding.staging)
-        wanted = (visits.sample >= first) & (visits.sample < first + count)
+        wanted = np.sort(order[edges[number] : edges[number + 1]])
         slots = torch.from_numpy(visits.sample[wanted] - first)
         for piece in table.gradients.selected(visits.rows[wanted]):
             sums.index_add_(0, slots[piece.start : piece.stop], piece.decode())

@@ -22,7 +22,7 @@ from logix_like.store.format.attempts import WriterInfo, read_intact, read_write
 from logix_like.store.format.checkpoints import CheckpointRecord, load_checkpoint
 from logix_like.store.format.commits import CommitReader
 from logix_like.store.format.creation import projections_digest, read_projections
-from logix_like.store.format.damage import IntactRows
+from logix_like.store.format.damage import IntactRows, unrecorded_rows
 from logix_like.store.format.journal import load_state, read_path
 from logix_like.store.format.retractions import Retraction, read_retractions, standing_checkpoints
 from logix_like.store.format.schema import (
@@ -38,7 +38,7 @@ from logix_like.store.format.schema import (
     read_manifest,
 )
 from logix_like.store.format.sums import Coverage
-from logix_like.store.places.files import Place, as_place, files_of, folder_size
+from logix_like.store.places.files import Place, as_place, files_of, folder_size, reached
 from logix_like.store.reading.gathered import GatheredStatistics
 from logix_like.store.reading.gradients import GradientReader, RowChunk
 from logix_like.store.reading.means import cache_folder
@@ -75,9 +75,9 @@ def open_store(path: str | PathLike[str] | Place, *, on_damage: OnDamage = "rais
 
     Args:
         path: The store's folder.
-        on_damage: ``raise``: reading a damaged chunk raises; ``skip``: everything is read and checked now, and
-            chunks with a damaged file are left out of all that is read later. ``store.damages`` names them,
-            and so does a warning in the log.
+        on_damage: ``raise``: reading a damaged file raises; ``skip``: everything is read and checked now, and
+            chunks with a damaged file, damaged lines of records and damaged statistics are left out of all that is
+            read later. ``store.damages`` names them, and so does a warning in the log.
 
     Raises :class:`StoreNotFoundError`, :class:`StoreVersionError` or :class:`StoreDamagedError`.
     """
@@ -102,7 +102,7 @@ class GradientStore:
         self.path: Place = as_place(path)
         """The store's folder."""
         self._intact = IntactRows() if on_damage == "skip" else None
-        self._commits = CommitReader()
+        self._commits = CommitReader(salvages=self._intact is not None)
         self._snapshot = _read(self.path, self._commits, self._intact)
         self._tell_damages()
 
@@ -126,7 +126,7 @@ class GradientStore:
 
     @property
     def damages(self) -> tuple[str, ...]:
-        """With ``on_damage="skip"``: each damaged file of rows, which rows it holds and what is wrong."""
+        """With ``on_damage="skip"``: each damaged file that is left out, which rows it holds and what is wrong."""
         return self._snapshot.damages
 
     @property
@@ -140,7 +140,7 @@ class GradientStore:
                 _log.warning("%s: %s; restore %s from a copy", self.path, writer.dropped, writer.folder / COMMITS)
         if self.damages:
             lines = "\n  ".join(self.damages)
-            _log.warning("%s: %d damaged rows are left out:\n  %s", self.path, self.damaged_rows, lines)
+            _log.warning("%s: %d damaged rows are left out; damaged files:\n  %s", self.path, self.damaged_rows, lines)
 
     @property
     def table(self) -> RowTable:
@@ -350,6 +350,11 @@ def build_view(path: str | PathLike[str] | Place) -> Place | None:
 
 
 def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) -> _Snapshot:
+    with reached(path):
+        return _snapshot(path, records, intact)
+
+
+def _snapshot(path: Place, records: CommitReader, intact: IntactRows | None) -> _Snapshot:
     manifest = read_manifest(path)
     if manifest.layout is not None and manifest.encoding not in ENCODINGS:
         raise StoreDamagedError(
@@ -359,14 +364,21 @@ def _read(path: Place, records: CommitReader, intact: IntactRows | None = None) 
     committed = writers = read_writers(path, records) if intact is None else ()
     if intact is not None:
         committed, writers = read_intact(path, records, intact)
-    damages = () if intact is None else intact.findings(writer.folder for writer in writers)
-    damaged_rows = sum(writer.rows for writer in committed) - sum(writer.rows for writer in writers)
     retractions = read_retractions(path)
     parts = [PartSource(writer.folder, writer.name, writer.commits, retractions) for writer in writers]
     # A store without a module table has no rows, so any encoding reads them all.
     encoding = ENCODINGS[manifest.encoding or "float32"]
     layout = manifest.layout or Layout(())
     table = make_table(parts, layout, encoding, WRITER_COLUMNS, "none")
-    views = SampleViews(path, manifest.created, table)
-    gathered = GatheredStatistics(writers, retractions, table, damaged_rows)
+    damaged_rows = sum(writer.rows for writer in committed) - len(table)
+    damaged_rows += sum(unrecorded_rows(one.folder, one.commits) for one in committed if one.commits.unreadable)
+    gathered = GatheredStatistics(writers, retractions, table, None if intact is None else damaged_rows)
+    views = SampleViews(path, manifest.created, table, checked=intact is not None)
+    damages = () if intact is None else _findings(writers, intact, gathered)
     return _Snapshot(manifest, writers, retractions, table, gathered, views, damages, damaged_rows)
+
+
+def _findings(writers: tuple[WriterInfo, ...], intact: IntactRows, gathered: GatheredStatistics) -> tuple[str, ...]:
+    """What is left out of these parts, a line for each file."""
+    records = (line for writer in writers for line in writer.commits.unreadable)
+    return (*records, *intact.findings(writer.folder for writer in writers), *gathered.damages)

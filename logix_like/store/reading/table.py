@@ -14,7 +14,7 @@ import numpy as np
 
 from logix_like.layout import Layout
 from logix_like.store.encoding.kinds import Encoding
-from logix_like.store.format.arrays import chunk_file, damaged, read_chunk
+from logix_like.store.format.arrays import chunk_file, damaged, read_chunk, unreadable
 from logix_like.store.format.columns import decode_ids, decode_texts, decode_values
 from logix_like.store.format.commits import Commits, RowsRecord
 from logix_like.store.format.retractions import Retraction
@@ -25,7 +25,9 @@ from logix_like.store.places.hold import FolderHold
 from logix_like.store.reading.gradients import GradientReader, RowChunk
 
 MANY_ROWS = 100_000
-"""A chunk that is said to have more rows is looked at before it is believed."""
+"""A chunk that is said to have more rows is looked at before it is believed, ..."""
+MANY_ROWS_IN_ALL = 10_000_000
+"""... and so are the further ones of a table that is said to have more."""
 
 
 class RowTable:
@@ -237,8 +239,8 @@ def make_table(
     identity = hashlib.blake2b(digest_size=16)
     for part in parts:
         for record in part.commits.rows:
-            folder = part.folder / record.part if record.part else part.folder
-            if record.rows > MANY_ROWS:
+            folder = record.within(part.folder)
+            if record.rows > MANY_ROWS or first > MANY_ROWS_IN_ALL:
                 _require_rows(folder, record, len(column_names))
             reached = tuple(r for r in part.retractions if r.reaches(part.name, record.sequence))
             segments.append(Segment(folder, record.chunk, first, record.rows, record.crc, reached, record.codec))
@@ -254,8 +256,8 @@ def _require_rows(folder: Place, record: RowsRecord, columns: int) -> None:
     file = chunk_file(folder / COLUMNS, record.chunk, 2)
     try:
         found = file_size(file)
-    except OSError:
-        found = 0
+    except OSError as error:
+        raise unreadable(file, f"{record.rows} rows by the commit record", error) from error
     if found != 8 * record.rows * columns + CHECKSUM_BYTES:
         raise damaged(file, f"{record.rows} rows by the commit record", f"has {found} bytes")
 

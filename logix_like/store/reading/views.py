@@ -11,16 +11,20 @@ from logix_like.errors import StoreError
 from logix_like.store.encoding.kinds import encoding_of_means
 from logix_like.store.format.schema import MEAN_VIEWS
 from logix_like.store.places.files import Place
-from logix_like.store.reading.means import build_means, cache_folder, open_means
+from logix_like.store.reading.means import build_means, cache_folder, is_sound, open_means
 from logix_like.store.reading.table import RowTable
 from logix_like.store.reading.view import Rows, Visits, digest, group_visits, select_last
 
 
 class SampleViews:
-    """Views of one table, each made at its first use."""
+    """Views of one table, each made at its first use.
 
-    def __init__(self, store: Place, created: str, table: RowTable) -> None:
+    ``checked``: those that are kept are read whole first, and damaged ones are made anew.
+    """
+
+    def __init__(self, store: Place, created: str, table: RowTable, *, checked: bool = False) -> None:
         self._table = table
+        self._checked = checked
         name = f"{digest(table)}-{encoding_of_means(table.encoding).name}"
         self._own = store / MEAN_VIEWS / name if isinstance(store, Path) else None
         self._cached = cache_folder(store, created) / name
@@ -66,10 +70,15 @@ class SampleViews:
     def _find(self, reduce: str) -> RowTable | None:
         key = f"{reduce}:{digest(self._table)}"
         for folder in (self._own, self._cached):
-            means = None if folder is None else open_means(folder, self._table, key)
+            means = None if folder is None else self._opened(folder, key)
             if means is not None:
                 return _as_sum(means) if reduce == "sum" else means
         return None
+
+    def _opened(self, folder: Path, key: str) -> RowTable | None:
+        if self._checked and not is_sound(folder):
+            return None
+        return open_means(folder, self._table, key)
 
 
 def _as_sum(means: RowTable) -> RowTable:

@@ -95,7 +95,7 @@ class _Source:
 
 
 def plain_column(values: np.ndarray) -> np.ndarray:
-    """An array of one plain type: numbers, or text where the values are anything else."""
+    """Numbers, or texts (an object array) where the values are anything else."""
     if values.dtype != object:
         return values
     kinds = {type(value) for value in values.tolist()}
@@ -103,7 +103,9 @@ def plain_column(values: np.ndarray) -> np.ndarray:
         return values.astype(np.int64)
     if kinds and kinds <= {float, int, type(None)} and float in kinds | {float if type(None) in kinds else int}:
         return np.array([np.nan if value is None else float(value) for value in values.tolist()])
-    return np.array(["" if value is None else str(value) for value in values.tolist()], dtype=str)
+    texts = np.empty(len(values), dtype=object)
+    texts[:] = ["" if value is None else str(value) for value in values.tolist()]
+    return texts
 
 
 def _write_npz(source: _Source, file: Path) -> None:
@@ -116,7 +118,8 @@ def _write_npz(source: _Source, file: Path) -> None:
                 entry.write(gradients.tobytes())
         for name, column in source.columns.items():
             content = io.BytesIO()
-            np.lib.format.write_array(content, column, allow_pickle=False)
+            plain = column.astype(str) if column.dtype == object else column
+            np.lib.format.write_array(content, plain, allow_pickle=False)
             archive.writestr(f"{name}.npy", content.getvalue())
 
 

@@ -28,6 +28,7 @@ from logix_like.store.format.attempts import MERGED, MERGED_RANK, parse_writer_n
 from logix_like.store.format.columns import id_text, value_text
 from logix_like.store.format.commits import read_commits
 from logix_like.store.format.parts import EncodedRows
+from logix_like.store.format.retractions import read_retractions
 from logix_like.store.format.schema import (
     DATA_ID,
     MEAN_VIEWS,
@@ -39,7 +40,7 @@ from logix_like.store.format.schema import (
     segment,
 )
 from logix_like.store.format.sums import save_statistics
-from logix_like.store.places.files import Place, as_place, files_of, folder_size, names_in, remove_tree
+from logix_like.store.places.files import Place, as_place, files_of, folder_size, named_errors, names_in, remove_tree
 from logix_like.store.reading.gradients import RowChunk
 from logix_like.store.reading.reader import GradientStore, build_view
 from logix_like.store.reading.table import PartSource, RowTable, make_table
@@ -83,11 +84,12 @@ def merge_parts(path: str | PathLike[str] | Place, progress: Progress | None = N
     ``refresh()``. Rows of one chunk whose coordinates have a scale of their own (int8, int4, sign) stay a chunk.
 
     Raises:
-        StoreError: A process writes to the store.
+        StoreError: A process writes to the store, or takes rows back at the same moment.
         StoreDamagedError: A row cannot be read; nothing was changed.
+        StoreWriteError: The storage takes nothing more; the store is as it was.
     """
     store = as_place(path)
-    with ExitStack() as locks:
+    with ExitStack() as locks, named_errors(store):
         present = names_in(store / WRITERS)
         names = [name for name in map(parse_writer_name, present) if name is not None]
         held = {rank for _, rank in names if rank != MERGED_RANK} | {0}
@@ -135,6 +137,7 @@ def _replace(store: GradientStore, kept: np.ndarray, name: str, progress: Progre
     write_group(folder, {"replaces": old}, sync=True)
     out = _row_writer(store, folder)
     try:
+        _require_known_retractions(store)
         _write(store, kept, out, old, lambda rows: told(rows, 2 * len(kept)))
         _require_equal(store.table, kept, folder, lambda rows: told(len(kept) + rows, 2 * len(kept)))
         out.seal()
@@ -145,6 +148,14 @@ def _replace(store: GradientStore, kept: np.ndarray, name: str, progress: Progre
         out.abandon()
     for one in old:
         remove_tree(writers / one)
+
+
+def _require_known_retractions(store: GradientStore) -> None:
+    """Refuse rows that were taken back since the store was opened; from here on what takes back names the new part."""
+    if read_retractions(store.path) != store.retractions:
+        raise StoreError(
+            f"rows of {store.path} were taken back while its merge began; nothing was changed: run it again"
+        )
 
 
 def _remove_leftovers(store: Place, present: list[str], opened: GradientStore) -> None:

@@ -19,7 +19,7 @@ from logix_like.layout import Layout
 from logix_like.store.encoding.codecs import CODECS, UNCOMPRESSED
 from logix_like.store.encoding.kinds import ENCODINGS
 from logix_like.store.format.arrays import write_group
-from logix_like.store.format.attempts import parse_writer_name
+from logix_like.store.format.attempts import MERGED_RANK, parse_writer_name
 from logix_like.store.format.checkpoints import damaged_checkpoints
 from logix_like.store.format.commits import (
     CloseRecord,
@@ -32,7 +32,7 @@ from logix_like.store.format.commits import (
     salvage_records,
 )
 from logix_like.store.format.creation import write_projection_documents
-from logix_like.store.format.damage import array_file, damaged_files, unrecorded_files
+from logix_like.store.format.damage import array_file, damaged_files, unrecorded_files, written_chunks
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.format.schema import (
     CHECKPOINTS,
@@ -51,7 +51,17 @@ from logix_like.store.format.schema import (
     read_manifest,
 )
 from logix_like.store.format.sums import load_statistics
-from logix_like.store.places.files import Place, as_place, exists, files_of, names_in, read_bytes, walk, write_file
+from logix_like.store.places.files import (
+    Place,
+    as_place,
+    exists,
+    files_of,
+    named_errors,
+    names_in,
+    read_bytes,
+    walk,
+    write_file,
+)
 from logix_like.store.upkeep.verify import Damage, Progress, VerifyReport, verify
 
 REPORT = "repair.json"
@@ -95,19 +105,23 @@ def repair(path: str | PathLike[str] | Place, progress: Progress | None = None) 
     are named and left.
 
     Raises:
-        StoreError: A process writes to the store.
+        StoreError: A process writes to the store, or a file could not be read for another reason than damage.
         StoreDamagedError: The manifest is damaged, so that it cannot be told what the store is.
+        StoreWriteError: The storage takes nothing more; the next repair goes on.
     """
     store = as_place(path)
     manifest = read_manifest(store)
     before = verify(store, progress)
     if before.ok:
         return RepairReport(store, (), (), 0, None, before)
+    if unknown := [damage for damage in before.damages if not damage.known]:
+        raise StoreError(f"nothing was repaired, since not all could be read: {unknown[0].finding}")
     with ExitStack() as locks:
-        for rank in sorted({rank for _, rank in _writers(store)}):
+        for rank in sorted({0, *(rank for _, rank in _writers(store))} - {MERGED_RANK}):
             locks.callback(files_of(store).lock(store, store / WRITERS, rank).close)
-        work = _Repair(store, manifest)
-        work.run(before.damages)
+        with named_errors(store):
+            work = _Repair(store, manifest)
+            work.run(before.damages)
     after = verify(store, progress)
     return RepairReport(store, before.damages, tuple(work.done), work.rows, work.quarantine, after)
 
@@ -164,7 +178,7 @@ class _Repair:
         for record in left_out:  # only now: until the record is written anew, the store is as it was
             for array in record.crc:
                 self._move(array_file(folder, record, array))
-        for file in unrecorded_files(folder, read_commits(folder)):
+        for file in unrecorded_files(folder, written_chunks(folder), read_commits(folder)):
             self._aside(file, "a chunk that the record does not name")
         for file in documents:
             self._copy(file)
@@ -216,7 +230,8 @@ class _Repair:
 
     def _claim(self, folder: Place) -> None:
         attempt, rank = parse_writer_name(folder.name) or (0, 0)
-        write_group(folder, {"rank": rank, "attempt": attempt})
+        replaced = read_commits(folder).replaces
+        write_group(folder, {"replaces": replaced} if replaced else {"rank": rank, "attempt": attempt})
 
     def _checkpoints(self) -> None:
         for number in damaged_checkpoints(self._store):

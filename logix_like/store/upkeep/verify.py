@@ -15,7 +15,7 @@ from os import PathLike
 
 import numpy as np
 
-from logix_like.errors import StoreError, StoreNotFoundError, StoreVersionError
+from logix_like.errors import StoreDamagedError, StoreError, StoreNotFoundError, StoreVersionError
 from logix_like.layout import DataId
 from logix_like.store.format.arrays import chunk_file, read_chunk
 from logix_like.store.format.attempts import parse_writer_name, standing_parts
@@ -23,7 +23,7 @@ from logix_like.store.format.checkpoints import check_record, check_weights, che
 from logix_like.store.format.columns import decode_ids, decode_texts
 from logix_like.store.format.commits import CommitReader, Commits, RowsRecord, read_commits
 from logix_like.store.format.creation import read_matrix
-from logix_like.store.format.damage import array_file, unrecorded_files
+from logix_like.store.format.damage import array_file, unrecorded_files, written_chunks
 from logix_like.store.format.documents import unsealed
 from logix_like.store.format.journal import journals, read_journal
 from logix_like.store.format.retractions import read_retraction, retraction_files
@@ -47,7 +47,7 @@ from logix_like.store.format.schema import (
 )
 from logix_like.store.format.sums import load_latest_statistics
 from logix_like.store.format.tensors import check_tensors, tensor_files
-from logix_like.store.places.files import Place, as_place, names_in, read_bytes, walk
+from logix_like.store.places.files import Place, as_place, names_in, reached, read_bytes, walk
 
 Progress = Callable[[int, int], None]
 """Told of each step: how many there were, and how many there are to be."""
@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is not as it was committed."""
+    """One thing that is not as it was committed, or could not be read."""
 
     file: Place
     """The file, or the folder of statistics."""
@@ -65,6 +65,8 @@ class Damage:
     """First row of the store (in its reader's order) that the file holds, and the one behind the last."""
     data_id: tuple[DataId, ...] | None = None
     """Ids of these rows; None where they cannot be read either."""
+    known: bool = True
+    """Whether the bytes were read; else it is not known that they are damaged."""
 
     def __str__(self) -> str:
         return self.finding if self.data_id is None else f"{self.finding} (data ids: {_listed(self.data_id)})"
@@ -114,11 +116,12 @@ def verify(path: str | PathLike[str] | Place, progress: Progress | None = None) 
     Raises :class:`StoreNotFoundError` and :class:`StoreVersionError` where there is no store to check.
     """
     store = as_place(path)
-    while True:
-        known = _parts_and_views(store)
-        report = _read_all(store, progress)
-        if report.ok or _parts_and_views(store) == known:
-            return report
+    with reached(store):
+        while True:
+            known = _parts_and_views(store)
+            report = _read_all(store, progress)
+            if report.ok or _parts_and_views(store) == known:
+                return report
 
 
 def _parts_and_views(store: Place) -> list[list[str]]:
@@ -143,12 +146,14 @@ def _read_all(store: Place, progress: Progress | None) -> VerifyReport:
 
 def _attempt(check: _Check, damages: list[Damage]) -> object:
     try:
-        return check.read()
+        with reached(check.file):
+            return check.read()
     except (StoreNotFoundError, StoreVersionError):
         raise
     except (StoreError, OSError, ValueError) as error:
         finding = str(error) if str(check.file) in str(error) else f"{check.file}: {error}"
-        damages.append(Damage(check.file, finding, check.rows, check.ids()))
+        known = not isinstance(error, StoreError) or isinstance(error, StoreDamagedError)
+        damages.append(Damage(check.file, finding, check.rows, check.ids(), known))
         return None
 
 
@@ -227,6 +232,7 @@ def _inside(parent: Place) -> list[Place]:
 
 def _record(folder: Place, damages: list[Damage]) -> Commits:
     file = folder / COMMITS
+    written = written_chunks(folder)
     commits = _attempt(_Check(file, lambda: read_commits(folder)), damages)
     if not isinstance(commits, Commits):
         return Commits()
@@ -234,7 +240,7 @@ def _record(folder: Place, damages: list[Damage]) -> Commits:
         damages.append(
             Damage(file, f"{file}: its last record is whole and does not match its checksum; it is left out")
         )
-    lost = unrecorded_files(folder, commits)
+    lost = unrecorded_files(folder, written, commits)
     if lost:
         finding = f"names none of {len(lost)} chunks that were written (the first is {lost[0]}): lines of it are gone"
         damages.append(Damage(file, f"{file} {finding}"))
@@ -248,7 +254,7 @@ def _part(
     for record in commits.rows:
         rows = (first, first + record.rows)
         first = rows[1]
-        part = folder / record.part if record.part else folder
+        part = record.within(folder)
         for array, crc in record.crc.items():
             file = array_file(folder, record, array)
             what = f"{array} of rows {rows[0]} to {rows[1] - 1}" + (" of a sample view" if view else "")
