@@ -172,7 +172,7 @@ class Candidates:
         count = int(wanted.sum())
         if not count:
             raise QueryError(f"{what} names no sample that can be ranked: leave it out to rank all {self.count:,}")
-        return replace(self, wanted=wanted, count=count, complete=count == self.count)
+        return replace(self, wanted=wanted, count=count, complete=self.complete and count == self.count)
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:

@@ -109,6 +109,25 @@ def test_a_choice_that_makes_no_sense(query: QueryGradients, rows: Tensor, where
 
 @pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
 def test_scores_split_by_modules(engine: QueryEngine, rows: Tensor, query: QueryGradients, mode: str) -> None:
+def test_two_filters_that_agree_are_a_filter_still(engine: QueryEngine, query: QueryGradients) -> None:
+    """The second leaves all that the first had left, which is not all that there is."""
+    chosen, options = [f"s{i}" for i in range(60) if i % 3 == 1], {**OPTIONS, "reduce": "none"}
+    every = engine.influence(query, mode="cosine", **options)
+    some = engine.influence(query, where={"label": 1}, data_id=chosen, mode="cosine", **options)
+    assert some.data_id.tolist() == chosen
+    torch.testing.assert_close(some.scores, every.scores[:, 1::3], rtol=EXACT, atol=EXACT)
+    few = engine.influence(query, where={"label": 1}, data_id=chosen, k=20, **options)
+    assert set(few.proponents().ids[0]) == set(chosen)
+    assert engine.influence(query, k=60, **options).samples == 60
+
+
+def test_what_the_first_filter_leaves_is_not_kept_for_all(rows: Tensor, query: QueryGradients) -> None:
+    engine, chosen = QueryEngine(_store(rows)), ["s1", "s4"]
+    engine.influence(query, where=chosen, data_id=chosen, **OPTIONS)
+    expected = QueryEngine(_store(rows)).influence(query, k=5, **OPTIONS).proponents()
+    assert engine.influence(query, k=5, **OPTIONS).proponents().ids.tolist() == expected.ids.tolist()
+
+
     result = engine.influence(query, per="module", mode=mode, **OPTIONS)
     inverse, asked = _inverse(rows), query.gradients
     lengths = [(g @ inverse * g).sum(1).sqrt() for g in (asked, rows)]
