@@ -222,8 +222,7 @@ class QueryEngine:
             total = total_of(chosen, progress)
             score = preconditioned.double() @ total
             if order == 2:
-                visits = select(self._every("none"), ids)
-                held = visits.fetch(visits.positions())
+                held = select(self._every("none"), ids)
                 score += second_order(chosen.rows.layout, fit.preconditioner, preconditioned, total, held, fit.rows)
             scores.append(score)
             sizes.append(chosen.count)

@@ -55,6 +55,8 @@ def query() -> QueryGradients:
         ({"engine": "faiss"}, "finds the first k only: give k="),
         ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
         ({"data_id": [1]}, r"no sample with the id 1 \(int\)"),
+        ({"data_id": [["s1"]]}, r"no sample with the id \['s1'\] \(list\)"),
+        ({"data_id": ["s1", "s3"], "where": ["s4", "s3"]}, r"'s1' \(str\) can be ranked; the filter leaves 2 ids"),
         ({"data_id": []}, "data_id names no sample"),
         ({"data_id": "s1", "k": 11}, "k is 11, but there are only 10 samples to rank"),
     ],
