@@ -109,8 +109,6 @@ def test_a_choice_that_makes_no_sense(query: QueryGradients, rows: Tensor, where
         QueryEngine(_store(rows)).influence(query, where=where, reduce="none", **OPTIONS)
 
 
-@pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
-def test_scores_split_by_modules(engine: QueryEngine, rows: Tensor, query: QueryGradients, mode: str) -> None:
 def test_two_filters_that_agree_are_a_filter_still(engine: QueryEngine, query: QueryGradients) -> None:
     """The second leaves all that the first had left, which is not all that there is."""
     chosen, options = [f"s{i}" for i in range(60) if i % 3 == 1], {**OPTIONS, "reduce": "none"}
@@ -130,6 +128,8 @@ def test_what_the_first_filter_leaves_is_not_kept_for_all(rows: Tensor, query: Q
     assert engine.influence(query, k=5, **OPTIONS).proponents().ids.tolist() == expected.ids.tolist()
 
 
+@pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
+def test_scores_split_by_modules(engine: QueryEngine, rows: Tensor, query: QueryGradients, mode: str) -> None:
     result = engine.influence(query, per="module", mode=mode, **OPTIONS)
     inverse, asked = _inverse(rows), query.gradients
     lengths = [(g @ inverse * g).sum(1).sqrt() for g in (asked, rows)]
@@ -267,7 +267,7 @@ def test_sets_that_make_no_sense(engine: QueryEngine, query: QueryGradients) -> 
     senseless: tuple[Any, ...] = ([], {}, "s1", 3, [["s1", "s2"], ["s3"]], [1.5])
     for ids in senseless:
         with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or groups a mapping"):
-            engine.group_influence(query, groups, **OPTIONS)
+            engine.group_influence(query, ids, **OPTIONS)
     with pytest.raises(QueryError, match="no sample with the id 'x'"):
         engine.group_influence(query, ["x"], **OPTIONS)
     with pytest.raises(QueryError, match=r"order is 3; it must be 1 \(sum of scores\) or 2"):
