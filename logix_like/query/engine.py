@@ -344,7 +344,7 @@ class QueryEngine:
         if question.engine == "dask":
             from logix_like.query.distributed import distributed_extremes
 
-            return distributed_extremes(task, question.mode, k, client), ""
+            return distributed_extremes(task, question.mode, k, client)
         if question.engine == "exact":
             return exact_extremes(task, k), ""
         load_faiss()  # what is missing is said whatever the store's size

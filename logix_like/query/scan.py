@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -217,16 +217,21 @@ class Candidates:
         if self.complete and self.fits_in_memory:
             yield self._kept()
             return
-        tiles = self._streamed()
+        with self.bar(progress, what) as advance:
+            for tile in self._streamed():
+                yield tile
+                advance(len(tile))
+
+    @contextmanager
+    def bar(self, progress: bool | None, what: str) -> Iterator[Callable[[int], object]]:
+        """A progress bar, as in :meth:`tiles`; gives what is to be told how many further rows are done."""
         if progress is False or (progress is None and self.count * self.rows.layout.width < PROGRESS_NUMBERS):
-            yield from tiles
+            yield _ignored
             return
         delay = 0.0 if progress else PROGRESS_DELAY
         hidden = None if progress is None else False  # None: hidden unless the output is a terminal
-        with tqdm(total=self.count, desc=what, unit="row", unit_scale=True, delay=delay, disable=hidden) as bar:
-            for tile in tiles:
-                yield tile
-                bar.update(len(tile))
+        with tqdm(total=self.count, desc=what, unit="row", unit_scale=True, delay=delay, disable=hidden) as shown:
+            yield shown.update
 
     def fetch(self, positions: Tensor) -> Tensor:
         """The rows at ``positions [n]``, ``[n, width]``."""
@@ -267,3 +272,7 @@ def ahead(chunks: Iterator[RowChunk]) -> Iterator[RowChunk]:
         finally:
             for future in coming:
                 future.cancel()
+def _ignored(rows: int) -> None:
+    """No bar is shown."""
+
+
