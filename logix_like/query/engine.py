@@ -18,7 +18,7 @@ from logix_like.query.completion import QueryStore, require_answerable
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence, named_groups, second_order, total_of
-from logix_like.query.index import Vectors, load_faiss
+from logix_like.query.index import Vectors, require_factory
 from logix_like.query.indexing import IndexSearch
 from logix_like.query.keeping import IndexKey
 from logix_like.query.labels import id_array, labels, ranking
@@ -347,6 +347,7 @@ class QueryEngine:
             return distributed_extremes(task, question.mode, k, client)
         if question.engine == "exact":
             return exact_extremes(task, k), ""
+        require_factory(index, task.scorer.mode, every.rows.layout.width)  # whatever the store's size
         load_faiss()  # what is missing is said whatever the store's size
         every = self._every(question.reduce)
         if every.fits_in_memory:
