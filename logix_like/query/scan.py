@@ -67,6 +67,11 @@ class Tile(ABC):
         """``[width]``: units of the coordinates, where the rows are stored in such; None for 1."""
         return None
 
+    @property
+    def lengthened(self) -> Tensor | None:
+        """``[n]``, float64: how far rounding to few bits can have lengthened the rows; None where by a last bit."""
+        return None
+
     def pieces(
         self, buffer: Tensor, rows: int | None = None, *, in_units: bool = False
     ) -> Iterator[tuple[int, int, Tensor]]:
@@ -83,9 +88,15 @@ class Tile(ABC):
 class HeldTile(Tile):
     """Rows that are kept decoded in memory."""
 
-    def __init__(self, positions: Tensor, held: Tensor) -> None:
+    def __init__(self, positions: Tensor, held: Tensor, lengthened: Tensor | None) -> None:
         super().__init__(positions)
         self.held = held
+        self._lengthened = lengthened
+
+    @property
+    def lengthened(self) -> Tensor | None:
+        """That of the stored rows."""
+        return self._lengthened
 
     def read(self, start: int, stop: int, buffer: Tensor | None = None, *, in_units: bool = False) -> Tensor:
         """Give a view."""
@@ -122,6 +133,16 @@ class ChunkTile(Tile):
     def units(self) -> Tensor | None:
         """Those of the chunk."""
         return self._chunk.coordinate_scale
+
+    @property
+    def lengthened(self) -> Tensor | None:
+        """By a unit in each number: it is rounded by half of one, or (a sign) is one unit whatever it was."""
+        scale, units = self._chunk.scale, self._chunk.coordinate_scale
+        if scale is None or units is None:
+            return None
+        ends = torch.tensor([block.columns.stop - 1 for block in self._chunk.layout])
+        squares = units.double().square().cumsum(0)[ends].diff(prepend=torch.zeros(1, dtype=torch.float64))
+        return (scale.double().square() @ squares).sqrt()
 
 
 @dataclass(eq=False)
@@ -241,11 +262,14 @@ class Candidates:
         """All rows as one tile, decoded at the first scan."""
         if self.memory.tile is None:
             decoded = torch.empty(self.count, self.rows.layout.width, dtype=self.dtype)
+            lengthened: list[Tensor] = []
             start = 0
             for tile in self._streamed():
                 decoded[start : start + len(tile)] = tile.values
+                if (own := tile.lengthened) is not None:  # of all tiles, or of none
+                    lengthened.append(own)
                 start += len(tile)
-            self.memory.tile = HeldTile(self.positions(), decoded)
+            self.memory.tile = HeldTile(self.positions(), decoded, torch.cat(lengthened) if lengthened else None)
         return self.memory.tile
 
     def _streamed(self) -> Iterator[Tile]:

@@ -100,6 +100,12 @@ class Group:
         self.rows += len(tile)
 
     @property
+    @property
+    def lengthened(self) -> Tensor:
+        """``[n]``: how far rounding can have lengthened the rows."""
+        parts = ((tile.lengthened, len(tile)) for tile in self.tiles)
+        return torch.cat([torch.zeros(count) if part is None else part for part, count in parts])
+
     def positions(self) -> Tensor:
         """``[n]``, where the rows stand."""
         return torch.cat([tile.positions for tile in self.tiles])
@@ -121,7 +127,7 @@ class Sieve:
     """Keeps the exact ``k`` highest and ``k`` lowest of groups of rows; the first group has at least ``k``."""
 
     def __init__(self, scorer: Scorer, norms: Tensor, k: int) -> None:
-        """``norms [rows]`` are the stored rows' norms, float64."""
+        """``norms [rows]`` are the rows' norms before they were rounded to be stored, float64."""
         self._scorer = scorer
         self._norms = norms
         self._queries = scorer.queries.double()
@@ -149,7 +155,8 @@ class Sieve:
     def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[queries]``: how far a score of the group can be off, its own rounding aside."""
         bounds = {id(found.absolute): found for found in group.products}  # one, or two where tiles differ
-        slacks = [self._scorer.slack(found, self._norms[positions], positions) for found in bounds.values()]
+        norms = self._norms[positions] + group.lengthened
+        slacks = [self._scorer.slack(found, norms, positions) for found in bounds.values()]
         # A bound that is itself rounded to ``dtype`` must not become a larger one.
         return torch.stack(slacks).amax(0) * 1.01 + torch.finfo(dtype).tiny
 
