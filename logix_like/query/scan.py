@@ -285,6 +285,10 @@ class Candidates:
             yield ChunkTile(positions[chunk.start : chunk.stop], chunk)
 
 
+def _ignored(rows: int) -> None:
+    """No bar is shown."""
+
+
 def ahead(chunks: Iterator[RowChunk]) -> Iterator[RowChunk]:
     """The same chunks, of which the next ones are read by a thread while one is worked on."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
@@ -296,7 +300,3 @@ def ahead(chunks: Iterator[RowChunk]) -> Iterator[RowChunk]:
         finally:
             for future in coming:
                 future.cancel()
-def _ignored(rows: int) -> None:
-    """No bar is shown."""
-
-

@@ -98,6 +98,20 @@ def test_a_query_that_is_not_finite_is_named(engine: QueryEngine, query: QueryGr
             ask(query)
 
 
+def test_a_query_that_overflows_against_tiny_rows_is_named() -> None:
+    engine = QueryEngine(MemoryStore(LAYOUT, 1e-21 * torch.randn(40, LAYOUT.width)))
+    ones = torch.ones(1, LAYOUT.width, dtype=torch.float64)
+    query = QueryGradients(("small", "large"), torch.cat([1e-20 * ones, ones]).float(), LAYOUT)
+    wide = QueryGradients(("small", "large"), torch.cat([ones, 1e39 * ones]), LAYOUT)
+    told = r"preconditioned gradient of query 'large' \(1 of 2 queries\) holds .*; the query is too large for that"
+    for ask in (engine.influence, engine.self_influence, engine.preconditioned):
+        with pytest.raises(QueryError, match=told):
+            ask(query, preconditioner="diagonal")
+    for ask in (engine.influence, engine.self_influence):
+        with pytest.raises(QueryError, match=told):
+            ask(wide, preconditioner="identity")
+
+
 def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None:
     huge = torch.full((1, LAYOUT.width), 2e38)  # their sum overflows
     assert engine.influence(QueryGradients(("q",), huge, LAYOUT), preconditioner="identity", mode="dot").samples == 10

@@ -64,7 +64,7 @@ def _assert_is_the_reference(result: InfluenceResult, expected: Tensor, k: int) 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_ids_order_and_scores_are_those_of_float64(arithmetic: str, queries: int, mode: str, k: int) -> None:
     rows, asked = _rows(700), torch.randn(queries, LAYOUT.width)
-    lengths = (rows.float() * rows.float()).sum(1).double(), (asked * asked).sum(1).double()
+    lengths = rows.double().square().sum(1), asked.double().square().sum(1)
     expected = asked.double() @ rows.double().T
     if mode != "dot":
         expected = expected / lengths[0].sqrt()
@@ -86,6 +86,22 @@ def test_distances_of_close_rows(arithmetic: str) -> None:
 def test_gradients_of_any_size(arithmetic: str, scale: float) -> None:
     rows, asked = _rows(300, scale), torch.randn(2, LAYOUT.width)
     _assert_is_the_reference(_ask(rows, asked, 5), asked.double() @ rows.double().T, 5)
+
+
+@pytest.mark.parametrize("k", [5, 200])
+@pytest.mark.parametrize("mode", ["cosine", "relatif"])
+@pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-30])
+@pytest.mark.parametrize("asked_scale", [1.0, 1e-21])
+def test_rows_whose_squares_underflow_are_compared_all_the_same(
+    arithmetic: str, asked_scale: float, scale: float, mode: str, k: int
+) -> None:
+    """So small are the gradients of samples that are fitted to the last bit."""
+    rows, asked = _rows(300), asked_scale * torch.randn(2, LAYOUT.width)
+    rows[::2] *= scale
+    expected = asked.double() @ rows.double().T / rows.double().norm(dim=1)
+    if mode == "cosine":
+        expected = expected / asked.double().norm(dim=1)[:, None]
+    _assert_is_the_reference(_ask(rows, asked, k, mode), expected, k)
 
 
 def test_equal_rows_rank_in_row_order(arithmetic: str) -> None:
