@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logix_like.query.parts import Parts
-from logix_like.query.products import Products
+from logix_like.query.products import Products, row_products
 from logix_like.query.ranking import RunningTop
 from logix_like.query.scan import Candidates, Tile
 from logix_like.query.sieve import SMALLEST_NORM, Group, Scorer, Sieve
@@ -55,7 +55,7 @@ class Extremes:
     """The most extreme rows of each query on one side."""
 
     scores: Tensor
-    """``[queries, k]``."""
+    """``[queries, k]``, float64: in fewer bits, rows of several ranges could not be told apart."""
     positions: Tensor
     """``[queries, k]``."""
 
@@ -117,7 +117,7 @@ def exact_extremes(task: Task, k: int) -> Sides:
     if group.rows:
         sieve = _sieved(sieve, group, task, k)
     assert sieve is not None
-    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
+    return Extremes(*sieve.highest.result()), Extremes(*sieve.lowest.result())
 
 
 def _by_float64(task: Task, k: int) -> Sides:
@@ -126,13 +126,15 @@ def _by_float64(task: Task, k: int) -> Sides:
     queries = task.scorer.queries.double()
     with task.candidates.buffer() as buffer:
         for tile in task.candidates.tiles(task.progress, "influence"):
-            products = torch.empty(len(tile), len(queries), dtype=torch.float64)
+            products = torch.empty(len(queries), len(tile), dtype=torch.float64)
             for start, stop, values in tile.pieces(buffer):
-                torch.mm(values.double(), queries.T, out=products[start:stop])
-            scores = task.scorer.scores(products.T.contiguous(), tile.positions)
+                exact = values.double()
+                for line, query in zip(products, queries, strict=True):
+                    line[start:stop] = row_products(exact, query)
+            scores = task.scorer.scores(products, tile.positions)
             for side in (highest, lowest):
                 side.update(scores, tile.positions)
-    return _extremes(highest, task), _extremes(lowest, task)
+    return Extremes(*highest.result()), Extremes(*lowest.result())
 
 
 def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
@@ -144,11 +146,6 @@ def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
 def _sieve(task: Task, k: int) -> Sieve:
     norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
     return Sieve(task.scorer, norms, k)
-
-
-def _extremes(running: RunningTop, task: Task) -> Extremes:
-    scores, positions = running.result()
-    return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
 def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
@@ -165,7 +162,7 @@ def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
         wanted[queries[here], columns[here] - start] = True
         sieve.take_in(Group([tile]), wanted, tile.positions)
         start += len(tile)
-    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
+    return Extremes(*sieve.highest.result()), Extremes(*sieve.lowest.result())
 
 
 def joined(parts: Iterator[Sides], k: int) -> Sides:

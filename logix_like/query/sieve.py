@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logix_like.query.modes import Mode
-from logix_like.query.products import Approximate
+from logix_like.query.products import Approximate, row_products
 from logix_like.query.ranking import RunningTop, stable_top
 from logix_like.query.scan import Tile
 
@@ -184,7 +184,7 @@ class Sieve:
         products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
         for query, start, stop in runs(queries, piece):
-            products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
+            products[start:stop] = row_products(decoded[inverse[start:stop]], self._queries[query])
         return self._scorer.scores(products, positions[columns], queries)
 
 

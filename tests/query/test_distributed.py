@@ -69,6 +69,16 @@ def test_threads_give_the_exact_answer(store: GradientStore, query: QueryGradien
         _assert_same(store, query, pool, k=7, mode=mode, reduce=reduce)
 
 
+def test_rows_of_several_ranges_are_told_apart_as_those_of_one(tmp_path: Path) -> None:
+    rows = torch.zeros(300, LAYOUT.width)
+    rows[:, 0], rows[:, 1] = 1, 1e-10 * torch.arange(300)  # in float32 all scores are 1
+    store = _write(tmp_path / "close", rows, [f"s{i}" for i in range(300)], "float32")
+    query = QueryGradients(("q",), torch.ones(1, LAYOUT.width), LAYOUT)
+    with ThreadPoolExecutor(2) as pool:
+        for k in (5, 300):
+            _assert_same(store, query, pool, k=k, preconditioner="identity")
+
+
 def test_some_samples_and_parts(store: GradientStore, query: QueryGradients) -> None:
     chosen = [f"s{i}" for i in range(0, 250, 3)]
     with ThreadPoolExecutor(2) as pool:

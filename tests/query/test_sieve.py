@@ -10,7 +10,7 @@ from torch import Tensor
 from logix_like.query import products, scoring
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.products import summation_error
+from logix_like.query.products import row_products, summation_error
 from logix_like.query.result import InfluenceResult
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, dense_ranking, dense_scores
@@ -143,13 +143,31 @@ def test_rows_that_are_kept_in_memory_rank_by_float64_too(arithmetic: str) -> No
         _assert_is_the_reference(result, asked.double() @ rows.double().T, k)
 
 
-@pytest.mark.parametrize("k", [3, 300])
-def test_many_equal_rows_rank_in_row_order(arithmetic: str, k: int) -> None:
-    rows, asked = _rows(7)[torch.arange(331) % 7], torch.randn(3, LAYOUT.width)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [3, 20, 300])
+def test_many_equal_rows_rank_in_row_order(arithmetic: str, dtype: torch.dtype, k: int) -> None:
+    rows, asked = torch.randn(7, LAYOUT.width).to(dtype)[torch.arange(331) % 7], torch.randn(9, LAYOUT.width)
     result = _ask(rows, asked, k)
     for line, scores in zip(result.proponents().ids.tolist(), asked.double() @ rows.double()[:7].T, strict=True):
         order = scores.argsort(descending=True).tolist()
         assert line == [row for kind in order for row in range(kind, 331, 7)][:k]
+
+
+@pytest.mark.parametrize("width", [1, 5, 145, 1000, 40_000])
+def test_equal_rows_have_equal_products_wherever_they_stand(width: int) -> None:
+    row, query = torch.randn(width), torch.randn(width, dtype=torch.float64)
+    alone = row_products(row[None], query)
+    torch.testing.assert_close(alone, (row.double() @ query)[None], rtol=1e-9, atol=1e-9)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for count in (1, 2, 3, 17, 64):
+                rows = torch.randn(count, width)
+                rows[count // 2 :] = row
+                assert (row_products(rows, query)[count // 2 :] == alone).all()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
