@@ -31,7 +31,12 @@ class QueryGradients:
     """Digest of the projections they were made with, as a store's ``projections_digest``; empty: not known."""
 
     def __post_init__(self) -> None:
-        """Refuse gradients whose shape does not fit the ids and the layout."""
+        """Refuse gradients that are no tensor, or whose shape does not fit the ids and the layout."""
+        if not isinstance(self.gradients, Tensor):
+            raise QueryError(
+                f"query gradients are a {type(self.gradients).__name__}; they must be a tensor [queries, "
+                f"{self.layout.width}] (torch.as_tensor makes one)"
+            )
         expected = (len(self.data_id), self.layout.width)
         if tuple(self.gradients.shape) != expected:
             raise QueryError(

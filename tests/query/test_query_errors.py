@@ -120,6 +120,8 @@ def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None
 def test_queries_and_ids_must_fit() -> None:
     with pytest.raises(QueryError, match=r"shape \(2, 5\); 1 ids and rows of 12 numbers need \(1, 12\)"):
         QueryGradients(("q",), torch.zeros(2, 5), LAYOUT)
+    with pytest.raises(QueryError, match=r"query gradients are a ndarray; they must be a tensor \[queries, 12\]"):
+        QueryGradients(("q",), np.zeros((1, LAYOUT.width)), LAYOUT)
 
 
 def test_another_model_is_refused(engine: QueryEngine) -> None:
