@@ -125,7 +125,7 @@ def _fit_covariance(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping
         squares = covariance.square().sum().item()
         shrinkage = shrinkage_damping(block.size, trace, squares, eigenbases.distinct(rows))
     shift = damping.shift(trace / block.size, shrinkage)
-    return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name)), rows)
+    return ModuleFit("covariance", shift, Dense(damped_inverse(covariance, shift, block.name, rows)), rows)
 
 
 def _fit_sketch(eigenbases: Eigenbases, block: ModuleBlock, damping: Damping, rows: int) -> ModuleFit:

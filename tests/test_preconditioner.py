@@ -262,3 +262,15 @@ def test_blocks_of_many_sizes_in_any_order(rows: Tensor) -> None:
     for block in layout:
         expected = torch.linalg.inv(damped(second_moment_matrix(rows[:, block.columns]), 0.1))
         torch.testing.assert_close(matrix[block.columns, block.columns], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_a_covariance_of_too_few_rows_needs_damping_however_it_was_rounded() -> None:
+    """Of a float32 product of one row too few, every second one looks positive definite."""
+    layout = blocks_layout((2, 3))
+    for seed in range(20):
+        rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed))
+        statistics = StatisticsAccumulator(layout, ["covariance"])
+        statistics.update(rows)
+        with pytest.raises(StatisticsError, match=r"\(6 numbers\) is singular with damping 0"):
+            fit_preconditioner("covariance", statistics.snapshot(), layout, 0.0)
+        assert fit_preconditioner("covariance", statistics.snapshot(), layout, 0.1).apply(rows).isfinite().all()

@@ -10,11 +10,12 @@ from logix_like.linalg.eigen import symmetrise
 from logix_like.linalg.finite import require_finite
 
 
-def damped_inverse(matrix: Tensor, damping: float, name: str) -> Tensor:
+def damped_inverse(matrix: Tensor, damping: float, name: str, rank: int | None = None) -> Tensor:
     """``(matrix + damping I)^-1`` of a positive semi-definite ``matrix [k, k]``, by Cholesky in float64.
 
     A matrix of zeros without damping (a module that was never used) has the inverse 0 by definition, so
-    that the module takes no part in any score.
+    that the module takes no part in any score. ``rank`` is the largest that the matrix can have, where that is known:
+    the rounding of float32 products can make it look larger.
 
     Raises:
         StatisticsError: the damped matrix is singular to working precision, or not finite; names the module ``name``.
@@ -23,6 +24,8 @@ def damped_inverse(matrix: Tensor, damping: float, name: str) -> Tensor:
     damped = symmetrise(matrix.to(torch.float64))
     if damping == 0 and not damped.any():
         return damped
+    if damping == 0 and rank is not None and rank < len(damped):
+        raise _singular(name, len(damped), damping)
     damped.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(damped)
     pivots = factor.diagonal().square()

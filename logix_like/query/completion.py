@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from logix_like.layout import Layout
 from logix_like.linalg.finite import require_finite
 from logix_like.preconditioner import has_kronecker
 from logix_like.query.gradients import QueryGradients
+from logix_like.query.memory import allowed_memory
 from logix_like.query.scan import Candidates
 from logix_like.statistics import (
     COVARIANCE_LIMIT,
@@ -75,7 +75,7 @@ def statistics_for(preconditioner: str, store: QueryStore, progress: bool | None
 
     ``auto`` brings a gathered covariance and EK-FAC's eigenvalues up to date, and computes a covariance only when some
     module has neither one nor Kronecker factors. A covariance asked for by name is computed whatever the block's size,
-    sketched where the block is large; :class:`StatisticsError` where this machine's memory does not hold them all.
+    sketched where the block is large; :class:`StatisticsError` where this process's memory does not hold them all.
     """
     if preconditioner == "covariance":
         _require_memory(store.statistics.layout)
@@ -160,25 +160,17 @@ def _require_kronecker(statistics: Statistics) -> None:
 
 
 def _require_memory(layout: Layout) -> None:
-    """Refuse covariances that this machine cannot hold, before it tries."""
+    """Refuse covariances that this process cannot hold, before it tries."""
     numbers = [block.size * (sketch_rank(block.size) or block.size) for block in layout]
     # Sums in float64 and inverses in float32, of all; and what inverting the largest takes.
     needed = 16 * sum(numbers) + 40 * max(numbers, default=0)
-    there = _physical_memory()
+    there = allowed_memory()
     if there is not None and needed > there:
         raise StatisticsError(
             f"the covariances of {len(numbers):,} modules, {layout.width:,} numbers in all, take "
-            f"{needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}: ask with preconditioner='ekfac', "
-            "'kfac' or 'diagonal', or log fewer numbers a module (a lower rank)"
+            f"{needed / 2**30:,.1f} GiB, and this process may have {there / 2**30:,.1f}: ask with "
+            "preconditioner='ekfac', 'kfac' or 'diagonal', or log fewer numbers a module (a lower rank)"
         )
-
-
-def _physical_memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _covers(statistics: Statistics, names: Collection[str], rows: int, covariance_limit: int) -> bool:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,13 +31,13 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query.modes import MODES
 from logix_like.query.scan import Candidates, Memory
 from logix_like.query.scoring import Extremes, Sides, Task, exact_extremes, joined
 from logix_like.query.sieve import Scorer
+from logix_like.query.table import counted
 from logix_like.store.reading.ranges import RangeGradients, RowRange, row_range
 from logix_like.store.reading.view import Rows
 
@@ -116,15 +116,19 @@ class _Result(Protocol):
     def cancel(self) -> object: ...
 
 
-def distributed_extremes(task: Task, mode: str, k: int, client: object) -> Sides:
-    """The ``k`` highest and the ``k`` lowest; as :func:`exact_extremes`, on the workers of ``client``."""
+def distributed_extremes(task: Task, mode: str, k: int, client: object) -> tuple[Sides, str]:
+    """The ``k`` highest and the ``k`` lowest; as :func:`exact_extremes`, on the workers of ``client``.
+
+    Also a remark, where workers were lost for good.
+    """
     workers = as_workers(client)
     scorer, parts = task.scorer, _range_tasks(task)
     asked = Asked(mode, scorer.queries.numpy(), scorer.query_lengths.numpy(), k)
     started = _on_executor(workers, parts, asked) if isinstance(workers, Executor) else _on_dask(workers, parts, asked)
-    hidden = not task.progress
-    with tqdm(total=task.candidates.count, desc="influence", unit="row", unit_scale=True, disable=hidden) as bar:
-        return joined(_results(started, asked, bar), k)
+    lost: list[RangeTask] = []
+    with task.candidates.bar(task.progress, "influence") as advance:
+        sides = joined(_results(started, asked, advance, lost), k)
+    return sides, f"workers were lost: {counted(len(lost), 'range', 'ranges')} scanned here" if lost else ""
 
 
 def as_workers(client: object) -> Any:
@@ -158,7 +162,22 @@ Started = tuple[list[RangeTask], _Result]
 def _on_executor(executor: Executor, parts: Iterator[RangeTask], asked: Asked) -> Iterator[Started]:
     """One future for each range, once it is asked for."""
     for part in parts:
-        yield [part], executor.submit(scan_range, part, asked)
+        try:
+            future: _Result = executor.submit(scan_range, part, asked)
+        except BrokenExecutor as error:  # it broke before this range, or even before this question
+            future = _failed(error)
+        except RuntimeError as error:
+            raise QueryError(
+                f"client is a {type(executor).__name__} that takes no more work ({error}): ask inside its with block, "
+                "or give another one"
+            ) from error
+        yield [part], future
+
+
+def _failed(error: Exception) -> Future[Found]:
+    failed: Future[Found] = Future()
+    failed.set_exception(error)
+    return failed
 
 
 def _on_dask(client: Any, parts: Iterator[RangeTask], asked: Asked) -> Iterator[Started]:
@@ -178,15 +197,19 @@ def _place(client: Any, part: RangeTask) -> dict[str, Any]:
     return {"workers": workers[part.number % len(workers)], "allow_other_workers": True}
 
 
-def _results(started: Iterator[Started], asked: Asked, bar: Any) -> Iterator[Sides]:
+def _results(
+    started: Iterator[Started], asked: Asked, advance: Callable[[int], object], lost: list[RangeTask]
+) -> Iterator[Sides]:
+    """What each future gives; ranges whose workers cannot give theirs are scanned here, and added to ``lost``."""
     flying: deque[Started] = deque()
     try:
         for parts, future in _ahead(started, flying):
             try:
                 yield _sides(future.result())
             except (BrokenExecutor, CancelledError):  # a pool that broke, or all workers that held the queries
+                lost += parts
                 yield from (_sides(scan_range(part, asked)) for part in parts)
-            bar.update(sum(part.count for part in parts))
+            advance(sum(part.count for part in parts))
     finally:
         for _, future in flying:
             future.cancel()
@@ -235,9 +258,16 @@ def _sides(found: Found) -> Sides:
     return Extremes(top, top_positions), Extremes(bottom, bottom_positions)
 
 
-@lru_cache(maxsize=64)
 def _open(source: RowRange) -> RangeGradients:
-    """Kept, so that a worker compares checksums once and not at each question."""
+    """Mapped files are kept open, so that a worker compares their checksums once and not at each question.
+
+    What is read or decompressed would stay in the worker's memory.
+    """
+    return _mapped(source) if source.mapped else source.open()
+
+
+@lru_cache(maxsize=64)
+def _mapped(source: RowRange) -> RangeGradients:
     return source.open()
 
 

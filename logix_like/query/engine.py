@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from logix_like.query.completion import QueryStore, require_answerable
 from logix_like.query.fitting import Fit, Fitter, Recent
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.groups import GroupInfluence, named_groups, second_order, total_of
-from logix_like.query.index import Vectors, load_faiss
+from logix_like.query.index import Vectors, require_factory
 from logix_like.query.indexing import IndexSearch
 from logix_like.query.keeping import IndexKey
 from logix_like.query.labels import id_array, labels, ranking
+from logix_like.query.lengths import RowLengths, squared_lengths
 from logix_like.query.modes import MODES
 from logix_like.query.parts import Parts, parts_of
 from logix_like.query.question import REDUCTIONS, Question
@@ -61,7 +63,7 @@ class QueryEngine:
         self._keep_bytes = keep_bytes
         self._fitter = Fitter(store)
         self._candidates: Recent[Candidates] = Recent(2)
-        self._lengths: Recent[Tensor] = Recent(4)
+        self._lengths = RowLengths()
         self._search = IndexSearch()
 
     def influence(
@@ -177,11 +179,11 @@ class QueryEngine:
         chosen = f"{candidates.count:,} {REDUCTIONS[reduce]}"
         settings = preconditioner, question.damping.setting, reduce, self._note(chosen, question, fit, query)
         if query is not None:
-            gradients = query.gradients.detach().to("cpu", candidates.dtype)
-            scores = _squared_lengths(gradients, fit.preconditioner)
+            applied = query.preconditioned(fit.preconditioner, candidates.dtype)
+            scores = squared_lengths(query.gradients.detach().cpu(), applied).to(candidates.dtype)
             return SelfInfluence(id_array(query.data_id), scores, *settings, rows=fit.rows)
         positions = candidates.positions()
-        scores = self._row_lengths(candidates, fit, progress)[positions]
+        scores = self._lengths.of(candidates, fit, progress)[positions].to(candidates.dtype)
         ids, step = labels(candidates, positions, reduce)
         return SelfInfluence(ids, scores, *settings, step, fit.rows)
 
@@ -215,15 +217,14 @@ class QueryEngine:
         named, every = named_groups(groups), self._every(reduce)
         require_answerable(query, every.rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, question.damping, progress)
-        preconditioned = fit.preconditioner.apply(query.gradients.detach().cpu())
+        preconditioned = query.preconditioned(fit.preconditioner)
         scores, sizes = [], []
         for ids in named.values():
             chosen = select(every, ids)
             total = total_of(chosen, progress)
             score = preconditioned.double() @ total
             if order == 2:
-                visits = select(self._every("none"), ids)
-                held = visits.fetch(visits.positions())
+                held = select(self._every("none"), ids)
                 score += second_order(chosen.rows.layout, fit.preconditioner, preconditioned, total, held, fit.rows)
             scores.append(score)
             sizes.append(chosen.count)
@@ -281,7 +282,7 @@ class QueryEngine:
         require_preconditioner(preconditioner)
         require_answerable(query, self._every("none").rows.layout, self._store)
         fit = self._fitter.fit(preconditioner, Damping.of(damping), progress)
-        return fit.preconditioner.apply(query.gradients.detach().cpu())
+        return query.preconditioned(fit.preconditioner)
 
     def preconditioner(self, name: str = "auto", damping: DampingSetting = 0.1) -> FittedPreconditioner:
         """The preconditioner that a query with these settings uses; fitted now if it was not yet."""
@@ -307,19 +308,16 @@ class QueryEngine:
         self, question: Question, query: QueryGradients, candidates: Candidates, fit: Fit, progress: bool | None
     ) -> Task:
         mode = MODES[question.mode]
-        gradients = query.gradients.detach().to("cpu", candidates.dtype)
-        preconditioned = fit.preconditioner.apply(gradients)
+        preconditioned = query.preconditioned(fit.preconditioner, candidates.dtype)
         query_lengths = lengths = torch.empty(0)
         if mode.uses_lengths or question.normalize:
-            # In float64: squares of small gradients would underflow.
-            squares = (gradients.double() * preconditioned.double()).sum(dim=1)
-            query_lengths = squares.to(gradients.dtype)
+            query_lengths = squared_lengths(query.gradients.detach().cpu(), preconditioned)
         if question.normalize:
-            scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+            scale = query_lengths.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
             preconditioned = (preconditioned.double() * scale[:, None]).to(preconditioned.dtype)
-            query_lengths = (squares > 0).to(gradients.dtype)
+            query_lengths = (query_lengths > 0).double()
         if mode.uses_lengths:
-            lengths = self._row_lengths(candidates, fit, progress)
+            lengths = self._lengths.of(candidates, fit, progress)
         return Task(candidates, Scorer(mode, preconditioned, query_lengths, lengths, candidates.factor), progress)
 
     def _answer(
@@ -345,42 +343,27 @@ class QueryEngine:
         if question.engine == "dask":
             from logix_like.query.distributed import distributed_extremes
 
-            return distributed_extremes(task, question.mode, k, client), ""
+            return distributed_extremes(task, question.mode, k, client)
         if question.engine == "exact":
             return exact_extremes(task, k), ""
-        load_faiss()  # what is missing is said whatever the store's size
         every = self._every(question.reduce)
+        require_factory(index, task.scorer.mode, every.rows.layout.width)  # whatever the store's size
         if every.fits_in_memory:
             return exact_extremes(task, k), "the store is so small that scoring every row is faster than an index"
-        fitted_to = fit.key[0] if task.scorer.mode.uses_lengths else ""
-        key = IndexKey(index, question.reduce, question.mode, str(fit.key[1:]), fitted_to)
+        fitted_to = self._store.key if task.scorer.mode.uses_lengths else ""
+        fitted = str((question.preconditioner, question.damping))
+        key = IndexKey(index, question.reduce, question.mode, fitted, fitted_to)
         cache = getattr(self._store, "cache", None)
-        way = (question.preconditioner, question.damping, task.candidates.chosen)
-        return self._search.extremes(task, k, way, key, every.rows.key, cache, lambda: self._vectors(every, task, fit))
+        vectors = partial(self._vectors, every, task, fit)
+        return self._search.extremes(task, k, key, every.rows.key, cache, vectors)
 
     def _vectors(self, every: Candidates, task: Task, fit: Fit) -> Vectors:
         """All rows that can be ranked, laid out for an index, whichever of them are asked for."""
         scorer = task.scorer
-        lengths = torch.zeros(len(every.rows), dtype=every.dtype)
+        lengths = torch.zeros(len(every.rows), dtype=torch.float64)
         if scorer.mode.uses_lengths:
-            lengths = self._row_lengths(every, fit, task.progress)
+            lengths = self._lengths.of(every, fit, task.progress)
         return Vectors(every, scorer.mode, lengths, scorer.factor, fit.preconditioner, task.progress)
-
-    def _row_lengths(self, candidates: Candidates, fit: Fit, progress: bool | None) -> Tensor:
-        """``[rows]``: squared lengths of the rows, times their factor squared; 0 for those that are not wanted."""
-
-        def compute() -> Tensor:
-            lengths = torch.zeros(len(candidates.rows), dtype=candidates.dtype)
-            with candidates.buffer() as buffer:
-                for tile in candidates.tiles(progress, "self-influence"):
-                    for start, stop, values in tile.pieces(buffer):
-                        lengths[tile.positions[start:stop]] = _squared_lengths(values, fit.preconditioner)
-            return lengths
-
-        # Sums have the key of the means whose multiples they are: what is kept is without the factor.
-        key, factor = (candidates.rows.key, fit.key), candidates.factor
-        lengths = self._lengths.get(key, compute) if candidates.complete else compute()
-        return lengths if factor is None else lengths * factor.square()
 
     def _note(self, chosen: str, question: Question, fit: Fit, query: QueryGradients | None, remark: str = "") -> str:
         parts = [
@@ -395,8 +378,3 @@ class QueryEngine:
         if self._store.damaged_rows:
             parts.append(f"{self._store.damaged_rows:,} stored rows left out (their files are damaged)")
         return "; ".join(parts + ([f"queries: {query.note}"] if query is not None and query.note else []))
-
-
-def _squared_lengths(rows: Tensor, preconditioner: FittedPreconditioner) -> Tensor:
-    """``[n]``: ``g^T F^-1 g`` of ``rows [n, width]``; rounding makes none negative."""
-    return (rows * preconditioner.apply(rows)).sum(dim=1).clamp_min(0)

@@ -46,15 +46,15 @@ class Fit:
     """What it is and what it was fitted to, in words."""
     rows: int
     """How many of the stored rows are valid."""
-    key: tuple[str, str, Damping]
-    """Identifies the rows, the preconditioner and its damping."""
+    key: Hashable
+    """Identifies the rows, the statistics, the preconditioner and its damping."""
 
 
 class Fitter:
     """Fits preconditioners to a store's statistics.
 
-    What is kept depends on the rows, the name and the damping, so a change of any takes effect at once;
-    another damping takes eigenbases over from the fit before.
+    What is kept depends on the rows, what was gathered over them (a training writes it after its rows), the name and
+    the damping, so a change of any takes effect at once; another damping takes eigenbases over from the fit before.
     """
 
     def __init__(self, store: QueryStore) -> None:
@@ -64,14 +64,14 @@ class Fitter:
 
     def fit(self, name: str, damping: Damping, progress: bool | None) -> Fit:
         """The preconditioner ``name`` with ``damping``; a missing statistic is computed from the store."""
-        key = (self._store.key, name, damping)
-        return self._fits.get(key, lambda: self._make(key, progress))
+        # Statistics are the same as long as they are one object, which the key keeps from being another.
+        key = (self._store.key, self._store.statistics, name, damping)
+        return self._fits.get(key, lambda: self._make(key, name, damping, progress))
 
-    def _make(self, key: tuple[str, str, Damping], progress: bool | None) -> Fit:
-        _, name, damping = key
+    def _make(self, key: tuple[Hashable, ...], name: str, damping: Damping, progress: bool | None) -> Fit:
         # Only what is automatic asks how many samples there are; telling visits apart is not free.
         counted = name == "auto" or damping.kind == "auto"
-        eigenbases = self._eigenbases.get((*key[:2], counted), lambda: self._decomposed(name, counted, progress))
+        eigenbases = self._eigenbases.get((*key[:3], counted), lambda: self._decomposed(name, counted, progress))
         statistics = eigenbases.statistics
         layout = statistics.layout
         fitted = fit_preconditioner(name, statistics, layout, damping, eigenbases=eigenbases)

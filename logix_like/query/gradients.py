@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logix_like.errors import QueryError
 from logix_like.layout import DataId, Layout
+from logix_like.preconditioner import FittedPreconditioner
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,12 @@ class QueryGradients:
     """Digest of the projections they were made with, as a store's ``projections_digest``; empty: not known."""
 
     def __post_init__(self) -> None:
-        """Refuse gradients whose shape does not fit the ids and the layout."""
+        """Refuse gradients that are no tensor, or whose shape does not fit the ids and the layout."""
+        if not isinstance(self.gradients, Tensor):
+            raise QueryError(
+                f"query gradients are a {type(self.gradients).__name__}; they must be a tensor [queries, "
+                f"{self.layout.width}] (torch.as_tensor makes one)"
+            )
         expected = (len(self.data_id), self.layout.width)
         if tuple(self.gradients.shape) != expected:
             raise QueryError(
@@ -46,14 +52,27 @@ class QueryGradients:
         """Raise :class:`QueryError` when there is no query or a gradient is not finite."""
         if not self.data_id:
             raise QueryError("there is no query: at least one gradient is needed to ask with")
-        if math.isfinite(self.gradients.sum().item()):  # the usual case, in one pass
+        self._require_finite(self.gradients, "gradient", "check the query's loss, or leave it out")
+
+    def preconditioned(self, preconditioner: FittedPreconditioner, dtype: torch.dtype | None = None) -> Tensor:
+        """``(F + lambda I)^-1 g`` of each, ``[queries, width]``, on the CPU; in ``dtype`` where one is given.
+
+        Raises :class:`QueryError` where that is more than the numbers can hold.
+        """
+        found = preconditioner.apply(self.gradients.detach().to("cpu", dtype))
+        advice = "the query is too large for that: divide its loss by a constant, or ask with a larger damping"
+        self._require_finite(found, "preconditioned gradient", advice)
+        return found
+
+    def _require_finite(self, rows: Tensor, what: str, advice: str) -> None:
+        if math.isfinite(rows.sum().item()):  # the usual case, in one pass
             return
-        finite = torch.isfinite(self.gradients).all(dim=1)
+        finite = torch.isfinite(rows).all(dim=1)
         if not bool(finite.all()):
             first = self.data_id[int(finite.to(torch.uint8).argmin())]
             raise QueryError(
-                f"the gradient of query {first!r} ({int((~finite).sum())} of {len(self)} queries) holds NaN "
-                "or infinite numbers; check the query's loss, or leave it out"
+                f"the {what} of query {first!r} ({int((~finite).sum())} of {len(self)} queries) holds NaN or infinite "
+                f"numbers; {advice}"
             )
 
     def save(self, path: str | PathLike[str]) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -64,10 +66,12 @@ def _ids(ids: Any, what: str) -> list[DataId]:
     """Each id once."""
     plain = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
     listed = isinstance(plain, Iterable) and not isinstance(plain, str | bytes | Mapping)
-    each = list(dict.fromkeys(plain)) if listed else []
-    if not each or any(isinstance(one, bool) for one in each):
-        raise QueryError(f"{what} is {ids!r}; it must be a list of ids, or groups a mapping of names to lists of ids")
-    return each
+    each = list(plain) if listed else []
+    if not each or not all(isinstance(one, str | Integral) and not isinstance(one, bool) for one in each):
+        raise QueryError(
+            f"{what} is {reprlib.repr(ids)}; it must be a list of ids, or groups a mapping of names to lists of ids"
+        )
+    return list(dict.fromkeys(each))
 
 
 def total_of(candidates: Candidates, progress: bool | None) -> Tensor:
@@ -84,7 +88,7 @@ def second_order(
     preconditioner: FittedPreconditioner,
     preconditioned: Tensor,
     total: Tensor,
-    visits: Tensor,
+    held: Candidates,
     rows: int,
 ) -> Tensor:
     """``[queries]``: what the curvature that leaves with a set adds to the sum of its samples' scores.
@@ -97,18 +101,18 @@ def second_order(
         preconditioner: ``P^-1``.
         preconditioned: ``[queries, width]``, ``P^-1`` applied to the queries' gradients.
         total: ``[width]``, the sum of the set's gradients.
-        visits: ``[m, width]``, all rows of the set that the curvature holds.
+        held: All rows of the set that the curvature holds.
         rows: How many rows the curvature is a mean of.
 
     Raises:
         QueryError: the rows of the set carry more curvature in a module than ``P`` has.
     """
-    if len(visits) > LARGEST_GROUP:
+    if held.count > LARGEST_GROUP:
         raise QueryError(
-            f"a group of {len(visits):,} rows is too large for order=2, which takes up to {LARGEST_GROUP:,}: ask with "
+            f"a group of {held.count:,} rows is too large for order=2, which takes up to {LARGEST_GROUP:,}: ask with "
             "order=1, or split it"
         )
-    visits, queries, total = visits.double(), preconditioned.double(), total.double()
+    visits, queries, total = held.fetch(held.positions()).double(), preconditioned.double(), total.double()
     solved = preconditioner.apply(visits)
     added = torch.zeros(len(queries), dtype=torch.float64)
     for block in layout:

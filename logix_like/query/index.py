@@ -52,7 +52,7 @@ class Vectors:
     candidates: Candidates
     mode: Mode
     lengths: Tensor
-    """``[rows]``, squared lengths of the rows, times ``factor`` squared."""
+    """``[rows]``, squared lengths of the rows, times ``factor`` squared, float64."""
     factor: Tensor | None
     """``[rows]`` or None: what each row is multiplied by."""
     preconditioner: FittedPreconditioner
@@ -150,7 +150,7 @@ class RowIndex:
         self._positions = positions
         self._searched = _on_gpus(index)
         self.measured: Recent[Any] = Recent(64)
-        """By k and the way of asking: what was measured."""
+        """By k, the choice of rows and the number of queries: what was measured."""
 
     @classmethod
     def build(cls, vectors: Vectors, factory: str) -> RowIndex:
@@ -159,17 +159,12 @@ class RowIndex:
         Raises :class:`QueryError` when FAISS does not know ``factory``, or has too few rows to train it.
         """
         reduction, sample = Reduction.fit(vectors)
-        width = reduction.directions
-        faiss = load_faiss()
+        index = _empty_index(factory, reduction.directions)
         try:
-            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
             if not index.is_trained:
                 index.train(reduction.rows(sample))
-        except (RuntimeError, TypeError) as error:
-            raise QueryError(
-                f"FAISS cannot make an index {factory!r} of {width} numbers from {len(sample):,} rows "
-                f"({str(error).splitlines()[-1].strip()}); known are for example Flat, SQ8, HNSW32, 'IVF256,Flat'"
-            ) from error
+        except RuntimeError as error:
+            raise _refused(factory, reduction.directions, f" from {len(sample):,} rows", error) from error
         found = cls(index, reduction, vectors.mode, vectors.candidates.positions(), factory)
         found.add(vectors.stream())
         return found
@@ -214,6 +209,26 @@ class RowIndex:
         kind = {"IndexIVF": faiss.SearchParametersIVF, "IndexHNSW": faiss.SearchParametersHNSW}
         name = next((name for name in kind if type(self.index).__name__.startswith(name)), None)
         return (faiss.SearchParameters if name is None else kind[name])(sel=selector)
+
+
+def require_factory(factory: str, mode: Mode, width: int) -> None:
+    """Raise :class:`QueryError` when FAISS does not know ``factory``, or not for rows of ``width`` numbers."""
+    _empty_index(factory, min(DIRECTIONS, mode.asked(torch.empty(0, width)).shape[1]))
+
+
+def _empty_index(factory: str, width: int) -> Any:
+    faiss = load_faiss()
+    try:
+        return faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+    except (RuntimeError, TypeError) as error:
+        raise _refused(factory, width, "", error) from error
+
+
+def _refused(factory: str, width: int, rows: str, error: Exception) -> QueryError:
+    return QueryError(
+        f"FAISS cannot make an index {factory!r} of {width} numbers{rows} ({str(error).splitlines()[-1].strip()}); "
+        "known are for example Flat, SQ8, HNSW32, 'IVF256,Flat'"
+    )
 
 
 def _on_gpus(index: Any) -> Any:

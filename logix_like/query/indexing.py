@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,6 @@ class IndexSearch:
         self,
         task: Task,
         k: int,
-        way: Hashable,
         key: IndexKey,
         rows: str,
         cache: Path | None,
@@ -59,7 +58,6 @@ class IndexSearch:
         Args:
             task: The question.
             k: Samples on each side.
-            way: What a recall depends on beside ``k`` and the index: how queries are preconditioned.
             key: What the index depends on, but for the rows.
             rows: Identifies the rows.
             cache: Where indexes of this store are kept; None to keep them in memory alone.
@@ -71,7 +69,7 @@ class IndexSearch:
         index = self._indexes.get((key, rows), lambda: index_for(vectors(), key, cache))
         # Two queries tell less than twenty: a recall is measured again where there are many more to measure it on.
         size = min(len(task.scorer.queries), MEASURED_QUERIES).bit_length()
-        measured = index.measured.get((k, way, size), lambda: self._measured(task, k, index))
+        measured = index.measured.get((k, task.candidates.chosen, size), lambda: self._measured(task, k, index))
         remark = slower_than_exact(task, measured.count, key.factory)
         if remark:
             return exact_extremes(task, k), remark

@@ -33,6 +33,6 @@ def labels(candidates: Candidates, positions: Tensor, reduce: str) -> tuple[Ids,
 
 
 def ranking(candidates: Candidates, extremes: Extremes, reduce: str, parts: Tensor | None) -> Ranking:
-    """Extremes with the names of their rows."""
+    """Extremes with the names of their rows; scores are rounded to the rows' precision."""
     ids, step = labels(candidates, extremes.positions, reduce)
-    return Ranking(ids, extremes.scores, step, parts)
+    return Ranking(ids, extremes.scores.to(candidates.dtype), step, parts)

@@ -37,7 +37,8 @@ class Mode(ABC):
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Scores from products and the squared lengths of both sides, number by number.
 
-        The lengths have shapes that fit the products': ``[queries, 1]`` and ``[n]`` for ``[queries, n]``.
+        The lengths are float64, since the square of a small number is none in float32; scores have the products' dtype.
+        Their shapes fit the products': ``[queries, 1]`` and ``[n]`` for ``[queries, n]``.
         """
 
     @abstractmethod
@@ -82,7 +83,7 @@ class Relatif(Mode):
 
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Divide by the rows' lengths."""
-        return products * _inverse_root(row_lengths)
+        return products * _inverse_root(row_lengths).to(products)
 
     def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Give what the products are multiplied by."""
@@ -90,7 +91,7 @@ class Relatif(Mode):
 
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows at length 1."""
-        return rows * _inverse_root(row_lengths)[:, None]
+        return rows * _inverse_root(row_lengths)[:, None].to(rows)
 
     def asked(self, queries: Tensor) -> Tensor:
         """Give the queries themselves."""
@@ -104,7 +105,7 @@ class Cosine(Mode):
 
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Divide by both lengths."""
-        return products * _inverse_root(row_lengths) * _inverse_root(query_lengths)
+        return products * _inverse_root(row_lengths).to(products) * _inverse_root(query_lengths).to(products)
 
     def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Give what the products are multiplied by."""
@@ -112,7 +113,7 @@ class Cosine(Mode):
 
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows at length 1."""
-        return rows * _inverse_root(row_lengths)[:, None]
+        return rows * _inverse_root(row_lengths)[:, None].to(rows)
 
     def asked(self, queries: Tensor) -> Tensor:
         """Give the queries themselves: their length does not change the order."""
@@ -127,7 +128,7 @@ class L2(Mode):
 
     def scores(self, products: Tensor, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Expand the square."""
-        return 2 * products - query_lengths - row_lengths
+        return 2 * products - query_lengths.to(products) - row_lengths.to(products)
 
     def slope(self, query_lengths: Tensor, row_lengths: Tensor) -> Tensor:
         """Give 2."""
@@ -135,7 +136,7 @@ class L2(Mode):
 
     def indexed(self, rows: Tensor, row_lengths: Tensor) -> Tensor:
         """Give the rows doubled, with minus their squared length as one more number."""
-        return torch.cat([2 * rows, -row_lengths[:, None]], dim=1)
+        return torch.cat([2 * rows, -row_lengths[:, None].to(rows)], dim=1)
 
     def asked(self, queries: Tensor) -> Tensor:
         """Give the queries with a 1 for the rows' length."""

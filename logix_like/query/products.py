@@ -99,6 +99,17 @@ class Products:
         return bool(((torch.mm(raw[:rows], self._narrow.T) - exact).abs() <= bound).all())
 
 
+def row_products(rows: Tensor, query: Tensor) -> Tensor:
+    """``[n]``: float64 products of ``rows [n, width]`` with ``query [width]``; equal rows have equal ones, to the bit.
+
+    Products of matrices sum in an order that depends on where a row stands, and on which rows stand beside it.
+    """
+    terms = rows.double() * query
+    if len(terms) == 1:  # alone, a long row would be summed by several threads
+        terms = terms.repeat(2, 1)
+    return terms.sum(dim=1)[: len(rows)]
+
+
 def summation_error(roundings: int, dtype: torch.dtype) -> float:
     """``n u / (1 - n u)`` for ``n`` roundings and the unit roundoff ``u`` of ``dtype``.
 

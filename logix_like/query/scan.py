@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -67,6 +67,11 @@ class Tile(ABC):
         """``[width]``: units of the coordinates, where the rows are stored in such; None for 1."""
         return None
 
+    @property
+    def lengthened(self) -> Tensor | None:
+        """``[n]``, float64: how far rounding to few bits can have lengthened the rows; None where by a last bit."""
+        return None
+
     def pieces(
         self, buffer: Tensor, rows: int | None = None, *, in_units: bool = False
     ) -> Iterator[tuple[int, int, Tensor]]:
@@ -83,9 +88,15 @@ class Tile(ABC):
 class HeldTile(Tile):
     """Rows that are kept decoded in memory."""
 
-    def __init__(self, positions: Tensor, held: Tensor) -> None:
+    def __init__(self, positions: Tensor, held: Tensor, lengthened: Tensor | None) -> None:
         super().__init__(positions)
         self.held = held
+        self._lengthened = lengthened
+
+    @property
+    def lengthened(self) -> Tensor | None:
+        """That of the stored rows."""
+        return self._lengthened
 
     def read(self, start: int, stop: int, buffer: Tensor | None = None, *, in_units: bool = False) -> Tensor:
         """Give a view."""
@@ -122,6 +133,16 @@ class ChunkTile(Tile):
     def units(self) -> Tensor | None:
         """Those of the chunk."""
         return self._chunk.coordinate_scale
+
+    @property
+    def lengthened(self) -> Tensor | None:
+        """By a unit in each number: it is rounded by half of one, or (a sign) is one unit whatever it was."""
+        scale, units = self._chunk.scale, self._chunk.coordinate_scale
+        if scale is None or units is None:
+            return None
+        ends = torch.tensor([block.columns.stop - 1 for block in self._chunk.layout])
+        squares = units.double().square().cumsum(0)[ends].diff(prepend=torch.zeros(1, dtype=torch.float64))
+        return (scale.double().square() @ squares).sqrt()
 
 
 @dataclass(eq=False)
@@ -172,7 +193,7 @@ class Candidates:
         count = int(wanted.sum())
         if not count:
             raise QueryError(f"{what} names no sample that can be ranked: leave it out to rank all {self.count:,}")
-        return replace(self, wanted=wanted, count=count, complete=count == self.count)
+        return replace(self, wanted=wanted, count=count, complete=self.complete and count == self.count)
 
     @contextmanager
     def buffer(self) -> Iterator[Tensor]:
@@ -217,16 +238,21 @@ class Candidates:
         if self.complete and self.fits_in_memory:
             yield self._kept()
             return
-        tiles = self._streamed()
+        with self.bar(progress, what) as advance:
+            for tile in self._streamed():
+                yield tile
+                advance(len(tile))
+
+    @contextmanager
+    def bar(self, progress: bool | None, what: str) -> Iterator[Callable[[int], object]]:
+        """A progress bar, as in :meth:`tiles`; gives what is to be told how many further rows are done."""
         if progress is False or (progress is None and self.count * self.rows.layout.width < PROGRESS_NUMBERS):
-            yield from tiles
+            yield _ignored
             return
         delay = 0.0 if progress else PROGRESS_DELAY
         hidden = None if progress is None else False  # None: hidden unless the output is a terminal
-        with tqdm(total=self.count, desc=what, unit="row", unit_scale=True, delay=delay, disable=hidden) as bar:
-            for tile in tiles:
-                yield tile
-                bar.update(len(tile))
+        with tqdm(total=self.count, desc=what, unit="row", unit_scale=True, delay=delay, disable=hidden) as shown:
+            yield shown.update
 
     def fetch(self, positions: Tensor) -> Tensor:
         """The rows at ``positions [n]``, ``[n, width]``."""
@@ -236,11 +262,14 @@ class Candidates:
         """All rows as one tile, decoded at the first scan."""
         if self.memory.tile is None:
             decoded = torch.empty(self.count, self.rows.layout.width, dtype=self.dtype)
+            lengthened: list[Tensor] = []
             start = 0
             for tile in self._streamed():
                 decoded[start : start + len(tile)] = tile.values
+                if (own := tile.lengthened) is not None:  # of all tiles, or of none
+                    lengthened.append(own)
                 start += len(tile)
-            self.memory.tile = HeldTile(self.positions(), decoded)
+            self.memory.tile = HeldTile(self.positions(), decoded, torch.cat(lengthened) if lengthened else None)
         return self.memory.tile
 
     def _streamed(self) -> Iterator[Tile]:
@@ -254,6 +283,10 @@ class Candidates:
             chunks = ahead(chunks)
         for chunk in chunks:
             yield ChunkTile(positions[chunk.start : chunk.stop], chunk)
+
+
+def _ignored(rows: int) -> None:
+    """No bar is shown."""
 
 
 def ahead(chunks: Iterator[RowChunk]) -> Iterator[RowChunk]:

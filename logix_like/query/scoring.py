@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logix_like.query.parts import Parts
-from logix_like.query.products import Products
+from logix_like.query.products import Products, row_products
 from logix_like.query.ranking import RunningTop
 from logix_like.query.scan import Candidates, Tile
 from logix_like.query.sieve import SMALLEST_NORM, Group, Scorer, Sieve
@@ -55,7 +55,7 @@ class Extremes:
     """The most extreme rows of each query on one side."""
 
     scores: Tensor
-    """``[queries, k]``."""
+    """``[queries, k]``, float64: in fewer bits, rows of several ranges could not be told apart."""
     positions: Tensor
     """``[queries, k]``."""
 
@@ -105,12 +105,11 @@ def parts_of_extremes(task: Task, side: Extremes, parts: Parts) -> Tensor:
 
 def exact_extremes(task: Task, k: int) -> Sides:
     """The ``k`` highest and the ``k`` lowest by float64 products, in one pass over the rows, in bounded memory."""
-    candidates = task.candidates
-    if candidates.fits_in_memory or 8 * k > min(task.group_rows, candidates.count):  # a sieve would save nothing
+    if 8 * k > min(task.group_rows, task.candidates.count):  # a sieve would let most rows pass
         return _by_float64(task, k)
     group = Group()
     sieve: Sieve | None = None
-    for tile in candidates.tiles(task.progress, "influence"):
+    for tile in task.candidates.tiles(task.progress, "influence"):
         group.add(tile, task.products.of(tile))
         if group.rows >= task.group_rows:
             sieve = _sieved(sieve, group, task, k)
@@ -118,7 +117,7 @@ def exact_extremes(task: Task, k: int) -> Sides:
     if group.rows:
         sieve = _sieved(sieve, group, task, k)
     assert sieve is not None
-    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
+    return Extremes(*sieve.highest.result()), Extremes(*sieve.lowest.result())
 
 
 def _by_float64(task: Task, k: int) -> Sides:
@@ -126,15 +125,16 @@ def _by_float64(task: Task, k: int) -> Sides:
     highest, lowest = RunningTop(k, largest=True), RunningTop(k, largest=False)
     queries = task.scorer.queries.double()
     with task.candidates.buffer() as buffer:
-        wide = torch.empty(buffer.shape, dtype=torch.float64)
         for tile in task.candidates.tiles(task.progress, "influence"):
-            products = torch.empty(len(tile), len(queries), dtype=torch.float64)
+            products = torch.empty(len(queries), len(tile), dtype=torch.float64)
             for start, stop, values in tile.pieces(buffer):
-                torch.mm(wide[: stop - start].copy_(values), queries.T, out=products[start:stop])
-            scores = task.scorer.scores(products.T.contiguous(), tile.positions)
+                exact = values.double()
+                for line, query in zip(products, queries, strict=True):
+                    line[start:stop] = row_products(exact, query)
+            scores = task.scorer.scores(products, tile.positions)
             for side in (highest, lowest):
                 side.update(scores, tile.positions)
-    return _extremes(highest, task), _extremes(lowest, task)
+    return Extremes(*highest.result()), Extremes(*lowest.result())
 
 
 def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
@@ -146,11 +146,6 @@ def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
 def _sieve(task: Task, k: int) -> Sieve:
     norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
     return Sieve(task.scorer, norms, k)
-
-
-def _extremes(running: RunningTop, task: Task) -> Extremes:
-    scores, positions = running.result()
-    return Extremes(scores.to(task.scorer.queries.dtype), positions)
 
 
 def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
@@ -167,7 +162,7 @@ def extremes_among(task: Task, named: Tensor, k: int) -> Sides:
         wanted[queries[here], columns[here] - start] = True
         sieve.take_in(Group([tile]), wanted, tile.positions)
         start += len(tile)
-    return _extremes(sieve.highest, task), _extremes(sieve.lowest, task)
+    return Extremes(*sieve.highest.result()), Extremes(*sieve.lowest.result())
 
 
 def joined(parts: Iterator[Sides], k: int) -> Sides:

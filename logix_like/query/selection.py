@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ def select(candidates: Candidates, where: Where | DataId | None) -> Candidates:
     if where is None:
         return candidates
     if isinstance(where, Mapping):
-        return candidates.restrict(_by_columns(candidates, where), f"where={dict(where)!r}")
+        shown = ", ".join(f"{name!r}: {reprlib.repr(value)}" for name, value in where.items())
+        return candidates.restrict(_by_columns(candidates, where), f"where={{{shown}}}")
     where = _plain(where)
     mask = _as_mask(where, len(candidates.rows))
     if mask is not None:
@@ -36,8 +39,8 @@ def select(candidates: Candidates, where: Where | DataId | None) -> Candidates:
         where = [where]
     if not isinstance(where, Iterable):
         raise QueryError(
-            f"data_id or where is {where!r}; it must be a list of the ids (str or int) to rank, a mapping of columns "
-            "to values, or a mask"
+            f"data_id or where is {reprlib.repr(where)}; it must be a list of the ids (str or int) to rank, a mapping "
+            "of columns to values, or a mask"
         )
     return candidates.restrict(_by_ids(candidates, list(where)), "data_id")
 
@@ -66,19 +69,23 @@ def _as_mask(where: object, rows: int) -> Tensor | None:
 
 
 def _by_ids(candidates: Candidates, data_id: Sequence[Any]) -> Tensor:
-    position_of: dict[DataId, list[int]] = {}
-    ids = candidates.rows.data_id[:]
-    for position in candidates.positions().tolist():
-        position_of.setdefault(ids[position], []).append(position)
-    wanted = torch.zeros_like(candidates.wanted)
-    for one in data_id:
-        if isinstance(one, bool) or not isinstance(one, Hashable) or one not in position_of:
-            raise QueryError(
-                f"no sample with the id {one!r} ({type(one).__name__}) can be ranked; the store has "
-                f"{len(position_of)} ids, the first is {next(iter(position_of))!r}"
-            )
-        wanted[position_of[one]] = True
-    return wanted
+    column, rankable = candidates.rows.data_id[:], candidates.wanted.numpy()
+    asked = {one for one in data_id if _is_id(one)}
+    fits = np.fromiter((one in asked for one in column.tolist()), bool, len(column)) & rankable
+    found = set(column[fits].tolist())
+    unknown = [one for one in data_id if not _is_id(one) or one not in found]
+    if unknown:
+        known = dict.fromkeys(column[rankable].tolist())
+        raise QueryError(
+            f"no sample with the id {unknown[0]!r} ({type(unknown[0]).__name__}) can be ranked; "
+            f"{'the store has' if candidates.complete else 'the filter leaves'} {len(known)} ids, the first is "
+            f"{next(iter(known))!r}"
+        )
+    return torch.from_numpy(fits)
+
+
+def _is_id(one: object) -> bool:
+    return isinstance(one, str | Integral) and not isinstance(one, bool)
 
 
 def _by_columns(candidates: Candidates, where: Mapping[str, Any]) -> Tensor:
@@ -90,7 +97,7 @@ def _by_columns(candidates: Candidates, where: Mapping[str, Any]) -> Tensor:
         if not (fits & candidates.wanted.numpy()).any():
             known = list(dict.fromkeys(column.tolist()[:1000]))[:5]
             raise QueryError(
-                f"no sample has {name} = {value!r}; the first values of the column {name!r} are "
+                f"no sample has {name} = {reprlib.repr(value)}; the first values of the column {name!r} are "
                 f"{', '.join(map(repr, known))}"
             )
         wanted &= torch.from_numpy(fits)
@@ -106,7 +113,8 @@ def _accepted(name: str, value: Any) -> Collection[Any]:
         return set(value) if several else {value}
     except TypeError as error:
         raise QueryError(
-            f"where asks for {name} = {value!r}; it must be one value, or a list of values (range(a, b) for numbers)"
+            f"where asks for {name} = {reprlib.repr(value)}; it must be one value, or a list of values (range(a, b) "
+            "for numbers)"
         ) from error
 
 

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from logix_like.query.modes import Mode
-from logix_like.query.products import Approximate
+from logix_like.query.products import Approximate, row_products
 from logix_like.query.ranking import RunningTop, stable_top
 from logix_like.query.scan import Tile
 
 EXACT_BYTES = 8 * 2**20
 """Rows are multiplied again so many bytes (float64) at a time."""
-PAIRS_COST = 16
-"""A pair that is multiplied by itself takes as long as so many that are part of one matrix product."""
 SMALLEST_NORM = 1e-18
 """Norms below are not told apart: squares underflow in float32."""
 
@@ -35,30 +33,23 @@ class Scorer:
     queries: Tensor
     """``[queries, width]``, preconditioned."""
     query_lengths: Tensor
-    """``[queries]``, squared lengths; not read in a mode that does not use them."""
+    """``[queries]``, squared lengths, float64; not read in a mode that does not use them."""
     row_lengths: Tensor
-    """``[rows]``, squared lengths, times ``factor`` squared; not read in a mode that does not use them."""
+    """``[rows]``, squared lengths, times ``factor`` squared, float64; not read in a mode that does not use them."""
     factor: Tensor | None
     """``[rows]``: what each row is multiplied by; None for 1."""
 
-    def scores(self, products: Tensor, positions: Tensor) -> Tensor:
-        """``[queries, n]`` from products of that shape, for the rows at ``positions [n]``."""
-        dtype = products.dtype
-        if self.factor is not None:
-            products = products * self.factor[positions].to(dtype)
-        if not self.mode.uses_lengths:
-            return products
-        lengths = self.query_lengths[:, None].to(dtype), self.row_lengths[positions].to(dtype)
-        return self.mode.scores(products, *lengths)
+    def scores(self, products: Tensor, positions: Tensor, queries: Tensor | None = None) -> Tensor:
+        """``[queries, n]`` from products of that shape, for the rows at ``positions [n]``.
 
-    def pair_scores(self, products: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
-        """``[pairs]``, float64, from products ``[pairs]``."""
+        With numbers ``queries [n]``: ``[n]`` from the products of such pairs of a query and a row.
+        """
         if self.factor is not None:
-            products = products * self.factor[positions].double()
+            products = products * self.factor[positions].to(products)
         if not self.mode.uses_lengths:
             return products
-        lengths = self.query_lengths[queries].double(), self.row_lengths[positions].double()
-        return self.mode.scores(products, *lengths)
+        query_lengths = self.query_lengths[:, None] if queries is None else self.query_lengths[queries]
+        return self.mode.scores(products, query_lengths, self.row_lengths[positions])
 
     def weight(self, queries: Tensor, positions: Tensor) -> Tensor:
         """What products of pairs are multiplied by, float64, in a mode whose scores are proportional to them.
@@ -70,21 +61,24 @@ class Scorer:
             weight = weight * self.factor[positions].double()
         if not self.mode.uses_lengths:
             return weight
-        return weight * self.mode.slope(self.query_lengths[queries].double(), self.row_lengths[positions].double())
+        return weight * self.mode.slope(self.query_lengths[queries], self.row_lengths[positions])
 
     def slack(self, found: Approximate, norms: Tensor, positions: Tensor) -> Tensor:
         """``[queries]``: how far the scores of the rows at ``positions``, of these ``norms``, can be off.
 
         The share of the score itself by which narrow products are rounded is not in it.
         """
-        reach = norms if self.factor is None else norms * self.factor[positions].abs().double()
-        if not self.mode.uses_lengths:
-            return found.absolute * reach.max()
-        slope = self.mode.slope(torch.ones(1, 1), self.row_lengths[positions].double()).squeeze(0) * reach
-        outer = self.mode.slope(self.query_lengths.double(), torch.ones(1))
+        gain = torch.ones(1) if self.factor is None else self.factor[positions].abs().double()
+        outer = torch.ones(1)
+        if self.mode.uses_lengths:
+            gain = gain * self.mode.slope(torch.ones(1), self.row_lengths[positions])
+            outer = self.mode.slope(self.query_lengths, torch.ones(1))
+        underflow = self.queries.shape[1] * torch.finfo(torch.float32).tiny
+        slack = (found.absolute * (gain * norms).max() + underflow * gain.max()) * outer
+        if self.mode.proportional:
+            return slack
         # The lengths themselves are rounded, and with them every score that they enter.
-        lengths = torch.finfo(torch.float32).eps * 4 * (self.query_lengths.abs() + self.row_lengths[positions].max())
-        return found.absolute * slope.max() * outer + (0.0 if self.mode.proportional else lengths)
+        return slack + torch.finfo(torch.float32).eps * 4 * (self.query_lengths + self.row_lengths[positions].max())
 
 
 @dataclass(eq=False)
@@ -106,6 +100,12 @@ class Group:
         """``[n]``, where the rows stand."""
         return torch.cat([tile.positions for tile in self.tiles])
 
+    @property
+    def lengthened(self) -> Tensor:
+        """``[n]``: how far rounding can have lengthened the rows."""
+        parts = ((tile.lengthened, len(tile)) for tile in self.tiles)
+        return torch.cat([torch.zeros(count) if part is None else part for part, count in parts])
+
     def take(self, columns: Tensor) -> Tensor:
         """The rows of ascending ``columns [m]`` of the group, decoded, ``[m, width]``."""
         edges = np.cumsum([0, *(len(tile) for tile in self.tiles)])
@@ -123,7 +123,7 @@ class Sieve:
     """Keeps the exact ``k`` highest and ``k`` lowest of groups of rows; the first group has at least ``k``."""
 
     def __init__(self, scorer: Scorer, norms: Tensor, k: int) -> None:
-        """``norms [rows]`` are the stored rows' norms, float64."""
+        """``norms [rows]`` are the rows' norms before they were rounded to be stored, float64."""
         self._scorer = scorer
         self._norms = norms
         self._queries = scorer.queries.double()
@@ -151,7 +151,8 @@ class Sieve:
     def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[queries]``: how far a score of the group can be off, its own rounding aside."""
         bounds = {id(found.absolute): found for found in group.products}  # one, or two where tiles differ
-        slacks = [self._scorer.slack(found, self._norms[positions], positions) for found in bounds.values()]
+        norms = self._norms[positions] + group.lengthened
+        slacks = [self._scorer.slack(found, norms, positions) for found in bounds.values()]
         # A bound that is itself rounded to ``dtype`` must not become a larger one.
         return torch.stack(slacks).amax(0) * 1.01 + torch.finfo(dtype).tiny
 
@@ -180,15 +181,11 @@ class Sieve:
         """``[pairs]``: exact scores of pairs, ordered by query and then by column."""
         rows, inverse = columns.unique(return_inverse=True)
         decoded = group.take(rows)
+        products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
-        if len(rows) * len(self._queries) <= PAIRS_COST * len(columns):
-            every = torch.cat([torch.mm(part.double(), self._queries.T) for part in decoded.split(piece)])
-            products = every[inverse, queries]
-        else:
-            products = torch.empty(len(columns), dtype=torch.float64)
-            for query, start, stop in runs(queries, piece):
-                products[start:stop] = torch.mv(decoded[inverse[start:stop]].double(), self._queries[query])
-        return self._scorer.pair_scores(products, queries, positions[columns])
+        for query, start, stop in runs(queries, piece):
+            products[start:stop] = row_products(decoded[inverse[start:stop]], self._queries[query])
+        return self._scorer.scores(products, positions[columns], queries)
 
 
 def runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:

@@ -3,7 +3,8 @@
 At full size, a million rows (8.2 GB, made in a stream in the temporary folder and removed at the end) and 100,000 rows
 of a trained model (kept there). ``LOGIX_BENCH_ROWS`` and ``LOGIX_BENCH_B10_ROWS`` take fewer. Both sides of a ratio run
 in one process, in turn. Which arithmetic wins depends on the processor, so the floor is shown for both: products of
-rows as they are stored, and of XX"""
+rows as they are stored, and of rows widened to float32.
+"""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ def test_what_a_sketch_leaves_is_said_and_bounds_the_error(rows: Tensor, monkeyp
 def test_covariances_that_memory_does_not_hold_are_refused_before_they_are_tried(
     rows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completion, "_physical_memory", lambda: 1000)
+    monkeypatch.setattr(completion, "allowed_memory", lambda: 1000)
     store = MemoryStore(LAYOUT, rows)
-    with pytest.raises(StatisticsError, match=r"2 modules.*GiB, and this machine has 0\.0: ask with precond"):
+    with pytest.raises(StatisticsError, match=r"2 modules.*GiB, and this process may have 0\.0: ask with precond"):
         statistics_for("covariance", store)
     assert store.scans == 0

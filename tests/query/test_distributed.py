@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import MissingDependencyError, QueryError
 from logix_like.query import distributed, scoring
 from logix_like.query.distributed import Asked, Found, RangeTask, scan_range
@@ -20,8 +22,9 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.modes import MODES
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
-from logix_like.store import GradientStore
+from logix_like.store import GradientStore, StoreWriter, create_store, describe, open_store
 from logix_like.store.places.files import as_place
+from logix_like.store.reading import gradients
 from tests.query.memory_store import MemoryStore
 from tests.query.test_query_on_disk import LAYOUT, _write
 
@@ -44,12 +47,13 @@ def query() -> QueryGradients:
     return QueryGradients(("q0", "q1"), torch.randn(2, LAYOUT.width), LAYOUT)
 
 
-def _assert_same(store: GradientStore, query: QueryGradients, client: object, **options: Any) -> None:
+def _assert_same(store: GradientStore, query: QueryGradients, client: object, **options: Any) -> str:
     engine = QueryEngine(store, keep_bytes=0)
     exact = engine.influence(query, **options)
     found = engine.influence(query, engine="dask", client=client, **options)
     assert found.engine == "dask" and "dask engine" in found.note
     _equal(exact, found)
+    return found.note
 
 
 def _equal(one: InfluenceResult, other: InfluenceResult) -> None:
@@ -63,6 +67,16 @@ def _equal(one: InfluenceResult, other: InfluenceResult) -> None:
 def test_threads_give_the_exact_answer(store: GradientStore, query: QueryGradients, mode: str, reduce: str) -> None:
     with ThreadPoolExecutor(2) as pool:
         _assert_same(store, query, pool, k=7, mode=mode, reduce=reduce)
+
+
+def test_rows_of_several_ranges_are_told_apart_as_those_of_one(tmp_path: Path) -> None:
+    rows = torch.zeros(300, LAYOUT.width)
+    rows[:, 0], rows[:, 1] = 1, 1e-10 * torch.arange(300)  # in float32 all scores are 1
+    store = _write(tmp_path / "close", rows, [f"s{i}" for i in range(300)], "float32")
+    query = QueryGradients(("q",), torch.ones(1, LAYOUT.width), LAYOUT)
+    with ThreadPoolExecutor(2) as pool:
+        for k in (5, 300):
+            _assert_same(store, query, pool, k=k, preconditioner="identity")
 
 
 def test_some_samples_and_parts(store: GradientStore, query: QueryGradients) -> None:
@@ -105,6 +119,71 @@ class _Deadly(Executor):
 def test_a_broken_pool_changes_nothing_in_the_answer(store: GradientStore, query: QueryGradients) -> None:
     with _Deadly() as pool:
         _assert_same(store, query, pool, k=5)
+
+
+class _Breaks(Executor):
+    """Takes two ranges, and then none."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self.sent = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.sent += 1
+        if self.sent > 2:
+            raise BrokenExecutor("a process in the pool was terminated abruptly")
+        return self._pool.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def test_a_pool_that_takes_no_further_ranges_changes_nothing(store: GradientStore, query: QueryGradients) -> None:
+    with _Breaks() as pool:
+        note = _assert_same(store, query, pool, k=5)
+        assert f"(workers were lost: {pool.sent - 2} ranges scanned here)" in note
+
+
+def test_a_pool_that_was_shut_down_is_named(store: GradientStore, query: QueryGradients) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pass
+    with pytest.raises(QueryError, match=r"client is a ThreadPoolExecutor that takes no more work \(.*\): ask inside"):
+        QueryEngine(store).influence(query, k=3, engine="dask", client=pool)
+
+
+def test_a_copy_of_a_store_is_read_where_it_lies(
+    store: GradientStore, query: QueryGradients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "KEPT_BYTES", 0)
+    with ThreadPoolExecutor(1) as pool:
+        _assert_same(store, query, pool, k=5, reduce="none")
+        shutil.copytree(store.path, tmp_path / "copy")
+        shutil.rmtree(store.path)
+        _assert_same(open_store(tmp_path / "copy"), query, pool, k=5, reduce="none")
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_what_a_worker_decompresses_does_not_stay_in_its_memory(
+    query: QueryGradients, tmp_path: Path, codec: str
+) -> None:
+    create_store(tmp_path, {})
+    describe(tmp_path, LAYOUT, "bfloat16", {block.name: (None, None) for block in LAYOUT})
+    with StoreWriter(tmp_path, LAYOUT, "bfloat16", codec=codec) as writer:
+        writer.put(ProjectedBatch(tuple(range(50)), torch.randn(50, LAYOUT.width)))
+    distributed._mapped.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        _assert_same(open_store(tmp_path), query, pool, k=5)
+    assert bool(distributed._mapped.cache_info().currsize) == (codec == "none")
+
+
+def test_a_progress_bar_on_request(
+    store: GradientStore, query: QueryGradients, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for progress in (None, False, True):
+            assert capsys.readouterr().err == ""
+            QueryEngine(store).influence(query, k=3, engine="dask", client=pool, progress=progress)
+    assert "influence" in capsys.readouterr().err
 
 
 @pytest.mark.slow

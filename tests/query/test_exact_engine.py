@@ -245,6 +245,20 @@ def test_changed_rows_take_effect(keep_bytes: int, rows: Tensor, query: QueryGra
     assert grown.scores.shape == (3, 40) and torch.equal(grown.scores, fresh.scores)
 
 
+def test_statistics_that_come_after_their_rows_take_effect(
+    keep_bytes: int, store: MemoryStore, query: QueryGradients
+) -> None:
+    engine = QueryEngine(store, keep_bytes=keep_bytes)
+    before = engine.influence(query, preconditioner="kfac", mode="cosine").scores
+    store.statistics = _gathered(store.rows)  # factors of other activations
+    found, fresh = (
+        one.influence(query, preconditioner="kfac", mode="cosine").scores
+        for one in (engine, QueryEngine(store, keep_bytes=keep_bytes))
+    )
+    assert before is not None and found is not None and fresh is not None
+    assert torch.equal(found, fresh) and not torch.allclose(found, before, rtol=1e-3)
+
+
 def test_self_influence_equals_the_dense_reference(keep_bytes: int, store: MemoryStore, rows: Tensor) -> None:
     own = QueryEngine(store, keep_bytes=keep_bytes).self_influence(preconditioner="kfac", damping=DAMPING)
     inverse = _inverse("kfac", store.statistics, rows)

@@ -17,6 +17,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import RowIndex, _plain_codes, load_faiss
 from logix_like.query.indexing import IndexSearch, Measured
 from logix_like.query.modes import MODES
+from logix_like.query.products import row_products
 from logix_like.query.question import REDUCTIONS
 from logix_like.query.result import InfluenceResult
 from logix_like.query.scan import Candidates
@@ -197,7 +198,7 @@ def test_queries_are_ranked_among_rows_of_their_own(rows: Tensor) -> None:
     for side, sign in zip(found, (1, -1), strict=True):
         for query, (scores, positions) in enumerate(zip(side.scores, side.positions, strict=True)):
             own = named[query][named[query] >= 0].unique()
-            products = rows[own].double() @ queries[query].double()
+            products = row_products(rows[own], queries[query].double())
             best = (sign * products).argsort(descending=True)[:5]
             assert positions.tolist() == own[best].tolist()
-            assert scores.equal(products[best].float())
+            assert scores.equal(products[best])

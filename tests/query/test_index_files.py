@@ -13,7 +13,7 @@ from logix_like.capture.batch import ProjectedBatch
 from logix_like.errors import QueryError
 from logix_like.query import index as index_module
 from logix_like.query import indexing
-from logix_like.query.engine import QueryEngine
+from logix_like.query.engine import KEPT_BYTES, QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.index import RowIndex
 from logix_like.query.indexing import IndexSearch, Measured
@@ -255,9 +255,12 @@ def test_a_small_store_is_scored_whole(store: GradientStore, query: QueryGradien
 
 
 def test_a_factory_that_is_none(store: GradientStore, query: QueryGradients) -> None:
-    with pytest.raises(QueryError, match=r"cannot make an index 'Flut' of 48 numbers from 300 rows \(.*\); known"):
-        _ask(store, query, index="Flut")
-    with pytest.raises(QueryError, match="FAISS cannot make an index 'IVF4096,Flat'"):
+    for keep_bytes in (0, KEPT_BYTES):  # also of a store that is scored whole
+        engine = QueryEngine(store, keep_bytes=keep_bytes)
+        for index in ("Flut", 5):
+            with pytest.raises(QueryError, match=rf"cannot make an index {index!r} of \d+ numbers \(.*\); known"):
+                engine.influence(query, k=5, engine="faiss", index=index)
+    with pytest.raises(QueryError, match="FAISS cannot make an index 'IVF4096,Flat' of 48 numbers from 300 rows"):
         _ask(store, query, index="IVF4096,Flat")
 
 

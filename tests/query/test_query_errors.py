@@ -55,6 +55,8 @@ def query() -> QueryGradients:
         ({"engine": "faiss"}, "finds the first k only: give k="),
         ({"data_id": ["s1", "s10"]}, r"no sample with the id 's10' \(str\) can be ranked; the store has 10 ids"),
         ({"data_id": [1]}, r"no sample with the id 1 \(int\)"),
+        ({"data_id": [["s1"]]}, r"no sample with the id \['s1'\] \(list\)"),
+        ({"data_id": ["s1", "s3"], "where": ["s4", "s3"]}, r"'s1' \(str\) can be ranked; the filter leaves 2 ids"),
         ({"data_id": []}, "data_id names no sample"),
         ({"data_id": "s1", "k": 11}, "k is 11, but there are only 10 samples to rank"),
     ],
@@ -96,6 +98,20 @@ def test_a_query_that_is_not_finite_is_named(engine: QueryEngine, query: QueryGr
             ask(query)
 
 
+def test_a_query_that_overflows_against_tiny_rows_is_named() -> None:
+    engine = QueryEngine(MemoryStore(LAYOUT, 1e-21 * torch.randn(40, LAYOUT.width)))
+    ones = torch.ones(1, LAYOUT.width, dtype=torch.float64)
+    query = QueryGradients(("small", "large"), torch.cat([1e-20 * ones, ones]).float(), LAYOUT)
+    wide = QueryGradients(("small", "large"), torch.cat([ones, 1e39 * ones]), LAYOUT)
+    told = r"preconditioned gradient of query 'large' \(1 of 2 queries\) holds .*; the query is too large for that"
+    for ask in (engine.influence, engine.self_influence, engine.preconditioned):
+        with pytest.raises(QueryError, match=told):
+            ask(query, preconditioner="diagonal")
+    for ask in (engine.influence, engine.self_influence):
+        with pytest.raises(QueryError, match=told):
+            ask(wide, preconditioner="identity")
+
+
 def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None:
     huge = torch.full((1, LAYOUT.width), 2e38)  # their sum overflows
     assert engine.influence(QueryGradients(("q",), huge, LAYOUT), preconditioner="identity", mode="dot").samples == 10
@@ -104,6 +120,8 @@ def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None
 def test_queries_and_ids_must_fit() -> None:
     with pytest.raises(QueryError, match=r"shape \(2, 5\); 1 ids and rows of 12 numbers need \(1, 12\)"):
         QueryGradients(("q",), torch.zeros(2, 5), LAYOUT)
+    with pytest.raises(QueryError, match=r"query gradients are a ndarray; they must be a tensor \[queries, 12\]"):
+        QueryGradients(("q",), np.zeros((1, LAYOUT.width)), LAYOUT)
 
 
 def test_another_model_is_refused(engine: QueryEngine) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from logix_like.errors import QueryError
 from logix_like.layout import Layout, ModuleBlock
+from logix_like.query import groups
 from logix_like.query.engine import KEPT_BYTES, QueryEngine
 from logix_like.query.gradients import QueryGradients
 from logix_like.query.parts import layer_of
 from logix_like.query.result import InfluenceResult, SelfInfluence
+from logix_like.query.scan import Candidates
 from logix_like.statistics import StatisticsAccumulator
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, dense_inverse, dense_scores, second_moment_matrix
@@ -105,6 +107,25 @@ def test_some_samples(engine: QueryEngine, query: QueryGradients, where: Any, ex
 def test_a_choice_that_makes_no_sense(query: QueryGradients, rows: Tensor, where: Any, message: str) -> None:
     with pytest.raises(QueryError, match=message):
         QueryEngine(_store(rows)).influence(query, where=where, reduce="none", **OPTIONS)
+
+
+def test_two_filters_that_agree_are_a_filter_still(engine: QueryEngine, query: QueryGradients) -> None:
+    """The second leaves all that the first had left, which is not all that there is."""
+    chosen, options = [f"s{i}" for i in range(60) if i % 3 == 1], {**OPTIONS, "reduce": "none"}
+    every = engine.influence(query, mode="cosine", **options)
+    some = engine.influence(query, where={"label": 1}, data_id=chosen, mode="cosine", **options)
+    assert some.data_id.tolist() == chosen
+    torch.testing.assert_close(some.scores, every.scores[:, 1::3], rtol=EXACT, atol=EXACT)
+    few = engine.influence(query, where={"label": 1}, data_id=chosen, k=20, **options)
+    assert set(few.proponents().ids[0]) == set(chosen)
+    assert engine.influence(query, k=60, **options).samples == 60
+
+
+def test_what_the_first_filter_leaves_is_not_kept_for_all(rows: Tensor, query: QueryGradients) -> None:
+    engine, chosen = QueryEngine(_store(rows)), ["s1", "s4"]
+    engine.influence(query, where=chosen, data_id=chosen, **OPTIONS)
+    expected = QueryEngine(_store(rows)).influence(query, k=5, **OPTIONS).proponents()
+    assert engine.influence(query, k=5, **OPTIONS).proponents().ids.tolist() == expected.ids.tolist()
 
 
 @pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
@@ -243,14 +264,23 @@ def test_second_order_of_repeated_visits_takes_all_of_them_out(rows: Tensor, que
 
 
 def test_sets_that_make_no_sense(engine: QueryEngine, query: QueryGradients) -> None:
-    senseless: tuple[Any, ...] = ([], {}, "s1", 3)
-    for groups in senseless:
+    senseless: tuple[Any, ...] = ([], {}, "s1", 3, [["s1", "s2"], ["s3"]], [1.5])
+    for ids in senseless:
         with pytest.raises(QueryError, match=r"groups is .*; it must be a list of ids, or groups a mapping"):
-            engine.group_influence(query, groups, **OPTIONS)
+            engine.group_influence(query, ids, **OPTIONS)
     with pytest.raises(QueryError, match="no sample with the id 'x'"):
         engine.group_influence(query, ["x"], **OPTIONS)
     with pytest.raises(QueryError, match=r"order is 3; it must be 1 \(sum of scores\) or 2"):
         engine.group_influence(query, ["s1"], order=3, **OPTIONS)
+
+
+def test_a_set_too_large_for_second_order_is_refused_before_it_is_read(
+    rows: Tensor, query: QueryGradients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "LARGEST_GROUP", 10)
+    monkeypatch.setattr(Candidates, "fetch", None)
+    with pytest.raises(QueryError, match="a group of 11 rows is too large for order=2, which takes up to 10"):
+        QueryEngine(_store(rows)).group_influence(query, [f"s{i}" for i in range(11)], order=2, **OPTIONS)
 
 
 def test_near_duplicates_in_gradient_space(rows: Tensor) -> None:

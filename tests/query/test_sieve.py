@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from logix_like.query import products, scoring, sieve
+from logix_like.query import products, scoring
 from logix_like.query.engine import QueryEngine
 from logix_like.query.gradients import QueryGradients
-from logix_like.query.products import summation_error
+from logix_like.query.products import row_products, summation_error
 from logix_like.query.result import InfluenceResult
 from tests.query.memory_store import MemoryStore
 from tests.reference import blocks_layout, dense_ranking, dense_scores
@@ -33,13 +33,6 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Force one of the two ways of multiplying, where the rows allow both."""
     narrow = request.param == "narrow"
     monkeypatch.setattr(products.Products, "_prefers_narrow", lambda self, tile, raw: narrow)
-    return str(request.param)
-
-
-@pytest.fixture(params=["pairs", "products"])
-def multiplied_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Multiply what passes the sieve a pair at a time, or all rows of it with all queries."""
-    monkeypatch.setattr(sieve, "PAIRS_COST", 0 if request.param == "pairs" else 2**40)
     return str(request.param)
 
 
@@ -69,11 +62,9 @@ def _assert_is_the_reference(result: InfluenceResult, expected: Tensor, k: int) 
 @pytest.mark.parametrize("k", [1, 10, 100])
 @pytest.mark.parametrize("mode", ["dot", "cosine", "relatif"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_ids_order_and_scores_are_those_of_float64(
-    arithmetic: str, multiplied_as: str, queries: int, mode: str, k: int
-) -> None:
+def test_ids_order_and_scores_are_those_of_float64(arithmetic: str, queries: int, mode: str, k: int) -> None:
     rows, asked = _rows(700), torch.randn(queries, LAYOUT.width)
-    lengths = (rows.float() * rows.float()).sum(1).double(), (asked * asked).sum(1).double()
+    lengths = rows.double().square().sum(1), asked.double().square().sum(1)
     expected = asked.double() @ rows.double().T
     if mode != "dot":
         expected = expected / lengths[0].sqrt()
@@ -97,7 +88,23 @@ def test_gradients_of_any_size(arithmetic: str, scale: float) -> None:
     _assert_is_the_reference(_ask(rows, asked, 5), asked.double() @ rows.double().T, 5)
 
 
-def test_equal_rows_rank_in_row_order(arithmetic: str, multiplied_as: str) -> None:
+@pytest.mark.parametrize("k", [5, 200])
+@pytest.mark.parametrize("mode", ["cosine", "relatif"])
+@pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-30])
+@pytest.mark.parametrize("asked_scale", [1.0, 1e-21])
+def test_rows_whose_squares_underflow_are_compared_all_the_same(
+    arithmetic: str, asked_scale: float, scale: float, mode: str, k: int
+) -> None:
+    """So small are the gradients of samples that are fitted to the last bit."""
+    rows, asked = _rows(300), asked_scale * torch.randn(2, LAYOUT.width)
+    rows[::2] *= scale
+    expected = asked.double() @ rows.double().T / rows.double().norm(dim=1)
+    if mode == "cosine":
+        expected = expected / asked.double().norm(dim=1)[:, None]
+    _assert_is_the_reference(_ask(rows, asked, k, mode), expected, k)
+
+
+def test_equal_rows_rank_in_row_order(arithmetic: str) -> None:
     rows = _rows(3)[torch.randint(3, (600,))]
     asked = torch.randn(2, LAYOUT.width)
     _assert_is_the_reference(_ask(rows, asked, 8), asked.double() @ rows.double().T, 8)
@@ -136,13 +143,31 @@ def test_rows_that_are_kept_in_memory_rank_by_float64_too(arithmetic: str) -> No
         _assert_is_the_reference(result, asked.double() @ rows.double().T, k)
 
 
-@pytest.mark.parametrize("k", [3, 300])
-def test_many_equal_rows_rank_in_row_order(arithmetic: str, k: int) -> None:
-    rows, asked = _rows(7)[torch.arange(331) % 7], torch.randn(3, LAYOUT.width)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [3, 20, 300])
+def test_many_equal_rows_rank_in_row_order(arithmetic: str, dtype: torch.dtype, k: int) -> None:
+    rows, asked = torch.randn(7, LAYOUT.width).to(dtype)[torch.arange(331) % 7], torch.randn(9, LAYOUT.width)
     result = _ask(rows, asked, k)
     for line, scores in zip(result.proponents().ids.tolist(), asked.double() @ rows.double()[:7].T, strict=True):
         order = scores.argsort(descending=True).tolist()
         assert line == [row for kind in order for row in range(kind, 331, 7)][:k]
+
+
+@pytest.mark.parametrize("width", [1, 5, 145, 1000, 40_000])
+def test_equal_rows_have_equal_products_wherever_they_stand(width: int) -> None:
+    row, query = torch.randn(width), torch.randn(width, dtype=torch.float64)
+    alone = row_products(row[None], query)
+    torch.testing.assert_close(alone, (row.double() @ query)[None], rtol=1e-9, atol=1e-9)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for count in (1, 2, 3, 17, 64):
+                rows = torch.randn(count, width)
+                rows[count // 2 :] = row
+                assert (row_products(rows, query)[count // 2 :] == alone).all()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

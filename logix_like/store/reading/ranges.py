@@ -34,6 +34,8 @@ class RowRange:
     """Name of the rows' encoding."""
     numbers: np.ndarray | None
     """``[stop - start]``: where the rows stand in the table, None for ``start`` to ``stop - 1``."""
+    mapped: bool
+    """Whether the chunks are plain files, to be mapped."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowRange) and self._identity == other._identity
@@ -42,8 +44,9 @@ class RowRange:
         return hash(self._identity)
 
     @property
-    def _identity(self) -> tuple[str, int, int]:
-        return self.key, self.start, self.stop
+    def _identity(self) -> tuple[str, str, int, int]:
+        """With the folder: a copy of a store has its key, and may outlive it."""
+        return self.key, str(self.segments[0].folder), self.start, self.stop
 
     def open(self) -> RangeGradients:
         """A reader of these rows."""
@@ -88,4 +91,5 @@ def row_range(rows: Rows, start: int, stop: int) -> RowRange:
     first, last = (start, stop - 1) if numbers is None else (int(numbers[0]), int(numbers[-1]))
     held = (segment for segment in table.segments if segment.first <= last and first < segment.stop)
     segments = tuple(replace(segment, folder=cast(Place, str(segment.folder))) for segment in held)
-    return RowRange(rows.key, start, stop, segments, table.layout, table.encoding.name, numbers)
+    mapped = table.gradients.mapped
+    return RowRange(rows.key, start, stop, segments, table.layout, table.encoding.name, numbers, mapped)
