@@ -177,7 +177,7 @@ class CurvatureStream:
         for block in curvature.layout:
             self._projector.assign(block.name, block.input_group)
         sums = {name.removeprefix(SUMS): tensor for name, tensor in tensors.items() if name.startswith(SUMS)}
-        self._factors.all().update(sums)
+        self._factors.restore(sums)
         counts = about["stream"]
         self._squares = _sums_of(curvature.eigenvalues, counts["squares"])
         self._blocks, self._looks, self._next_basis = (counts[name] for name in ("blocks", "looks", "next_basis"))
@@ -187,5 +187,5 @@ class CurvatureStream:
 def _sums_of(means: dict[str, Tensor], count: int) -> Sums:
     sums = Sums(MEMORY)
     sums.count("samples", count)
-    sums.all().update({f"squares/{name}": values * count for name, values in means.items()})
+    sums.restore({f"squares/{name}": values * count for name, values in means.items()})
     return sums
