@@ -44,7 +44,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards."""
+    """No parameter requires a gradient and every module is in eval mode; all is as before afterwards.
+
+    Raises:
+        ConfigError: no gradient can be had here at all.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "no gradient can be had inside torch.inference_mode(); ask outside of it (no_grad() is no matter)"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model):
         try:
@@ -59,8 +67,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Frozen as by :func:`frozen`, and attention by a formula that can be derived twice (fused kernels cannot)."""
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        yield
+    fused = torch.backends.mha.get_fastpath_enabled()  # whole layers of torch, of transformers in eval mode
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with frozen(model), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def trained_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> tuple[str, ...]:

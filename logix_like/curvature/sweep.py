@@ -120,10 +120,12 @@ class Sweep:
         calls = CallReader(
             samples, reader.read_input, reader.read_gradient, detached=True, device_type=self.device.type
         )
-        sink.begin(samples, self._mask(batch))
+        sink.begin(samples, _require_mask(self._mask(batch), samples))
         with frozen(self.model), torch.enable_grad(), HookSet(self.selection, calls, samples):
             values = losses(self.model, batch)
-            self._require_losses(values, samples)
+            require_losses(values, samples)
+            if not values.requires_grad:
+                raise CaptureError("no tracked module was called: run the forward pass of the tracked model itself")
             values.sum().backward()
         calls.close()
         if not calls.gradients:
@@ -131,14 +133,14 @@ class Sweep:
         sink.end()
         return values.detach()
 
-    def _require_losses(self, values: Tensor, samples: int) -> None:
-        if values.shape != (samples,):
-            raise CaptureError(
-                f"the losses have the shape {tuple(values.shape)}; expected one for each of the batch's {samples} "
-                "samples: do not reduce over the batch"
-            )
-        if not values.requires_grad:
-            raise CaptureError("no tracked module was called: run the forward pass of the tracked model itself")
+
+def require_losses(values: Tensor, samples: int) -> None:
+    """Raise :class:`CaptureError` unless ``values`` are one loss for each of so many samples."""
+    if values.shape != (samples,):
+        raise CaptureError(
+            f"the losses have the shape {tuple(values.shape)}; expected one for each of the batch's {samples} "
+            "samples: do not reduce over the batch"
+        )
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
@@ -163,4 +165,14 @@ def widened(factor: Tensor) -> Tensor:
 
 
 def _attention_mask(batch: Batch) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom
+
+
+def _require_mask(mask: object, samples: int) -> Tensor | None:
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == samples):
+        return mask
+    found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+    raise CaptureError(
+        f"the mask has the {found}; expected a tensor [samples, positions] for the batch's {samples} samples"
+    )
