@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from logix_like.capture.selection import Selection, select_modules
+from logix_like.capture.selection import Selection, require_model, select_modules
 from logix_like.curvature.curvature import Curvature, Kind, Labels
 from logix_like.curvature.moments import WIDEST
 from logix_like.curvature.partial import PartialFit
@@ -78,5 +78,7 @@ def fit_curvature(
 
 
 def default_selection(model: nn.Module) -> Selection:
-    """All modules of ``model`` that are linear maps and trained."""
-    return select_modules(model, types=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d"))
+    """All modules of ``model`` that are linear maps and trained; where nothing of it is trained any more, all."""
+    require_model(model)
+    finished = not any(parameter.requires_grad for parameter in model.parameters())
+    return select_modules(model, types=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d"), frozen=finished)
