@@ -84,7 +84,9 @@ class CurvatureStream:
         self._next_basis = 1
         self._blocks = self._looks = 0
         self._saved, self._took = time.monotonic(), 0.0
-        if file.is_file():
+        self.written = file.is_file()
+        """Whether there is a file of it."""
+        if self.written:
             self._restore()
 
     def look(
@@ -142,6 +144,7 @@ class CurvatureStream:
             tensors |= {SUMS + name: tensor for name, tensor in self._factors.all().items()}
             counts = {"blocks": self._blocks, "looks": self._looks, "squares": self._squares.samples}
             write_tensors(self._file, tensors, {**about, "stream": {**counts, "next_basis": self._next_basis}})
+            self.written = True
         self._saved = time.monotonic()
         self._took = self._saved - begun
 
