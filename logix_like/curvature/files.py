@@ -88,7 +88,7 @@ def stored_curvature(store: Place, name: str) -> Path:
 
 
 def told_curvatures(store: Place) -> list[dict[str, Any]]:
-    """Of each curvature that a store keeps, without reading it: ``name, kind, labels, samples``, and if it was ``gathered``.
+    """Of each curvature in a store, unread: ``name, kind, labels, samples``, and whether a training ``gathered`` it.
 
     One that cannot be read is of the kind ``damaged``.
     """

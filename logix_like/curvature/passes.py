@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
@@ -92,6 +94,25 @@ def shuffles(loader: Iterable[Batch]) -> bool:
         return False
     samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     return any(isinstance(sampler, RANDOM) for sampler in samplers)
+
+
+def first_batch(loader: Iterable[Batch], sweep: Sweep) -> str:
+    """Digest of the first batch as a fit sees it: its tensors, targets and mask, and how a target is scored.
+
+    Empty where a look would take the batch away, or another pass sees another one.
+    """
+    if shuffles(loader) or isinstance(loader, Iterator):
+        return ""
+    likelihood = sweep.objective.likelihood
+    scored = repr(likelihood) if is_dataclass(likelihood) else type(likelihood).__qualname__
+    digest = hashlib.blake2b(scored.encode(), digest_size=6)
+    for batch in islice(loader, 1):
+        plain = dict(batch) if isinstance(batch, Mapping) else batch
+        for leaf in tree_leaves((plain, sweep.objective.labels(batch), sweep.mask(batch))):
+            if isinstance(leaf, Tensor):
+                flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(f"{tuple(leaf.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Batches:

@@ -108,6 +108,21 @@ class Sweep:
         """How many samples ``batch`` has."""
         return len(self.objective.labels(batch))
 
+    def mask(self, batch: Batch) -> Tensor | None:
+        """``[samples, positions]``: which positions of ``batch`` count; None if all do.
+
+        Raises:
+            CaptureError: it is something else.
+        """
+        mask: object = self._mask(batch)
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == self.samples(batch)):
+            return mask
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise CaptureError(
+            f"the mask has the {found}; expected a tensor [samples, positions] for the batch's {self.samples(batch)} "
+            "samples"
+        )
+
     def run(self, batch: Batch, losses: Losses, sink: Sink) -> Tensor:
         """One forward and backward pass of the summed ``losses``, which are returned ``[samples]``.
 
@@ -120,7 +135,7 @@ class Sweep:
         calls = CallReader(
             samples, reader.read_input, reader.read_gradient, detached=True, device_type=self.device.type
         )
-        sink.begin(samples, _require_mask(self._mask(batch), samples))
+        sink.begin(samples, self.mask(batch))
         with frozen(self.model), torch.enable_grad(), HookSet(self.selection, calls, samples):
             values = losses(self.model, batch)
             require_losses(values, samples)
@@ -167,12 +182,3 @@ def widened(factor: Tensor) -> Tensor:
 def _attention_mask(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom
-
-
-def _require_mask(mask: object, samples: int) -> Tensor | None:
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == samples):
-        return mask
-    found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
-    raise CaptureError(
-        f"the mask has the {found}; expected a tensor [samples, positions] for the batch's {samples} samples"
-    )
