@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, get_args
@@ -104,8 +104,8 @@ def first_batch(loader: Iterable[Batch], sweep: Sweep) -> str:
     if shuffles(loader) or isinstance(loader, Iterator):
         return ""
     likelihood = sweep.objective.likelihood
-    scored = repr(likelihood) if is_dataclass(likelihood) else type(likelihood).__qualname__
-    digest = hashlib.blake2b(scored.encode(), digest_size=6)
+    settings = [value for value in vars(likelihood).values() if isinstance(value, int | float | str)]
+    digest = hashlib.blake2b(f"{type(likelihood).__qualname__}{settings}".encode(), digest_size=6)
     for batch in islice(loader, 1):
         plain = dict(batch) if isinstance(batch, Mapping) else batch
         for leaf in tree_leaves((plain, sweep.objective.labels(batch), sweep.mask(batch))):
