@@ -48,7 +48,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Torch's transformer encoder would then lay padded sequences one behind the other (as nested tensors), which no
     layer's rule reads; it is kept from that.
+
+    Raises:
+        ConfigError: no gradient can be had here at all.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "no gradient can be had inside torch.inference_mode(); ask outside of it (no_grad() is no matter)"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
     fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model):
@@ -66,8 +73,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Frozen as by :func:`frozen`, and attention by a formula that can be derived twice (fused kernels cannot)."""
-    with frozen(model), sdpa_kernel(SDPBackend.MATH):
-        yield
+    fused = torch.backends.mha.get_fastpath_enabled()  # whole layers of torch, of transformers in eval mode
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with frozen(model), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def trained_parameters(model: nn.Module, globs: Sequence[str] = ("*",)) -> tuple[str, ...]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from logix_like.curvature.curvature import Curvature, Fisher
-from logix_like.errors import ConfigError, StoreDamagedError, StoreVersionError
+from logix_like.errors import ConfigError, StoreDamagedError, StoreError, StoreVersionError
 from logix_like.layout import Layout
 from logix_like.linalg.basis import Basis
 from logix_like.store.format.schema import CURVATURE
-from logix_like.store.format.tensors import read_tensors, write_tensors
+from logix_like.store.format.tensors import read_about, read_tensors, write_tensors
 from logix_like.store.places.files import Place
 
 FORMAT = 1
@@ -84,6 +85,24 @@ def stored_curvature(store: Place, name: str) -> Path:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise ConfigError(f"a curvature's name is {name!r}; it may have letters, digits, '_', '-' and '.'")
     return store / CURVATURE / f"{name}.safetensors"
+
+
+def told_curvatures(store: Place) -> list[dict[str, Any]]:
+    """Of each curvature in a store, unread: ``name, kind, labels, samples``, and whether a training ``gathered`` it.
+
+    One that cannot be read is of the kind ``damaged``.
+    """
+    folder = store / CURVATURE if isinstance(store, Path) else None
+    found = []
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        told = {"name": file.stem, "kind": "damaged", "labels": "-", "samples": 0, "gathered": False}
+        with suppress(StoreError, KeyError, TypeError):
+            about = read_about(file)
+            fisher = Fisher(**about["fisher"])
+            told |= {"kind": about["kind"], "labels": fisher.labels, "samples": fisher.samples}
+            told["gathered"] = "stream" in about
+        found.append(told)
+    return found
 
 
 def _basis(tensors: Mapping[str, Tensor], name: str) -> Basis:

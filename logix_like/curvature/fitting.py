@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from logix_like.capture.selection import Selection, select_modules
+from logix_like.capture.selection import Selection, require_model, select_modules
 from logix_like.curvature.curvature import Curvature, Kind, Labels
 from logix_like.curvature.moments import WIDEST
 from logix_like.curvature.partial import PartialFit
-from logix_like.curvature.passes import At, Batches, Passes, Settings, once
+from logix_like.curvature.passes import At, Batches, Passes, Settings, first_batch, once
 from logix_like.curvature.sums import Scratch
 from logix_like.curvature.sweep import Sweep
 from logix_like.linalg.products import Precision
@@ -65,7 +65,10 @@ def fit_curvature(
     settings = Settings(kind, labels, split and kind == "ekfac", seed, widest, precision)
     sweep = Sweep(model, objective or Objective(), selection or default_selection(model), mask=mask)
     weights = fingerprint(model) if at is once else ""
-    interrupted = PartialFit(resume_from, settings.signature(sweep.layout, loader, weights))
+    signature = settings.signature(sweep.layout, loader, weights)
+    if resume_from is not None:
+        signature["data"] = first_batch(loader, sweep)
+    interrupted = PartialFit(resume_from, signature)
     passes = Passes(sweep, Batches(loader, at, progress), settings, interrupted, Scratch(scratch))
     curvature = interrupted.factors()
     if curvature is None:
@@ -78,5 +81,7 @@ def fit_curvature(
 
 
 def default_selection(model: nn.Module) -> Selection:
-    """All modules of ``model`` that are linear maps and trained."""
-    return select_modules(model, types=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d"))
+    """All modules of ``model`` that are linear maps and trained; where nothing of it is trained any more, all."""
+    require_model(model)
+    finished = not any(parameter.requires_grad for parameter in model.parameters())
+    return select_modules(model, types=("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d"), frozen=finished)

@@ -41,10 +41,12 @@ class InnerProducts(Sink):
         self._vectors = dict(vectors)
         self._precision: Precision = precision
         self.modules: dict[str, Tensor] = {}
-        """By block: ``[vectors, samples]`` of the last batch; vectors' blocks that got no gradient are missing."""
+        """By block: ``[vectors, samples]`` of the last batch; 0 for blocks that got no gradient."""
 
     def begin(self, samples: int, mask: Tensor | None) -> None:
-        self.modules = {}
+        for name, vectors in self._vectors.items():
+            like = vectors.left if isinstance(vectors, LowRank) else vectors
+            self.modules[name] = like.new_zeros(len(like), samples)
 
     def add_factors(self, block: str, inputs: Tensor, outputs: Tensor, shared: bool) -> None:
         vectors = self._vectors.get(block)
@@ -52,8 +54,7 @@ class InnerProducts(Sink):
             return
         with products(self._precision):
             found = inner_products(widened(inputs), widened(outputs), vectors)
-        known = self.modules.get(block)
-        self.modules[block] = found if known is None else known + found
+        self.modules[block] = self.modules[block] + found
 
 
 def inner_products(inputs: Tensor, outputs: Tensor, vectors: Tensor | LowRank) -> Tensor:
@@ -81,8 +82,11 @@ class EigenSink(Sink):
     whole gradient only. Which blocks those are is learnt from the first batch.
     """
 
-    def __init__(self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision) -> None:
+    def __init__(
+        self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision, scratch: Scratch = MEMORY
+    ) -> None:
         self._bases = dict(bases)
+        self._scratch = scratch
         self._cast: dict[int, Basis] = {}
         self._precision: Precision = precision
         self._single: frozenset[str] | None = None
@@ -145,7 +149,8 @@ class EigenSink(Sink):
         factor = widened(factor)
         cast = self._cast.get(id(basis))
         if cast is None or cast.parts[0].dtype != factor.dtype or cast.parts[0].device != factor.device:
-            cast = self._cast[id(basis)] = basis.to(factor)
+            parts = (self._scratch.keep_near(part.to(factor)) for part in basis.parts)
+            cast = self._cast[id(basis)] = Basis(tuple(parts))
         return cast.rotate(factor)
 
 
@@ -158,7 +163,7 @@ class SquareSums(EigenSink):
     def __init__(
         self, bases: Mapping[str, tuple[Basis, Basis]], precision: Precision, scratch: Scratch = MEMORY
     ) -> None:
-        super().__init__(bases, precision)
+        super().__init__(bases, precision, scratch)
         self.sums = Sums(scratch)
         """``squares/<block>`` ``[d_out, d_in]`` and ``samples``."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
-from logix_like.curvature.sweep import Losses, on_device
+from logix_like.curvature.sweep import Losses, on_device, require_losses
 from logix_like.errors import StatisticsError
 from logix_like.objective import Batch, Objective, bound
 from logix_like.weights import Flattener, differentiable
@@ -38,8 +38,14 @@ class Operator(ABC):
     def mean(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
         """``H v`` over all samples."""
         total, count = torch.zeros_like(vectors), 0
-        for batch in batches:
-            total += self.sum(batch, vectors)
+        for number, batch in enumerate(batches, start=1):
+            part = self.sum(batch, vectors)
+            if bool(vectors.isfinite().all()) and not bool(part.isfinite().all()):
+                raise StatisticsError(
+                    f"the curvature is not finite in batch {number} of the loader: outputs or losses of a sample are "
+                    "not, or overflow; leave such samples out"
+                )
+            total += part
             count += self.samples(batch)
         if not count:
             raise StatisticsError(
@@ -85,10 +91,11 @@ OPERATORS: Mapping[str, type[Operator]] = {"ggn": GaussNewton, "hessian": Hessia
 """By the name that a user gives."""
 
 
-def sample_gradients(model: nn.Module, flattener: Flattener, batch: Batch, losses: Losses) -> Tensor:
+def sample_gradients(model: nn.Module, flattener: Flattener, batch: Batch, losses: Losses, samples: int) -> Tensor:
     """``[samples, size]``: one backward pass for each sample."""
     with differentiable(model):
         values, pull = _vjp(lambda p: losses(bound(model, p), batch), flattener.parameters)
+        require_losses(values, samples)
         units = torch.eye(len(values), dtype=values.dtype, device=values.device)
         return torch.stack([flattener.join(pull(unit)[0]) for unit in units])
 

@@ -44,7 +44,7 @@ class PartialFit:
         tensors, about = read_tensors(self._folder / f"{name}.safetensors")
         self._require_same(about["signature"])
         sweep.groups = about["groups"]
-        sums.all().update(tensors)
+        sums.restore(tensors)
         return int(about["batches"])
 
     def offer(self, name: str, batches: int, sums: Sums, sweep: Sweep) -> None:

@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from tqdm import tqdm
 
@@ -18,7 +20,7 @@ from logix_like.curvature.curvature import Curvature, Fisher, Kind, Labels
 from logix_like.curvature.gradients import SquareSums
 from logix_like.curvature.moments import WIDEST, FactorSums, moments
 from logix_like.curvature.partial import PartialFit
-from logix_like.curvature.sums import Scratch
+from logix_like.curvature.sums import MEMORY, Scratch
 from logix_like.curvature.sweep import Losses, Sweep
 from logix_like.errors import ConfigError, StatisticsError
 from logix_like.layout import Layout
@@ -37,6 +39,24 @@ At = Callable[[], Iterable[object]]
 def once() -> Iterable[object]:
     """The weights that the model has."""
     return (None,)
+
+
+def sets_of_weights(at: At) -> Iterator[int]:
+    """Numbers 1, 2, ... of the sets of weights, each while it is in the model.
+
+    Raises:
+        ConfigError: ``at`` is no function, or yields nothing.
+    """
+    if not callable(at):
+        raise ConfigError(
+            f"at is a {type(at).__name__}; it must be a function that begins anew at each call, as "
+            "lambda: run.at_checkpoints('all') is"
+        )
+    number = 0
+    for number, _ in enumerate(at(), start=1):
+        yield number
+    if not number:
+        raise ConfigError("at yielded no set of weights; it must yield once for each, after loading it into the model")
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,25 @@ def shuffles(loader: Iterable[Batch]) -> bool:
     return any(isinstance(sampler, RANDOM) for sampler in samplers)
 
 
+def first_batch(loader: Iterable[Batch], sweep: Sweep) -> str:
+    """Digest of the first batch as a fit sees it: its tensors, targets and mask, and how a target is scored.
+
+    Empty where a look would take the batch away, or another pass sees another one.
+    """
+    if shuffles(loader) or isinstance(loader, Iterator):
+        return ""
+    likelihood = sweep.objective.likelihood
+    settings = [value for value in vars(likelihood).values() if isinstance(value, int | float | str)]
+    digest = hashlib.blake2b(f"{type(likelihood).__qualname__}{settings}".encode(), digest_size=6)
+    for batch in islice(loader, 1):
+        plain = dict(batch) if isinstance(batch, Mapping) else batch
+        for leaf in tree_leaves((plain, sweep.objective.labels(batch), sweep.mask(batch))):
+            if isinstance(leaf, Tensor):
+                flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(f"{tuple(leaf.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Batches:
     """The batches of a pass, numbered; at each set of weights all of them again."""
 
@@ -90,7 +129,7 @@ class Batches:
         """Position and batch, under a bar."""
         total = len(self._loader) if isinstance(self._loader, Sized) else None
         position = 0
-        for _ in self._at():
+        for _ in sets_of_weights(self._at):
             with tqdm(total=total, desc=description, unit="batch", disable=not self._bar) as bar:
                 for batch in self._loader:
                     yield position, batch
@@ -127,7 +166,7 @@ class Passes:
         seen, first = self._run("eigenvalues", sink, 1), curvature.fisher.samples
         self._require_samples(first, seen)
         samples = first + seen if self._settings.split else first
-        return with_squares(curvature, sink.sums.all(), replace(curvature.fisher, samples=samples))
+        return with_squares(curvature, sink.sums.all(), replace(curvature.fisher, samples=samples), self._scratch)
 
     def _require_samples(self, first: int, second: int) -> None:
         if self._settings.split and not second:
@@ -174,12 +213,15 @@ def kronecker(sums: Mapping[str, Tensor], layout: Layout, fisher: Fisher, scratc
     return Curvature("kfac", layout, bases, eigenvalues, fisher)
 
 
-def with_squares(curvature: Curvature, sums: Mapping[str, Tensor], fisher: Fisher) -> Curvature:
+def with_squares(
+    curvature: Curvature, sums: Mapping[str, Tensor], fisher: Fisher, scratch: Scratch = MEMORY
+) -> Curvature:
     """EK-FAC: the basis of ``curvature`` with the eigenvalues of :class:`SquareSums`."""
     eigenvalues = {}
     for name, values in curvature.eigenvalues.items():
         total = sums.get(f"squares/{name}")
-        eigenvalues[name] = torch.zeros_like(values) if total is None else total / sums["samples"].to(total.device)
+        mean = torch.zeros_like(values) if total is None else total / sums["samples"].to(total.device)
+        eigenvalues[name] = scratch.keep(mean)
         require_finite(eigenvalues[name], name)
     return Curvature("ekfac", curvature.layout, curvature.bases, eigenvalues, fisher)
 

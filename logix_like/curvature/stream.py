@@ -84,7 +84,9 @@ class CurvatureStream:
         self._next_basis = 1
         self._blocks = self._looks = 0
         self._saved, self._took = time.monotonic(), 0.0
-        if file.is_file():
+        self.written = file.is_file()
+        """Whether there is a file of it."""
+        if self.written:
             self._restore()
 
     def look(
@@ -142,6 +144,7 @@ class CurvatureStream:
             tensors |= {SUMS + name: tensor for name, tensor in self._factors.all().items()}
             counts = {"blocks": self._blocks, "looks": self._looks, "squares": self._squares.samples}
             write_tensors(self._file, tensors, {**about, "stream": {**counts, "next_basis": self._next_basis}})
+            self.written = True
         self._saved = time.monotonic()
         self._took = self._saved - begun
 
@@ -177,7 +180,7 @@ class CurvatureStream:
         for block in curvature.layout:
             self._projector.assign(block.name, block.input_group)
         sums = {name.removeprefix(SUMS): tensor for name, tensor in tensors.items() if name.startswith(SUMS)}
-        self._factors.all().update(sums)
+        self._factors.restore(sums)
         counts = about["stream"]
         self._squares = _sums_of(curvature.eigenvalues, counts["squares"])
         self._blocks, self._looks, self._next_basis = (counts[name] for name in ("blocks", "looks", "next_basis"))
@@ -187,5 +190,5 @@ class CurvatureStream:
 def _sums_of(means: dict[str, Tensor], count: int) -> Sums:
     sums = Sums(MEMORY)
     sums.count("samples", count)
-    sums.all().update({f"squares/{name}": values * count for name, values in means.items()})
+    sums.restore({f"squares/{name}": values * count for name, values in means.items()})
     return sums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from logix_like.errors import ConfigError
+from logix_like.errors import ConfigError, StoreWriteError
 
 SETTLE = 16
 """Batches whose terms are added in their own precision before they go into the float64 sum, which costs much more."""
@@ -25,14 +25,29 @@ class Scratch:
             raise ConfigError(f"scratch is {self._folder}, a file; it must be a folder, which is made if missing")
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """``tensor``, or a copy of it that lies on disk; its file has no name and goes when the tensor does."""
+        """``tensor``, or a copy of it that lies on disk; its file has no name and goes when the tensor does.
+
+        Raises:
+            StoreWriteError: the disk refuses.
+        """
         if self._folder is None or not tensor.numel():
             return tensor
-        self._folder.mkdir(parents=True, exist_ok=True)
-        size = math.prod(tensor.shape)
-        with tempfile.NamedTemporaryFile(dir=self._folder) as file:
-            mapped = torch.from_file(file.name, shared=True, size=size, dtype=tensor.dtype)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                # Now, since a disk that is full when a page is written would end the process without a word.
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            raise StoreWriteError(
+                f"{self._folder} could not take {tensor.nbytes:,} bytes of scratch: {error}; see to the disk, or name "
+                "another folder"
+            ) from error
         return mapped.view(tensor.shape).copy_(tensor)
+
+    def keep_near(self, tensor: Tensor) -> Tensor:
+        """The same for what is used often: on another device it stays where it is."""
+        return self.keep(tensor) if tensor.device.type == "cpu" else tensor
 
 
 MEMORY = Scratch()
@@ -61,12 +76,12 @@ class Sums:
     def add(self, name: str, term: Tensor) -> None:
         """Add ``term``, which becomes the sum's."""
         recent = self._recent_like(name, term)
-        self._recent[name] = term if recent is None else recent.add_(term)
+        self._recent[name] = self._scratch.keep_near(term) if recent is None else recent.add_(term)
 
     def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right``."""
         recent = self._recent_like(name, left)
-        self._recent[name] = left @ right if recent is None else recent.addmm_(left, right)
+        self._recent[name] = self._scratch.keep_near(left @ right) if recent is None else recent.addmm_(left, right)
 
     def take(self, other: Sums, scales: Mapping[str, float]) -> bool:
         """Add all of ``other``, which is given up, times the scale of a name's first word (1 if it has none).
@@ -89,8 +104,12 @@ class Sums:
         """How many were counted."""
         return int(self._settled.get("samples", 0))
 
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Take ``sums`` as those of batches before."""
+        self._settled.update((name, self._scratch.keep(total)) for name, total in sums.items())
+
     def all(self) -> dict[str, Tensor]:
-        """The sums as they stand, float64; what is put in is taken as summed before."""
+        """The sums as they stand, float64."""
         self._settle()
         return self._settled
 

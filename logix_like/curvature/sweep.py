@@ -108,6 +108,21 @@ class Sweep:
         """How many samples ``batch`` has."""
         return len(self.objective.labels(batch))
 
+    def mask(self, batch: Batch) -> Tensor | None:
+        """``[samples, positions]``: which positions of ``batch`` count; None if all do.
+
+        Raises:
+            CaptureError: it is something else.
+        """
+        mask: object = self._mask(batch)
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == self.samples(batch)):
+            return mask
+        found = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"type {type(mask).__name__}"
+        raise CaptureError(
+            f"the mask has the {found}; expected a tensor [samples, positions] for the batch's {self.samples(batch)} "
+            "samples"
+        )
+
     def run(self, batch: Batch, losses: Losses, sink: Sink) -> Tensor:
         """One forward and backward pass of the summed ``losses``, which are returned ``[samples]``.
 
@@ -120,10 +135,12 @@ class Sweep:
         calls = CallReader(
             samples, reader.read_input, reader.read_gradient, detached=True, device_type=self.device.type
         )
-        sink.begin(samples, self._mask(batch))
+        sink.begin(samples, self.mask(batch))
         with frozen(self.model), torch.enable_grad(), HookSet(self.selection, calls, samples):
             values = losses(self.model, batch)
-            self._require_losses(values, samples)
+            require_losses(values, samples)
+            if not values.requires_grad:
+                raise CaptureError("no tracked module was called: run the forward pass of the tracked model itself")
             values.sum().backward()
         calls.close()
         if not calls.gradients:
@@ -131,14 +148,14 @@ class Sweep:
         sink.end()
         return values.detach()
 
-    def _require_losses(self, values: Tensor, samples: int) -> None:
-        if values.shape != (samples,):
-            raise CaptureError(
-                f"the losses have the shape {tuple(values.shape)}; expected one for each of the batch's {samples} "
-                "samples: do not reduce over the batch"
-            )
-        if not values.requires_grad:
-            raise CaptureError("no tracked module was called: run the forward pass of the tracked model itself")
+
+def require_losses(values: Tensor, samples: int) -> None:
+    """Raise :class:`CaptureError` unless ``values`` are one loss for each of so many samples."""
+    if values.shape != (samples,):
+        raise CaptureError(
+            f"the losses have the shape {tuple(values.shape)}; expected one for each of the batch's {samples} "
+            "samples: do not reduce over the batch"
+        )
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
@@ -163,4 +180,5 @@ def widened(factor: Tensor) -> Tensor:
 
 
 def _attention_mask(batch: Batch) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None  # others say who sees whom

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -96,11 +98,14 @@ class InfluenceFunction(Estimator):
         self._samples = Samples(loader, self._objective, data_id=data_id, progress=progress)
         self._flattener = Flattener(model, trained_parameters(model, parameters))
         self._operator = OPERATORS[matrix](model, self._objective, self._flattener)
+        self._matrix = matrix
         self._kronecker = solver == "ekfac-cg"
         self._solver = SOLVERS[solver]() if isinstance(solver, str) else solver
         self._curvature = curvature
         self._progress = progress
-        self.damping = require_amount(damping)
+        require_amount(damping)
+        self.damping = damping
+        """May be changed from question to question."""
         self.solution: Solution | None = None
         """Of the last question: residuals, steps, whether it converged."""
 
@@ -112,7 +117,16 @@ class InfluenceFunction(Estimator):
     @property
     def damping_setting(self) -> DampingSetting:
         """Absolute."""
-        return {"absolute": self.damping}
+        return {"absolute": require_amount(self.damping)}
+
+    @property
+    def note(self) -> str:
+        """Which matrix, how it was solved, how well."""
+        told = f"{self.name}, {self._matrix} matrix, solver {self._solver.name!r}"
+        if self.solution is None:
+            return f"{told}."
+        residual = float(self.solution.residual.max())
+        return f"{told}, relative residual {residual:.1g} after {self.solution.steps} steps."
 
     def scores(self, queries: Batch, losses: Losses | None = None) -> Tensor:
         """``[queries, samples]`` for a batch of queries.
@@ -173,8 +187,11 @@ class InfluenceFunction(Estimator):
             yield System(product, require_amount(self.damping), sampled, preconditioner)
 
     def _preconditioner(self) -> KroneckerPreconditioner:
-        selection = default_selection(self._model)
         if self._curvature is None:
+            try:
+                selection = default_selection(self._model)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; solver='cg' needs none") from error
             self._curvature = fit_curvature(
                 self._model, self._loader, self._objective, selection=selection, progress=self._progress
             )
@@ -185,11 +202,12 @@ class InfluenceFunction(Estimator):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return KroneckerPreconditioner(self._model, self._curvature, selection, self._flattener, self.damping)
+        return KroneckerPreconditioner(self._curvature, self._flattener, require_amount(self.damping))
 
     def _gradients(self, batch: Batch, losses: Losses | None) -> Tensor:
         require_samples(self._objective, batch)
-        found = sample_gradients(self._model, self._flattener, self._moved(batch), losses or self._objective.losses)
+        samples, losses = self._operator.samples(batch), losses or self._objective.losses
+        found = sample_gradients(self._model, self._flattener, self._moved(batch), losses, samples)
         if not bool(found.isfinite().all()):
             raise QueryError("a gradient is not finite: it cannot be scored")
         return found
@@ -198,7 +216,11 @@ class InfluenceFunction(Estimator):
         return on_device(batch, self._flattener.device)
 
     def _solve(self, b: Tensor, system: System) -> Tensor:
-        self.solution = self._solver.solve(system, b)
+        # Products of the smallest gradients that float32 holds would be 0, and the system is linear.
+        size = b.abs().amax(1, keepdim=True)
+        size = torch.where(size > 0, size, 1)
+        solution = self._solver.solve(system, b / size)
+        self.solution = replace(solution, x=solution.x * size)
         if not self.solution.converged:
             more = "a wider type of the weights" if isinstance(self._solver, Exact) else "more steps, or use 'ekfac-cg'"
             warnings.warn(

@@ -100,6 +100,13 @@ class KroneckerInfluence(Estimator, ABC):
         return self.damping
 
     @property
+    def note(self) -> str:
+        """Which Fisher."""
+        fisher = self.curvature.fisher
+        which = "true" if fisher.labels == "sampled" else "empirical"
+        return f"{self.name}, {which} Fisher over {fisher.samples:,} samples."
+
+    @property
     def curvature(self) -> Curvature:
         """What was given, or is fitted now."""
         if self._curvature is None:
@@ -123,20 +130,12 @@ class KroneckerInfluence(Estimator, ABC):
             queries: A batch as the training's.
             losses: What is asked about, ``losses(model, batch) -> [queries]``, where it is not the objective's loss.
         """
-        return self._stream(
-            self._preconditioned(queries, losses), lambda sink: torch.stack(list(sink.modules.values())).sum(0)
-        )
+        return self._stream(self._preconditioned(queries, losses), lambda parts: parts.sum(0))
 
     def module_scores(self, queries: Batch, losses: Losses | None = None) -> dict[str, Tensor]:
         """By module, ``[queries, samples]``; they add up to :meth:`scores`."""
         vectors = self._preconditioned(queries, losses)
-        names = list(vectors)
-
-        def stacked(sink: InnerProducts) -> Tensor:
-            empty = torch.zeros_like(next(iter(sink.modules.values())))
-            return torch.stack([sink.modules.get(name, empty) for name in names])
-
-        return dict(zip(names, self._stream(vectors, stacked), strict=True))
+        return dict(zip(vectors, self._stream(vectors, lambda parts: parts), strict=True))
 
     def self_influence(self) -> Tensor:
         """``[samples]``: ``g_i^T (F + lambda I)^-1 g_i``; with several sets of weights the mean of theirs."""
@@ -163,19 +162,21 @@ class KroneckerInfluence(Estimator, ABC):
         curvature = whole if order == 1 else self._without(group)
         moved = curvature.apply(self._inverse(), total)
         gradients = self.gradients(queries, losses)
-        found = [(gradients[name] * moved[name]).flatten(1).sum(1) for name in gradients if name in moved]
+        found = [
+            (gradient * moved.get(name, torch.zeros_like(gradient[:1]))).flatten(1).sum(1)
+            for name, gradient in gradients.items()
+        ]
         return torch.stack(found).sum(0)
 
     def gradients(self, queries: Batch, losses: Losses | None = None) -> dict[str, Tensor]:
         """By module ``[queries, d_out, d_in]``: gradients of full size, averaged over the sets of weights."""
         require_samples(self._objective, queries)
         sums: dict[str, Tensor] = {}
-        count = 0
-        for _ in self._at():
+        for count in self._samples.weights():  # noqa: B007 (how many there were is told below)
             sink = Gradients()
             self._sweep.run(queries, losses or self._objective.backward_losses, sink)
-            sums = {name: block + sums[name] if count else block for name, block in sink.blocks.items()}
-            count += 1
+            for name, block in sink.blocks.items():  # a block may have none at some of them
+                sums[name] = sums[name] + block if name in sums else block
         for name, block in sums.items():
             if not bool(block.isfinite().all()):
                 raise QueryError(f"a gradient of module {name!r} is not finite: what was asked about cannot be scored")
@@ -231,12 +232,13 @@ class KroneckerInfluence(Estimator, ABC):
             return dict(vectors)
         return {name: low_rank(vector, self._rank) for name, vector in vectors.items()}
 
-    def _stream(self, vectors: dict[str, Tensor | LowRank], values: Callable[[InnerProducts], Tensor]) -> Tensor:
+    def _stream(self, vectors: dict[str, Tensor | LowRank], values: Callable[[Tensor], Tensor]) -> Tensor:
+        """``values([modules, queries, batch])`` of every batch, side by side."""
         sink = InnerProducts(vectors, self._precision)
 
         def of_batch(batch: Batch) -> Tensor:
             self._sweep.run(batch, self._objective.backward_losses, sink)
-            return values(sink)
+            return values(torch.stack(list(sink.modules.values())))
 
         return self._samples.collect(f"{self.name} scores", of_batch)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from logix_like.curvature.passes import At, once, shuffles
+from logix_like.curvature.passes import At, once, sets_of_weights, shuffles
 from logix_like.errors import ConfigError, EmptyStoreError, QueryError
 from logix_like.ids import as_data_ids
 from logix_like.objective import Batch, Objective, require_objective
@@ -101,9 +101,8 @@ class Samples:
         return torch.cat(sums, -1) / number
 
     def weights(self) -> Iterator[int]:
-        """Numbers 1, 2, ... of the sets of weights, each while it is in the model."""
-        for number, _ in enumerate(self._at(), start=1):
-            yield number
+        """Numbers 1, 2, ... of the sets of weights, each while it is in the model; see :func:`sets_of_weights`."""
+        return sets_of_weights(self._at)
 
     def batches(self, what: str) -> Iterable[Batch]:
         """All batches once, under a bar named ``what``."""

@@ -60,5 +60,5 @@ def _negligible(smallest: Tensor, scale: Tensor) -> bool:
 def _singular(name: str, size: int, damping: float) -> StatisticsError:
     return StatisticsError(
         f"the curvature of module {name!r} ({size} numbers) is singular with damping {damping:.3g}: "
-        "its samples do not span the block; ask with a larger damping (0.1 is the default)"
+        "its samples do not span the block; ask with a larger damping"
     )

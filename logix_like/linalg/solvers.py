@@ -6,13 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from logix_like.errors import ConfigError, StatisticsError
 from logix_like.linalg.inverse import damped_inverse
+
+T = TypeVar("T")
 
 Linear = Callable[[Tensor], Tensor]
 """A linear map of each of ``vectors [n, p]``."""
@@ -30,8 +32,7 @@ class System:
     """``H v`` with the samples of the next batch only, round and round: an unbiased guess."""
     preconditioner: Linear | None = None
     """An approximate inverse of ``H + lambda I``, symmetric and positive definite."""
-    kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    """What a solver worked out of the whole system, for further right-hand sides."""
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """``(H + lambda I) v``."""
@@ -40,6 +41,13 @@ class System:
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
         """``[n]``: ``|b - (H + lambda I) x| / |b|``."""
         return relative_norm(b - self(x), b)
+
+    def once(self, name: str, work: Callable[[], T]) -> T:
+        """What ``work`` makes of the whole system, found once for all right-hand sides."""
+        if name not in self._known:
+            self._known[name] = work()
+        found: T = self._known[name]
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,19 @@ class Exact(Solver):
                 f"an exact solution needs a matrix of {size:,} x {size:,} numbers (limit {self.most:,}); choose the "
                 "solver 'cg' or 'ekfac-cg', or fewer parameters"
             )
-        if "inverse" not in system.kept:
-            matrix = system.product(torch.eye(size, dtype=b.dtype, device=b.device))
-            system.kept["inverse"] = damped_inverse(matrix, system.damping, "all parameters").to(b.device)
-        inverse = system.kept["inverse"]
+        inverse = system.once("inverse", lambda: self._inverse(system, b))
         x = (b.double() @ inverse).to(b.dtype)
         return Solution(x, system.residual(x, b), size, self.tolerance)
+
+    def _inverse(self, system: System, b: Tensor) -> Tensor:
+        matrix = system.product(torch.eye(b.shape[1], dtype=b.dtype, device=b.device))
+        try:
+            return damped_inverse(matrix, system.damping, "all parameters").to(b.device)
+        except StatisticsError as error:
+            raise StatisticsError(
+                f"{error}; a Hessian, which need not be positive away from a minimum, needs a damping above its most "
+                "negative eigenvalue, or matrix='ggn'"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class Lissa(Solver):
 
     def solve(self, system: System, b: Tensor) -> Solution:
         """Steps until the residual is small enough, or the steps are spent."""
-        scale = self.scale or 1.01 * largest_eigenvalue(system, b)
+        scale = self.scale or system.once("scale", lambda: 1.01 * largest_eigenvalue(system, b))
         x = b / scale
         steps = 0
         while steps < self.most:
@@ -214,7 +229,7 @@ class Arnoldi(Solver):
 
     def solve(self, system: System, b: Tensor) -> Solution:
         """Projects on the eigenvectors, divides by their damped eigenvalues."""
-        basis, projected = self._krylov(system, b)
+        basis, projected = system.once("krylov", lambda: self._krylov(system, b))
         values, vectors = torch.linalg.eigh(projected)
         keep = values.abs().argsort(descending=True)[: self.rank]
         values = values[keep] + system.damping

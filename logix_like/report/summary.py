@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from logix_like.curvature.files import told_curvatures
 from logix_like.layout import Layout
 from logix_like.statistics import Statistics
 from logix_like.store import GradientStore
@@ -62,6 +63,8 @@ class StoreSummary:
     """How many of these were taken back since: Kronecker factors still hold them, all else is computed anew."""
     kronecker_rows: int | None
     """How many samples the Kronecker factors are of; None where there are none."""
+    curvatures: tuple[dict[str, Any], ...]
+    """Name, kind, labels, samples of each curvature at full size, and whether the training gathered it."""
     writers: tuple[dict[str, Any], ...]
     """Name, rows, commits, epoch and step of the last row, state of each writing process."""
     checkpoints: tuple[dict[str, Any], ...]
@@ -93,6 +96,7 @@ class StoreSummary:
             statistics_rows=store.statistics.rows,
             statistics_superseded=store.statistics.superseded,
             kronecker_rows=_samples(store.statistics),
+            curvatures=tuple(told_curvatures(store.path)),
             writers=_writers(store),
             checkpoints=tuple(
                 {"number": c.number, "step": c.step, "epoch": c.epoch, "bytes": c.size} for c in store.checkpoints
@@ -129,6 +133,7 @@ class StoreSummary:
         yield from self._timed()
         kinds = [f"{name} ({count} modules)" for name, count in self.statistics.items()]
         yield "statistics", (", ".join(kinds) or "none") + covered
+        yield from self._curved()
         yield "writers", f"{len(self.writers)}:"
         yield from (
             ("", line) for line in _table(["writer", "rows", "commits", "epoch", "step", "state"], self.writers)
@@ -140,6 +145,14 @@ class StoreSummary:
             f"{sum(self.bytes.values()):,} bytes: "
             + ", ".join(f"{name} {size:,}" for name, size in self.bytes.items() if size),
         )
+
+    def _curved(self) -> Iterator[tuple[str, str]]:
+        if not self.curvatures:
+            return
+        yield "curvatures", f"{len(self.curvatures)}:"
+        yield from (("", line) for line in _table(["name", "kind", "labels", "samples"], self.curvatures))
+        if self.superseded and any(told["gathered"] for told in self.curvatures):
+            yield "", f"some of the {self.superseded:,} superseded rows are in what the training gathered still"
 
     def _timed(self) -> Iterator[tuple[str, str]]:
         overhead, seconds = self.timing["overhead"], self.timing["seconds"]

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from logix_like.capture.tracker import Tracker
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, save_curvature, stored_curvature
+from logix_like.curvature.stream import CurvatureStream
 from logix_like.errors import ConfigError, StoreNotFoundError
 from logix_like.objective import Objective
 from logix_like.store import Place
 
 TRAINING = "training"
 """Name of the curvature that the training itself gives."""
+
+
+def gathered_curvature(store: Place, tracker: Tracker, wanted: bool, *, resumed: bool) -> CurvatureStream | None:
+    """What gathers the curvature of the training that begins; None if that is not wanted.
+
+    Warns:
+        RuntimeWarning: the run that is gone on with gathered it, and this one does not.
+    """
+    if wanted:
+        return CurvatureStream(tracker.selection, stored_curvature(store, TRAINING))
+    if resumed and isinstance(store, Path) and stored_curvature(store, TRAINING).is_file():
+        warnings.warn(
+            "the resumed run gathered a curvature in training, which is not gone on with: add 'curvature' to the "
+            "config's statistics",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return None
 
 
 def fitted_curvature(

@@ -198,6 +198,11 @@ class Logbook:
         if self._session is not None and self.curvature is not None:
             self._session.keep(self.curvature.save)
 
+    def keep_due_curvature(self) -> None:
+        """The same, if nothing of it was written yet or the last time is long enough ago."""
+        if self.curvature is not None and (self.curvature.due or not self.curvature.written):
+            self.keep_curvature()
+
     @property
     def holds(self) -> bool:
         """Whether rows are held back, since a scaler may still skip their step."""

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from logix_like.capture.batch import ProjectedBatch
 from logix_like.capture.tracker import Tracker
 from logix_like.config import Config, is_due
-from logix_like.curvature import Curvature, stored_curvature
-from logix_like.curvature.stream import CurvatureStream
+from logix_like.curvature import Curvature
 from logix_like.errors import CaptureError, ConfigError, StoreError
 from logix_like.ids import as_stored_ids
 from logix_like.objective import Objective
@@ -30,7 +29,7 @@ from logix_like.query.gradients import QueryGradients
 from logix_like.ranks import Ranks
 from logix_like.run.asking import Asker
 from logix_like.run.block import Block
-from logix_like.run.curvatures import TRAINING, fitted_curvature, kept_curvature
+from logix_like.run.curvatures import fitted_curvature, gathered_curvature, kept_curvature
 from logix_like.run.extraction import batch_ids, progress_over
 from logix_like.run.live import LiveScores
 from logix_like.run.logbook import Logbook
@@ -106,8 +105,10 @@ class Run(Questions):
         if self.config.record == "path" and self._session is not None and optimizer is not None:
             self._recorder = PathRecorder(self._session, model, optimizer, self._progress, self.checkpoint)
             self._logbook.on_block = self._recorder.block
-        if "curvature" in self.config.statistics and self._session is not None and Ranks.here().first:
-            self._logbook.curvature = CurvatureStream(tracker.selection, stored_curvature(self.path, TRAINING))
+        if self._session is not None and Ranks.here().first:
+            self._logbook.curvature = gathered_curvature(
+                self.path, tracker, "curvature" in self.config.statistics, resumed=self._session.resumed is not None
+            )
         if self._verbose:
             tqdm.write(describe(tracker, self.config), file=sys.stderr)  # leaves a trainer's progress bar whole
 
@@ -276,13 +277,15 @@ class Run(Questions):
     def commit(self) -> None:
         """Everything logged so far is durable when this returns.
 
+        The curvature that is gathered in training, which may be gigabytes, is written every few minutes at most.
+
         During a projection's warm-up there are no rows yet: the blocks wait in memory. So do those of an optimizer
         step that is still being accumulated under a gradient scaler, which may skip it.
         """
         if self._session is not None and not self._logbook.closed:
             self._logbook.settle()
             self._session.commit()
-            self._logbook.keep_curvature()
+            self._logbook.keep_due_curvature()
 
     def checkpoint(self) -> None:
         """Keep the model's weights in the store (safetensors)."""

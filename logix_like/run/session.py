@@ -136,9 +136,9 @@ class StoreSession:
         return True
 
     def keep(self, write: Callable[[], object]) -> None:
-        """Write something beside the rows, but never into a store that has taken this one's place."""
+        """Write something beside the rows, if there are any, but never into a store that has taken this one's place."""
         self._require_own()
-        if self._writer is None or self.attempt(self._writer.require_present):
+        if self._writer is not None and self.attempt(self._writer.require_present):
             self.attempt(write)
 
     def _stop(self, error: Exception) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from logix_like.curvature import Curvature, default_selection
+from logix_like.curvature import Curvature
+from logix_like.curvature.mapping import FlatCurvature
 from logix_like.errors import ConfigError
 from logix_like.estimators.flat import FlatModel
 from logix_like.objective import Batch
-from logix_like.weights import differentiable
+from logix_like.weights import Flattener, differentiable
 
 MOST_DENSE = 20_000
 """Parameters of a dense posterior at most: a matrix of 1.6 GB in float32."""
@@ -83,14 +84,11 @@ class KroneckerPosterior(Posterior):
     """
 
     def __init__(self, curvature: Curvature, flat: FlatModel, samples: int, strength: float) -> None:
-        self._curvature = curvature
-        self._flat = flat
+        self._curvature = FlatCurvature(curvature, Flattener(flat.model, flat.names))
         self._samples = samples
         self._strength = strength
-        self._names = {id(parameter): name for name, parameter in flat.model.named_parameters()}
-        known = set(curvature.layout.names)
-        self._modules = [tracked for tracked in default_selection(flat.model).modules if tracked.name in known]
-        missing = [name for m in self._modules if (name := self._names[id(m.module.weight)]) not in flat.names]
+        weights = [self._curvature.name(tracked.module.weight) for tracked in self._curvature.modules]
+        missing = [name for name in weights if name not in flat.names]
         if missing:
             raise ConfigError(f"the curvature has a module whose {missing[0]!r} is none of the chosen parameters")
 
@@ -104,24 +102,7 @@ class KroneckerPosterior(Posterior):
         return self._samples * eigenvalues + self._strength
 
     def _mapped(self, f: Callable[[str, Tensor], Tensor], rows: Tensor) -> Tensor:
-        flat = rows.reshape(-1, rows.shape[-1])
-        mapped = self._curvature.apply(f, torch.func.vmap(self._blocks)(flat))
-        # Blocks are the numbers of the flat vector in another order: what pulls derivatives back puts them in place.
-        pull = torch.func.vjp(self._blocks, torch.zeros_like(flat[0]))[1]
-        (found,) = torch.func.vmap(pull)({name: block.to(flat) for name, block in mapped.items()})
-        restored: Tensor = found.reshape(rows.shape)
-        return restored
-
-    def _blocks(self, row: Tensor) -> dict[str, Tensor]:
-        """``[d_out, d_in]`` by block of one vector ``[parameters]``; 0 for parameters that are not chosen."""
-        tensors = self._flat.tensors(row)
-
-        def told(parameter: nn.Parameter) -> Tensor:
-            chosen = tensors.get(self._names[id(parameter)])
-            return row.new_zeros(parameter.shape) if chosen is None else chosen
-
-        matrices = {tracked.name: tracked.matrix(told) for tracked in self._modules}
-        return {name: matrix for name, matrix in matrices.items() if matrix is not None}
+        return self._curvature.apply(f, rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
 
 
 def posterior_of(optimizer: Optimizer, flat: FlatModel, samples: int, strength: float | None = None) -> Posterior:

@@ -81,3 +81,27 @@ def test_a_folder_of_stores_names_those_in_it(tmp_path: Path) -> None:
     said = " ".join(refused(call("info", tmp_path)).split())
     assert "holds no store" in said and said.endswith("in it are the stores bert, mnist")
     assert "in it" not in refused(call("info", tmp_path / "notes"))
+
+
+def test_info_tells_of_curvatures_and_what_was_taken_back_from_under_them(tmp_path: Path) -> None:
+    model = network()
+    x, y = data()
+    statistics = ["covariance", "curvature"]
+    with logix.init("bent", model, root=tmp_path, verbose=False, statistics=statistics) as run:
+        for start in (0, 4, 8):
+            with run(data_id=range(start, start + 4)):
+                F.cross_entropy(model(x[start : start + 4]), y[start : start + 4]).backward()
+        run.fit_curvature([(x, y)], kind="kfac", progress=False)
+    lines = [line.split() for line in call("info", run.path).stdout.splitlines()]
+    assert ["default", "kfac", "sampled", str(len(x))] in lines
+    assert ["training", "ekfac", "empirical", "8"] in lines
+    assert "superseded" not in call("info", run.path).stdout
+    run.forget([1])
+    found = call("info", run.path)
+    assert "some of the 1 superseded rows are in what the training gathered still" in found.stdout
+    (run.path / "curvature" / "default.safetensors").write_bytes(b"torn")
+    told = json.loads(call("info", run.path, "--json").stdout)["curvatures"]
+    assert [(one["name"], one["kind"], one["gathered"]) for one in told] == [
+        ("default", "damaged", False),
+        ("training", "ekfac", True),
+    ]

@@ -19,7 +19,6 @@ from logix_like.capture.selection import select_modules
 from logix_like.curvature import Curvature, fit_curvature, load_curvature, partial, save_curvature
 from logix_like.curvature.fitting import default_selection
 from logix_like.curvature.gradients import Gradients
-from logix_like.curvature.sums import Scratch
 from logix_like.curvature.sweep import Sweep
 from logix_like.errors import (
     CaptureError,
@@ -387,5 +386,3 @@ def test_a_file_in_place_of_a_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="could not be written"):
         write_tensors(tmp_path / "file" / "curvature.safetensors", {}, {})
-    with pytest.raises(ConfigError, match=r"scratch is .*, a file; it must be a folder"):
-        Scratch(tmp_path / "file")

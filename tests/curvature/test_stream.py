@@ -294,3 +294,47 @@ def test_a_module_that_joins_another_s_input_later_leaves_its_eigenvalues_alone(
     outputs = 2 * (model.q(x) + model.k(x)).detach()
     gradients = torch.einsum("no,ni->noi", outputs, nn.functional.pad(x, (0, 1), value=1.0))
     assert close(found.eigenvalues, dense(found, {"q": gradients, "k": gradients}))
+
+
+def test_commits_in_a_row_write_it_once_and_the_end_writes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def noted(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Path:
+        written.append(path)
+        return write_tensors(path, tensors, about)
+
+    monkeypatch.setattr(stream, "write_tensors", noted)
+    model, batches = network(), data()
+    with logix.init("run", model, root=str(tmp_path), **GATHERED) as run:
+        for batch in batches:
+            trained(run, model, [batch])
+            run.commit()
+        assert len(written) == 1
+    assert len(written) == 2 and run.curvature("training").fisher.samples == 40
+    with logix.init("run", model, root=str(tmp_path), resume=True, **GATHERED) as run:
+        trained(run, model, batches)
+        run.commit()
+        assert len(written) == 2
+
+
+def test_a_run_that_goes_on_without_it_says_so(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    gathered(tmp_path, model, batches)
+    settings = {**GATHERED, "statistics": ["covariance"]}
+    with pytest.warns(RuntimeWarning, match="gathered a curvature in training, which is not gone on with: add"):
+        run = logix.init("run", model, root=str(tmp_path), resume=True, **settings)
+    with run:
+        trained(run, model, batches)
+    assert run.curvature("training").fisher.samples == 40
+
+
+def test_nothing_of_it_is_written_before_there_are_rows(tmp_path: Path) -> None:
+    model, batches = network(), data()
+    settings: dict[str, Any] = {**GATHERED, "projection": {"init": "pca", "warmup": 1000}}
+    with logix.init("run", model, root=str(tmp_path), **settings) as run:
+        trained(run, model, batches)
+        run.commit()
+        assert not (tmp_path / "run" / "curvature").exists()
+    assert run.curvature("training").fisher.samples == 40

@@ -62,6 +62,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     return path
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What :func:`write_tensors` was told about the tensors; not checked against them, which are not read."""
+    with _opened(path) as content:
+        about: dict[str, Any] = json.loads((content.metadata() or {})["about"])
+        return about
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote."""
     with _opened(path) as content:
