@@ -19,6 +19,9 @@ NARROW_ROUNDING = 2.0**-8
 FURTHER_ROUNDINGS = 8
 """Of each term beside those of its product and its sum: a row's scale and unit, and what makes a product a score."""
 
+CLOSE_BYTES = 2 * 2**20
+"""Rows are widened to float64 so many bytes at a time, which then stay in the caches."""
+
 
 @dataclass(frozen=True, eq=False)
 class Approximate:
@@ -50,8 +53,15 @@ class Products:
 
     @cached_property
     def _wide_error(self) -> Tensor:
+        return self._error(self._queries.dtype)
+
+    @cached_property
+    def _close_error(self) -> Tensor:
+        return self._error(torch.float64)
+
+    def _error(self, dtype: torch.dtype) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(self._queries.double(), dim=1)
-        return norms * summation_error(self._queries.shape[1] + FURTHER_ROUNDINGS, self._queries.dtype)
+        return norms * summation_error(self._queries.shape[1] + FURTHER_ROUNDINGS, dtype)
 
     @cached_property
     def _narrow_error(self) -> Tensor:
@@ -65,11 +75,24 @@ class Products:
         return self._wide(tile, len(tile))
 
     def of(self, tile: Tile) -> Approximate:
-        """The products, the fastest way."""
+        """The products, the fastest way; of rows that are kept, which are few, in float64."""
+        if isinstance(tile, HeldTile):
+            return self.close(tile.held)
         raw = tile.narrow if self._allowed else None
         if raw is not None and self._prefers_narrow(tile, raw):
             return Approximate(torch.mm(raw, self._narrow.T), NARROW_ROUNDING, self._narrow_error)
         return Approximate(self.exact(tile), 0.0, self._wide_error)
+
+    def close(self, rows: Tensor) -> Approximate:
+        """Those of decoded ``rows [n, width]`` by float64 arithmetic."""
+        queries = self._queries.double()
+        products = torch.empty(len(rows), len(queries), dtype=torch.float64)
+        piece = max(1, CLOSE_BYTES // (8 * rows.shape[1]))
+        buffer = torch.empty(min(piece, len(rows)), rows.shape[1], dtype=torch.float64)
+        for start in range(0, len(rows), piece):
+            values = rows[start : start + piece]
+            torch.mm(buffer[: len(values)].copy_(values), queries.T, out=products[start : start + piece])
+        return Approximate(products, 0.0, self._close_error)
 
     def _wide(self, tile: Tile, rows: int) -> Tensor:
         products = torch.empty(rows, len(self._queries), dtype=self._queries.dtype)

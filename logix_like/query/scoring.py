@@ -145,7 +145,7 @@ def _sieved(sieve: Sieve | None, group: Group, task: Task, k: int) -> Sieve:
 
 def _sieve(task: Task, k: int) -> Sieve:
     norms = torch.as_tensor(task.candidates.rows.norm).double().clamp_min(SMALLEST_NORM)
-    return Sieve(task.scorer, norms, k)
+    return Sieve(task.scorer, norms, k, task.products.close)
 
 
 def extremes_among(task: Task, named: Tensor, k: int) -> Sides:

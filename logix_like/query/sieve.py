@@ -1,13 +1,14 @@
 """The k highest and lowest scores of a stream, exact though the stream's own scores are rounded.
 
 A scan multiplies in the fastest arithmetic there is, whose rounding errors are bounded. Rows that could be among the
-k by these bounds, and only they, are multiplied again in float64 while their chunk is at hand. So the answer is that
+k by these bounds, and only they, are multiplied again in float64 while their chunk is at hand: by a product of matrices
+where they are many, and those that it leaves one at a time, so that equal rows have equal scores. So the answer is that
 of float64 products of the stored rows, whatever the scan's arithmetic or the cutting into chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from logix_like.query.modes import Mode
 from logix_like.query.products import Approximate, row_products
-from logix_like.query.ranking import RunningTop, stable_top
+from logix_like.query.ranking import RunningTop
 from logix_like.query.scan import Tile
 
 EXACT_BYTES = 8 * 2**20
 """Rows are multiplied again so many bytes (float64) at a time."""
+OPEN = 8
+"""Where more than so many times ``k`` rows of a query pass, these are looked at again by float64 products."""
 SMALLEST_NORM = 1e-18
 """Norms below are not told apart: squares underflow in float32."""
 
@@ -122,9 +125,13 @@ class Group:
 class Sieve:
     """Keeps the exact ``k`` highest and ``k`` lowest of groups of rows; the first group has at least ``k``."""
 
-    def __init__(self, scorer: Scorer, norms: Tensor, k: int) -> None:
-        """``norms [rows]`` are the rows' norms before they were rounded to be stored, float64."""
+    def __init__(self, scorer: Scorer, norms: Tensor, k: int, close: Callable[[Tensor], Approximate]) -> None:
+        """``norms [rows]`` are the rows' norms before they were rounded to be stored, float64.
+
+        ``close`` multiplies decoded rows with the queries as closely as a product of matrices can.
+        """
         self._scorer = scorer
+        self._close = close
         self._norms = norms
         self._queries = scorer.queries.double()
         self._k = k
@@ -133,35 +140,41 @@ class Sieve:
 
     def update(self, group: Group) -> None:
         """Take in rows that follow all those before."""
-        positions = group.positions
-        products = torch.cat([found.values for found in group.products]).T.to(self._scorer.queries.dtype)
-        scores = self._scorer.scores(products.contiguous(), positions)
-        slack = self._slack(group, positions, scores.dtype)
+        passing = self._passing(group, torch.arange(group.rows), group.products)
+        if int(passing.sum()) > OPEN * self._k * len(passing):
+            columns = passing.any(dim=0).nonzero().flatten()
+            passing[:, columns] &= self._passing(group, columns, [self._close(group.take(columns))])
+        self.take_in(group, passing, group.positions)
+
+    def _passing(self, group: Group, columns: Tensor, found: Sequence[Approximate]) -> Tensor:
+        """``[queries, n]``: which of the rows of these ``columns [n]`` could be among the k, by what was found."""
+        positions = group.positions[columns]
+        products = torch.cat([part.values for part in found]).T
+        products = products.to(torch.promote_types(products.dtype, self._scorer.queries.dtype)).contiguous()
+        scores = self._scorer.scores(products, positions)
+        norms = self._norms[positions] + group.lengthened[columns]
+        slack = self._slack(found, norms, positions, scores.dtype)
+        relative = max(part.relative for part in found)
+
+        def lower(least: Tensor) -> Tensor:
+            return least - 1.01 * (least.abs() * relative + slack)
+
         passing = torch.zeros_like(scores, dtype=torch.bool)
         for running, sign in ((self.highest, 1), (self.lowest, -1)):
             signed = scores if sign > 0 else -scores
             least = running.threshold
-            if least is None:
-                least = self._first(group, signed, sign, positions)
-            relative = max(found.relative for found in group.products)
-            least = (least - least.abs() * relative - slack).to(scores.dtype)
-            passing |= ~(signed < least[:, None])  # so that what is not a number passes
-        self.take_in(group, passing, positions)
+            if least is None:  # the k-th best of these is no better than its bound
+                known = torch.where(signed.isfinite(), signed, -torch.inf)
+                least = lower(known.topk(self._k, dim=1).values[:, -1].double())
+            passing |= ~(signed < lower(least).to(scores.dtype)[:, None])  # so that what is not a number passes
+        return passing
 
-    def _slack(self, group: Group, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[queries]``: how far a score of the group can be off, its own rounding aside."""
-        bounds = {id(found.absolute): found for found in group.products}  # one, or two where tiles differ
-        norms = self._norms[positions] + group.lengthened
-        slacks = [self._scorer.slack(found, norms, positions) for found in bounds.values()]
+    def _slack(self, found: Sequence[Approximate], norms: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[queries]``: how far a score of the rows can be off, its own rounding aside."""
+        bounds = {id(part.absolute): part for part in found}  # one, or two where tiles differ
+        slacks = [self._scorer.slack(part, norms, positions) for part in bounds.values()]
         # A bound that is itself rounded to ``dtype`` must not become a larger one.
-        return torch.stack(slacks).amax(0) * 1.01 + torch.finfo(dtype).tiny
-
-    def _first(self, group: Group, signed: Tensor, sign: int, positions: Tensor) -> Tensor:
-        """``[queries]``: a signed score that the k-th best of the group reaches for sure."""
-        _, chosen = stable_top(signed, self._k)
-        queries = torch.arange(len(signed)).repeat_interleave(chosen.shape[1])
-        exact = self._exact(group, queries, chosen.sort(dim=1).values.flatten(), positions)
-        return (sign * exact).view(len(signed), -1).amin(dim=1)
+        return torch.stack(slacks).amax(0) + torch.finfo(dtype).tiny
 
     def take_in(self, group: Group, passing: Tensor, positions: Tensor) -> None:
         """Score those pairs of a query and a row of ``group`` exactly where ``passing [queries, n]`` holds."""
