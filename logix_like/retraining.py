@@ -304,8 +304,12 @@ def _outcome(future: Future[Outcome]) -> Outcome:
     error = future.exception()
     if isinstance(error, BrokenExecutor):
         raise error
-    # Anything else is about this task, e.g. a train function that cannot be pickled.
-    return future.result() if error is None else f"{type(error).__name__}: {error}"
+    if error is None:
+        return future.result()
+    return (
+        f"the executor could not run it ({type(error).__name__}: {error}); for processes train and measure must be such "
+        "as can be pickled, functions of a module"
+    )
 
 
 def _numbers(value: Any, who: str = "measure()") -> list[float]:

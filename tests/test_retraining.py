@@ -123,7 +123,7 @@ def test_worker_processes_give_the_same_and_a_function_that_cannot_travel_is_nam
     alone = SubsetOracle(sums, itself, 6, seeds=2).measurements(masks).values
     assert torch.equal(SubsetOracle(sums, itself, 6, seeds=2, executor=pool).measurements(masks).values, alone)
     homebound = SubsetOracle(lambda samples, seed: 0, itself, 3, executor=pool)
-    with pytest.raises(RetrainingError, match=r"3 retrainings failed: .*[pP]ickl"):
+    with pytest.raises(RetrainingError, match=r"3 retrainings failed: .*must be such as can be pickled"):
         homebound.values(without_each(3))
 
 

@@ -108,14 +108,13 @@ def _accepted(name: str, value: Any) -> Collection[Any]:
     """The values that a sample may have; text is one value, not its letters."""
     if isinstance(value, Tensor | np.ndarray):
         value = value.tolist()
-    several = isinstance(value, Iterable) and not isinstance(value, str)
-    try:
-        return set(value) if several else {value}
-    except TypeError as error:
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    if not all(isinstance(one, str | int | float | np.generic | None) for one in values):
         raise QueryError(
             f"where asks for {name} = {reprlib.repr(value)}; it must be one value, or a list of values (range(a, b) "
             "for numbers)"
-        ) from error
+        )
+    return set(values)
 
 
 def _column(rows: Rows, name: str) -> NDArray[Any]:
