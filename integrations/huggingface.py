@@ -251,7 +251,7 @@ class _Training:
         self._run = run
         self._names = names
         self._epoch = epoch - 1
-        self._reader = LossReader(model)
+        self._reader = LossReader(model, guess=not run.config.per_token)
         self._smoothing = smoothing
         self._scaler = scaler
         self._loop = RunningLoop(Trainer.train)

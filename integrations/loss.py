@@ -27,10 +27,13 @@ class LossReader:
     models divide by it and some do not. Where it makes a difference, the loss is computed once more from the logits
     to see which it is; that is remembered. It is computed at the first batch anyway: a loss that is not the mean
     cross-entropy of its labels is warned of.
+
+    With ``guess`` a model of no known kind whose loss fits only labels that are shifted is taken for a causal one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, guess: bool = True) -> None:
         self._shifts = shifts_labels(model)
+        self._guess = guess and not self._shifts
         self._divides_by_step: bool | None = None
         self._checked = False
 
@@ -48,6 +51,8 @@ class LossReader:
         targets = self.targets(batch)
         if targets is None:
             return float(samples)
+        if self._guess and not self._checked and _fits_shifted(targets, outputs):
+            self._shifts, self._guess, targets = True, False, _shifted(targets)
         own = float(targets.ne(IGNORED).sum())
         if not own:
             return 1.0  # there is no gradient whose divisor it could be
@@ -87,7 +92,7 @@ class LossReader:
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
         if self._shifts and labels.ndim > 1:
-            return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+            return _shifted(labels)
         return labels
 
 
@@ -99,6 +104,21 @@ def shifts_labels(model: nn.Module) -> bool:
         return False
     function = getattr(base, "loss_function", None)
     return getattr(function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _shifted(labels: Tensor) -> Tensor:
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def _fits_shifted(labels: Tensor, outputs: Any) -> bool:
+    """Whether the loss is the mean over the labels only where each position is compared with the label of the next."""
+    if labels.ndim < 2:
+        return False
+    fits = []
+    for targets in (labels, _shifted(labels)):
+        own, found = float(targets.ne(IGNORED).sum()), _found_divisor(outputs, targets)
+        fits.append(bool(own) and found is not None and _distance(found, own, outputs) <= 1)
+    return fits == [False, True]
 
 
 def _distance(found: float, expected: float, outputs: Any) -> float:

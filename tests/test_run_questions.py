@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import logix_like as logix
 from logix_like.errors import ConfigError, QueryError
 from logix_like.run.asking import Query
+from tests.training import data, network, trained_run
 
 COUNT = 40
 
@@ -145,3 +146,20 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_is_no_model_is_refused(tmp_path: Path, model: Any, found: str) -> None:
     with pytest.raises(ConfigError, match=f"the model is {found}"):
         logix.init("run", model, root=tmp_path)
+
+
+def test_a_model_whose_weights_are_frozen_can_be_asked_with(tmp_path: Path) -> None:
+    """As models are often loaded when they are used, and no longer trained."""
+    x, y = data()
+    trained = trained_run(tmp_path, network())
+    answers = []
+    for model in (network(), network().requires_grad_(False)):
+        run = logix.load(tmp_path / "run", model=model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the weights are those of the start
+            query = run.query_fn((x[:2], y[:2]), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
+            tokens = run.token_scores(query, (x, y), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]))
+        answers.append((run.compute_influence_all(query).scores, tokens.scores))
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(trained.store) == len(x)
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=1e-12)

@@ -137,12 +137,8 @@ def select_modules(
             continue
         kind = type_name(module)
         if kind not in types and not exact:
-            if kind is None and _looks_tracked(module, types):
-                skipped[name] = f"{type(module).__name__} overrides the forward pass of its parent"
-            elif name in uncalled and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
-                skipped[name] = uncalled[name]
-            elif kind is None and composite_for(module) is None and _is_trained(module):
-                skipped[name or "the model itself"] = f"{type(module).__name__} has no rule"
+            if (why := _why_passed_over(module, kind, types, uncalled.get(name))) is not None:
+                skipped[name or "the model itself"] = why
             continue
         reason = uncalled.get(name) or _reason_against(module, kind, frozen or exact, meta)
         if reason is None:
@@ -320,6 +316,17 @@ def _uncalled_parts(model: nn.Module) -> dict[str, str]:
         if (kind := composite_for(module)) is not None and (reason := kind.reason_against(module)) is not None
         for part, _ in module.named_modules()
     }
+
+
+def _why_passed_over(module: nn.Module, kind: str | None, types: Sequence[str], uncalled: str | None) -> str | None:
+    """Why a module of no tracked type is left out, where that is not simply as the types say."""
+    if kind is None and _looks_tracked(module, types):
+        return f"{type(module).__name__} overrides the forward pass of its parent"
+    if uncalled is not None and "Linear" in types and next(module.parameters(recurse=False), None) is not None:
+        return uncalled
+    if kind is None and composite_for(module) is None and _is_trained(module):
+        return f"{type(module).__name__} has no rule"
+    return None
 
 
 def _is_trained(module: nn.Module) -> bool:

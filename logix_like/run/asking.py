@@ -121,7 +121,7 @@ class Asker:
         query = Query(options.data_id)
         if self._averaged is not None:
             query = self._averaged.of(options.data_id)
-        recording = tracker.recording(len(options.data_id))
+        recording = tracker.recording(len(options.data_id), detached=True)  # weights may be frozen by now
         with undisturbed(tracker.model), recording, query.opened():
             yield query
         recording.check()
@@ -175,7 +175,7 @@ class Asker:
         self._logbook.require_no_block("token scores inside it would be logged with it")
         asked = self.engine().preconditioned(query, **settings)
         collector = TokenCollector(tracker.layout, asked)
-        recording = tracker.recording(len(options.data_id), on_factors=collector)
+        recording = tracker.recording(len(options.data_id), detached=True, on_factors=collector)
         with undisturbed(tracker.model), recording:
             loss_fn(tracker.model, batch).backward()
         recording.check()

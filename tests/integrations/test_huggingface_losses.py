@@ -191,3 +191,25 @@ def test_rows_that_do_not_add_up_to_what_is_trained_on_are_warned_of(tmp_path: P
     with pytest.warns(RuntimeWarning, match="the rows of classifier do not add up") as said:
         s.trained(tmp_path, s.bert(), s.labelled(), kind=Penalised, max_grad_norm=1e-3)
     assert len(said) == 1
+
+
+class Plain(torch.nn.Module):
+    """A causal language model that is none of transformers' classes, and shifts the labels itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = s.llama()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(input_ids=input_ids, attention_mask=attention_mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_rows_of_a_language_model_of_the_users_own(tmp_path: Path, accumulated: int) -> None:
+    data = s.sentences()
+    store = s.trained(tmp_path, Plain(), data, gradient_accumulation_steps=accumulated).run.store
+    expected = s.trained(tmp_path / "known", s.llama(), data, gradient_accumulation_steps=accumulated).run.store
+    assert list(store.data_id) == list(expected.data_id)
+    assert s.relative_error(store.gradients[:], expected.gradients[:]) <= FLOAT32
