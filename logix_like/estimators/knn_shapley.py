@@ -100,7 +100,7 @@ class KNNShapley(Estimator):
 
 
 def _pair(features: Any, labels: Any, whose: str, width: int | None = None) -> tuple[Tensor, Tensor]:
-    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    features, labels = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu()
     if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels) or width not in (None, features.shape[1]):
         raise QueryError(
             f"the features of {whose} have shape {tuple(features.shape)} and the labels {tuple(labels.shape)}; they "
