@@ -16,7 +16,7 @@ from logix_like.layout import DataId
 from logix_like.query.result import Ids
 
 TILE = 256
-"""Queries at a time for self-influence: memory grows with this times the samples."""
+"""Queries at a time: memory beside the scores grows with this times the samples."""
 
 
 class KNNShapley(Estimator):
@@ -64,7 +64,8 @@ class KNNShapley(Estimator):
         except (TypeError, ValueError) as error:
             raise QueryError("a query is a pair (features [queries, d], labels [queries])") from error
         features, labels = _pair(given, asked, "the queries", self._features.shape[1])
-        return self._ranked(self._distances(features).argsort(dim=1, stable=True), labels)
+        parts = zip(features.split(TILE), labels.split(TILE), strict=True)
+        return torch.cat([self._ranked(self._distances(x).argsort(dim=1, stable=True), y) for x, y in parts])
 
     def self_influence(self) -> Tensor:
         """``[samples]`` float64: each sample's score for a query with its own features and label.

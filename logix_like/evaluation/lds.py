@@ -47,7 +47,7 @@ class LDS:
     value: float
     """The mean: 1 for a perfect order of the subsets, 0 for none, below 0 for a wrong sign."""
     interval: tuple[float, float]
-    """Of the mean, by resampling queries and subsets together."""
+    """Of the mean, by resampling queries and subsets together: rather too wide than too narrow."""
     level: float
     """Of the interval, e.g. 0.95."""
     per_query: Tensor
