@@ -18,7 +18,6 @@ from logix_like.examples.quickstart import network
 from torch import Tensor, nn
 
 import logix_like as logix
-from logix_like.estimators.stored import StoredInfluence
 from logix_like.evaluation import LabelErrors, label_errors
 from logix_like.retraining import SubsetOracle
 from logix_like.workflows import Curation, Suspects, curate, find_mislabeled
@@ -100,11 +99,8 @@ def run_experiment(settings: Settings, root: Path) -> Outcome:
     model, run = experiment.train(everything, settings.seed, root)
     assert run is not None
     suspects = find_mislabeled(run, share=0.1)
-    estimator = StoredInfluence(run)
-    errors = label_errors(estimator, experiment.data.flipped)
-    # In the order of the samples' numbers, which are their names.
-    order = torch.tensor(estimator.data_id.tolist()).argsort()
-    values = estimator.scores(experiment.validation(run, model)).sum(0)[order]
+    errors = label_errors(run.compute_self_influence(), experiment.data.flipped)
+    values = run.compute_influence_all(experiment.validation(run, model))
     oracle = SubsetOracle(experiment.train, experiment.measure, len(everything))
     curation = curate(oracle, values, drop=settings.drop, draws=settings.draws)
     return Outcome(suspects, errors, curation)

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from logix_like.errors import RetrainingError
-from logix_like.subsets import require_subsets, subset_name, whole_number
+from logix_like.subsets import as_subsets, subset_name, whole_number
 
 Train = Callable[[list[int], int], Any]
 """``train(samples, seed) -> model``: trains on the samples with these indices (ascending)."""
@@ -73,7 +73,8 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        return f"training on {self.size} samples (subset {self.subset[:8]}, seed {self.seed}): {self.reason}"
+        told = f"training on {self.size} samples (subset {self.subset[:8]}, seed {self.seed}): {self.reason}"
+        return told if self.size else told + " (give the oracle empty=, what is measured without any training)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,14 +202,13 @@ class SubsetOracle:
         Raises:
             RetrainingError: a worker process died, or two models gave different numbers of measurements.
         """
-        require_subsets(masks, self.n)
+        masks = as_subsets(masks, self.n)
         names = [subset_name(mask) for mask in masks]
         wanted = {(name, seed): mask for name, mask in zip(names, masks, strict=True) for seed in range(self.seeds)}
         failures = self._compute({key: mask for key, mask in wanted.items() if self._known(key, mask) is None})
-        values = self._table(names, masks, {failure.subset for failure in failures})
-        return Measurements(masks, values, tuple(failures))
+        return Measurements(masks, self._table(names, masks), tuple(failures))
 
-    def _table(self, names: Sequence[str], masks: Tensor, failed: set[str]) -> Tensor:
+    def _table(self, names: Sequence[str], masks: Tensor) -> Tensor:
         lines = [
             [self._known((name, s), mask) for s in range(self.seeds)] for name, mask in zip(names, masks, strict=True)
         ]
@@ -346,9 +346,9 @@ class _Results:
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                self._require_same(folder / "about.json", dict(about))
             except OSError as error:
                 raise RetrainingError(f"the cache {folder} cannot be made ({error}); give another folder") from error
-            self._require_same(folder / "about.json", dict(about))
 
     def get(self, key: Key) -> Tensor | None:
         """What was measured, ``[queries]``, or None."""

@@ -24,9 +24,13 @@ def whole_number(value: Any, what: str) -> int:
         raise RetrainingError(f"{what} is {value!r}; it must be a whole number") from error
 
 
-def size_of(share: float, n: int) -> int:
+def size_of(share: Any, n: int) -> int:
     """How many of ``n`` samples a share of them is, rounded; 0 for what is no number, which no caller takes."""
-    return round(share * n) if math.isfinite(share) else 0
+    try:
+        samples = float(share) * n
+    except (TypeError, ValueError, RuntimeError):
+        return 0
+    return round(samples) if math.isfinite(samples) else 0
 
 
 def random_subsets(n: int, size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -75,10 +79,21 @@ def subset_name(mask: Tensor) -> str:
     return hashlib.blake2b(members.tobytes(), digest_size=16).hexdigest()
 
 
-def require_subsets(masks: Tensor, n: int) -> None:
-    """Raise :class:`RetrainingError` unless ``masks`` is ``[subsets, n]`` bool."""
-    if masks.dtype != torch.bool or masks.ndim != 2 or masks.shape[1] != n:
+def as_subsets(masks: Any, n: int) -> Tensor:
+    """``masks``, a tensor, an array or lists, as a ``[subsets, n]`` bool tensor.
+
+    Raises:
+        RetrainingError: they are none.
+    """
+    try:
+        found: Tensor = torch.as_tensor(masks).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RetrainingError(
-            f"subsets are a {masks.dtype} tensor of shape {tuple(masks.shape)}; give bool masks of shape "
-            f"(subsets, {n}), true where a sample is trained on"
+            f"subsets are a {type(masks).__name__}; give bool masks of shape (subsets, {n})"
+        ) from error
+    if found.dtype != torch.bool or found.ndim != 2 or found.shape[1] != n:
+        raise RetrainingError(
+            f"subsets are {found.dtype} of shape {tuple(found.shape)}; give bool masks of shape (subsets, {n}), true "
+            "where a sample is trained on"
         )
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from logix_like.errors import EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
 from logix_like.evaluation.removal import with_random_removals
-from logix_like.evaluation.scored import Scores, score_vector
+from logix_like.evaluation.scored import BY_SAMPLE, Scores, as_scores, score_vector, whole_result
 from logix_like.evaluation.statistics import mean_and_error
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
@@ -28,9 +28,9 @@ from logix_like.query.table import shown_id
 from logix_like.retraining import SubsetOracle
 from logix_like.run.extraction import batch_ids
 from logix_like.subsets import size_of
+from logix_like.weights import evaluating
 
 SHOWN = 10
-BY_SAMPLE = "ask with reduce='mean' or another"
 
 
 class Run(Protocol):
@@ -64,6 +64,8 @@ def explain(
 ) -> InfluenceResult:
     """Which training samples made ``model`` answer ``batch`` as it does?
 
+    It is asked in eval mode, and left in the one it was in.
+
     Args:
         run: Logged or loaded; its rows are asked.
         model: The run's model, with its trained weights.
@@ -88,11 +90,12 @@ def explain(
             objective.likelihood.losses(objective.forward(model, batch), targets).sum().backward()
         return query
 
-    if checkpoints is None:
-        query = ask()
-    else:
-        with closing(run.at_checkpoints(checkpoints)) as models:
-            query = [ask() for _ in models][-1]
+    with evaluating(model):  # of all its answers, those it gives in use
+        if checkpoints is None:
+            query = ask()
+        else:
+            with closing(run.at_checkpoints(checkpoints)) as models:
+                query = [ask() for _ in models][-1]
     return run.compute_influence_all(query, k=k, **options)
 
 
@@ -105,12 +108,8 @@ def _targets(model: nn.Module, batch: Batch, objective: Objective, predicted: bo
             f"the most likely answer under a {type(objective.likelihood).__name__} likelihood has no loss to explain; "
             "give predicted=False to explain the batch's own targets"
         )
-    training = model.training
-    try:
-        with torch.no_grad():
-            answers = objective.forward(model.eval(), batch).argmax(-1)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        answers = objective.forward(model, batch).argmax(-1)
     return torch.where(given == IGNORED, given, answers)
 
 
@@ -170,6 +169,7 @@ def find_mislabeled(
         assert result.scores is not None  # asked for without k
         assert result.data_id is not None
         names, scores = result.data_id, -result.scores.sum(0)
+    scores = scores.cpu()
     if not bool(scores.isfinite().all()):
         raise EvaluationError(f"{int((~scores.isfinite()).sum())} of {len(names)} samples have no finite score")
     count = size_of(share, len(names))
@@ -223,7 +223,7 @@ def curate(
 
     Args:
         oracle: Trains and measures: on data that ``values`` were not made with, if the comparison is to be fair.
-        values: ``[samples]``, e.g. scores summed over a validation set's queries; high is valuable.
+        values: ``[samples]``, high is valuable; or a result over a validation set's queries, which is summed.
         drop: Share to drop.
         draws: Random subsets to compare with.
         seed: Of these.
@@ -238,6 +238,11 @@ def curate(
             f"the oracle is a {type(oracle).__name__}; curate retrains to see what dropping is worth, and needs a "
             "SubsetOracle(train, measure, n=...); to rank samples without retraining take "
             "find_mislabeled(run, validation=query), whose first samples harm the queries most"
+        )
+    if isinstance(values, Estimator | SelfInfluence):
+        raise EvaluationError(
+            "self-influence is no value: wrong labels have the highest; give a result over validation queries "
+            "(an estimator's is influence(queries)), or [samples] numbers, high where a sample is valuable"
         )
     vector = score_vector(values, oracle.n, data_id)
     count = size_of(drop, oracle.n)
@@ -275,7 +280,9 @@ class Poison:
     """``[samples]``: their names."""
 
     def first(self, k: int) -> list[DataId]:
-        """Names of the ``k`` samples that the suspicious queries hang on most."""
+        """Names of the ``k`` samples that the suspicious queries hang on most; none where nothing is suspicious."""
+        if not bool(self.suspicious.any()):
+            return []
         names: list[DataId] = self.data_id[self.samples.argsort(stable=True, descending=True)[:k].numpy()].tolist()
         return names
 
@@ -361,13 +368,9 @@ def _most_alike(scores: Tensor, top: int, group: int) -> tuple[float, Tensor]:
 
 def _scores_and_names(scores: InfluenceResult | Any, data_id: Sequence[DataId] | None) -> tuple[Tensor, Ids]:
     if isinstance(scores, InfluenceResult):
-        if scores.scores is None or scores.data_id is None:
-            raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
-        if scores.reduce == "none":
-            raise EvaluationError(f"the result scores visits, not samples; {BY_SAMPLE}")
-        matrix, names = scores.scores.double(), scores.data_id
+        matrix, names = whole_result(scores)
     else:
-        matrix = torch.as_tensor(scores).detach().cpu().double()
+        matrix = as_scores(scores, "a result (an estimator's is influence(queries)) or numbers [queries, samples]")
         columns = matrix.shape[-1] if matrix.ndim else 0
         given = as_data_ids(range(columns) if data_id is None else data_id)
         if len(given) != columns:
@@ -376,4 +379,4 @@ def _scores_and_names(scores: InfluenceResult | Any, data_id: Sequence[DataId] |
         names[:] = given
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
         raise EvaluationError(f"the scores have the shape {tuple(matrix.shape)}; finite [queries, samples] are needed")
-    return matrix, names
+    return matrix.to("cpu", torch.float64), names

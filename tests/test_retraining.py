@@ -280,6 +280,12 @@ def test_what_no_training_measures_can_be_told() -> None:
             ridge.oracle(empty=wrong)
 
 
+def test_what_fails_without_samples_says_what_to_give() -> None:
+    oracle = SubsetOracle(lambda samples, seed: max(samples), float, 3)
+    with pytest.raises(RetrainingError, match=r"training on 0 samples .*give the oracle empty="):
+        oracle.values(torch.zeros(1, 3, dtype=torch.bool))
+
+
 def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
     Ridge().oracle(tmp_path, name="ridge").full()
     with pytest.raises(RetrainingError, match="holds results of"):
@@ -288,6 +294,12 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
         Ridge(9).oracle(tmp_path, name="ridge")
     with pytest.raises(RetrainingError, match="cannot be made"):
         Ridge().oracle(tmp_path / "about.json" / "below")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that takes no files")
+def test_a_cache_that_takes_no_files_is_said_at_once() -> None:
+    with pytest.raises(RetrainingError, match=r"the cache /proc/self cannot be made"):
+        Ridge().oracle(Path("/proc/self"))
 
 
 def test_arguments_that_make_no_sense() -> None:
@@ -300,8 +312,12 @@ def test_arguments_that_make_no_sense() -> None:
         ridge.oracle(seeds=0)
     with pytest.raises(RetrainingError, match="concurrent\\.futures"):
         ridge.oracle(executor=4)
-    with pytest.raises(RetrainingError, match=r"shape \(subsets, 8\)"):
-        ridge.oracle().values(torch.ones(1, 7, dtype=torch.bool))
+    for wrong in (torch.ones(1, 7, dtype=torch.bool), torch.ones(1, 8), [[0] * 8], "all"):
+        with pytest.raises(RetrainingError, match=r"give bool masks of shape \(subsets, 8\)"):
+            ridge.oracle().values(wrong)
+    masks = without_each(8)
+    for same in (masks.numpy(), masks.tolist()):
+        assert torch.equal(ridge.oracle().values(same), ridge.oracle().values(masks))
 
 
 def test_subsets_are_what_they_say() -> None:

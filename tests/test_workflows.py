@@ -50,6 +50,21 @@ def test_explain_asks_about_the_models_own_answers(run: logix.Run, model: nn.Mod
     assert given.query_id[:2] == ("q0", "q1")
 
 
+@pytest.mark.parametrize("checkpoints", [None, "all"])
+def test_explain_asks_the_model_in_use_and_leaves_each_module_in_its_mode(
+    tmp_path: Path, checkpoints: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    run = training.trained_run(tmp_path, model, epochs=2, checkpoints="every_epoch")
+    x, y = training.data()
+    expected = explain(run, model.eval(), (x, y), k=None, checkpoints=checkpoints)
+    model.train()
+    model[1].eval()
+    found = explain(run, model, (x, y), k=None, checkpoints=checkpoints)
+    assert torch.equal(found.scores, expected.scores)
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+
+
 def test_explain_over_checkpoints_and_with_options(run: logix.Run, model: nn.Module) -> None:
     x, y = training.data()
 
@@ -160,6 +175,15 @@ def test_curate_drops_what_harms() -> None:
             curate(world.oracle, values, drop=drop)
     with pytest.raises(EvaluationError, match=r"needs a SubsetOracle.*find_mislabeled"):
         curate(values, values)
+    with pytest.raises(EvaluationError, match=r"drop is most: 0 of 60"):
+        curate(world.oracle, values, drop="most")
+
+
+def test_curate_takes_no_self_influence_for_a_value(run: logix.Run) -> None:
+    oracle = Additive(n=23, q=1).oracle
+    for suspicion in (StoredInfluence(run), run.compute_self_influence()):
+        with pytest.raises(EvaluationError, match="self-influence is no value: wrong labels have the highest"):
+            curate(oracle, suspicion, data_id=[f"s{i}" for i in range(training.SAMPLES)])
 
 
 def planted(queries: int = 60, samples: int = 500) -> Tensor:
@@ -190,6 +214,7 @@ def test_without_one_nothing_is_suspicious() -> None:
     found = detect_poison(torch.randn(60, 500, generator=torch.Generator().manual_seed(1)))
     assert not found.suspicious.any()
     assert not found.samples.any()
+    assert found.first(3) == []
     assert "no group among 60 queries" in str(found)
 
 
@@ -205,6 +230,10 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
     assert detect_poison(planted(), data_id=torch.arange(500) + 7).first(1)[0] in range(107, 115)
     with pytest.raises(EvaluationError, match=r"shape \(\)"):
         detect_poison(1.0)
+    with pytest.raises(EvaluationError, match=r"scores are a StoredInfluence; give a result \(an estimator's is infl"):
+        detect_poison(StoredInfluence(run))
+    with pytest.raises(EvaluationError, match="complex numbers"):
+        detect_poison(torch.complex(planted(), planted()))
     with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
         detect_poison(planted(), data_id=["a"])
     with pytest.raises(EvaluationError, match="top is 10, group 0"):

@@ -16,7 +16,7 @@ from logix_like.layout import DataId
 from logix_like.query.result import Ids
 
 TILE = 256
-"""Queries at a time for self-influence: memory grows with this times the samples."""
+"""Queries at a time: memory beside the scores grows with this times the samples."""
 
 
 class KNNShapley(Estimator):
@@ -64,7 +64,8 @@ class KNNShapley(Estimator):
         except (TypeError, ValueError) as error:
             raise QueryError("a query is a pair (features [queries, d], labels [queries])") from error
         features, labels = _pair(given, asked, "the queries", self._features.shape[1])
-        return self._ranked(self._distances(features).argsort(dim=1, stable=True), labels)
+        parts = zip(features.split(TILE), labels.split(TILE), strict=True)
+        return torch.cat([self._ranked(self._distances(x).argsort(dim=1, stable=True), y) for x, y in parts])
 
     def self_influence(self) -> Tensor:
         """``[samples]`` float64: each sample's score for a query with its own features and label.
@@ -100,7 +101,7 @@ class KNNShapley(Estimator):
 
 
 def _pair(features: Any, labels: Any, whose: str, width: int | None = None) -> tuple[Tensor, Tensor]:
-    features, labels = torch.as_tensor(features), torch.as_tensor(labels)
+    features, labels = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu()
     if features.ndim != 2 or labels.ndim != 1 or len(features) != len(labels) or width not in (None, features.shape[1]):
         raise QueryError(
             f"the features of {whose} have shape {tuple(features.shape)} and the labels {tuple(labels.shape)}; they "

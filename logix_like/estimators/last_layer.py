@@ -75,10 +75,10 @@ class LastLayer:
         """
         kept: list[tuple[Tensor, Tensor]] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            kept.append((args[0], output))
+        def keep(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            kept.append((args[0] if args else named["input"], output))
 
-        handle = self.module.register_forward_hook(keep)
+        handle = self.module.register_forward_hook(keep, with_kwargs=True)
         try:
             with frozen(self.model), torch.no_grad():
                 outputs = self.objective.forward(self.model, batch)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from logix_like.layout import DataId
 from logix_like.query.result import Ids
 from logix_like.retraining import SubsetOracle
 from logix_like.subsets import all_subsets
+
+SHOWN = 10
+"""Of the indices that are refused."""
 
 
 class RetrainedEstimator(Estimator):
@@ -52,12 +56,7 @@ class RetrainedEstimator(Estimator):
             RetrainingError: a retraining failed.
         """
         values = self.values
-        if queries is None:
-            return values.clone()
-        chosen = [operator.index(query) for query in queries]  # tensors of one number would count as dimensions
-        if any(not 0 <= query < len(values) for query in chosen):
-            raise QueryError(f"queries are {chosen}; they must be between 0 and {len(values) - 1}, what is measured")
-        return values[chosen]
+        return values.clone() if queries is None else values[_indices(queries, len(values), "queries")]
 
     def self_influence(self) -> Tensor:
         """``[samples]``: each sample's score for its own output, which ``own`` names.
@@ -70,8 +69,8 @@ class RetrainedEstimator(Estimator):
                 "self-influence needs the samples' own outputs among what is measured: measure them, and give own=, "
                 "their indices"
             )
-        own = torch.tensor(list(self._own))
-        if own.shape != (self._oracle.n,) or not 0 <= int(own.min()) <= int(own.max()) < len(self.values):
+        own = _indices(self._own, len(self.values), "own")
+        if len(own) != self._oracle.n:
             raise QueryError(
                 f"own names {len(own)} quantities; it must name one of the {len(self.values)} measured for each of "
                 f"{self._oracle.n} samples"
@@ -92,6 +91,8 @@ class RetrainedEstimator(Estimator):
 
 class SampledSubsets(RetrainedEstimator):
     """Values samples by the mean over subsets with them less that over subsets without them.
+
+    Drawn subsets of which a retraining fails are left out with a warning; of all there are, each is needed.
 
     Args:
         oracle: Trains and measures.
@@ -124,7 +125,8 @@ class SampledSubsets(RetrainedEstimator):
             masks = self._among(all_subsets(self._oracle.n))
             return difference_of_means(masks, self._oracle.values(masks))[0]
         masks = self._drawn(self._subsets, torch.Generator().manual_seed(self._seed))
-        differences, self._errors = difference_of_means(masks, self._oracle.values(masks))
+        found = self._oracle.measurements(masks).complete()
+        differences, self._errors = difference_of_means(found.masks, found.means)
         return differences
 
     @abstractmethod
@@ -161,6 +163,20 @@ def difference_of_means(masks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     variances = (squares / counts.unsqueeze(1) - means.square()).clamp_min(0) / (counts - 1).unsqueeze(1)
     variances = torch.where((counts > 1).unsqueeze(1), variances, torch.nan)
     return means[0] - means[1], variances.sum(0).sqrt()
+
+
+def _indices(given: Iterable[Any], count: int, what: str) -> list[int]:
+    """Whole numbers below ``count``; a mask would count as the indices 0 and 1."""
+    try:
+        listed = torch.as_tensor(given).tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
+        found = [operator.index(one) for one in listed]
+    except TypeError as error:
+        raise QueryError(f"{what} is {given!r}; give a sequence of indices of what is measured") from error
+    if any(isinstance(one, bool) for one in listed) or any(not 0 <= one < count for one in found):
+        raise QueryError(
+            f"{what} is {listed[:SHOWN]}; what is measured has the indices 0 to {count - 1}, and a mask names none"
+        )
+    return found
 
 
 def _ids(data_id: Sequence[DataId] | range, n: int) -> Ids:

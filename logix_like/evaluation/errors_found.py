@@ -58,7 +58,10 @@ def label_errors(scores: Scores, wrong: Any, *, data_id: Sequence[DataId] | None
     Raises:
         EvaluationError: the shapes differ, or all labels are wrong, or none.
     """
-    wrong = torch.as_tensor(wrong)
+    try:
+        wrong = torch.as_tensor(wrong).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EvaluationError(f"wrong is a {type(wrong).__name__}; it must be [samples] bool") from error
     if wrong.ndim != 1 or wrong.dtype != torch.bool:
         raise EvaluationError(f"wrong is {wrong.dtype} of shape {tuple(wrong.shape)}; it must be [samples] bool")
     errors, n = int(wrong.sum()), len(wrong)

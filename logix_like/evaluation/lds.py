@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import EvaluationError
-from logix_like.evaluation.scored import Scores, score_matrix
+from logix_like.evaluation.scored import Scores, require_oracle, score_matrix
 from logix_like.evaluation.statistics import bootstrapped, correlation, interval, ranks, spearman
 from logix_like.layout import DataId
 from logix_like.retraining import Measurements, SubsetOracle
-from logix_like.subsets import random_subsets, size_of
+from logix_like.subsets import random_subsets, size_of, whole_number
 
 FEWEST_SUBSETS = 3
 
@@ -27,10 +27,11 @@ def subset_truth(oracle: SubsetOracle, *, subsets: int = 100, share: float = 0.5
     warning; with a cache in the oracle an interrupted call goes on where it was.
 
     Raises:
-        EvaluationError: a subset would hold no sample or all, or there are fewer than 3.
+        EvaluationError: a subset would hold no sample or all, there are fewer than 3, or the oracle is none.
         RetrainingError: all retrainings failed.
     """
-    if subsets < FEWEST_SUBSETS:
+    require_oracle(oracle)
+    if whole_number(subsets, "subsets") < FEWEST_SUBSETS:
         raise EvaluationError(f"subsets is {subsets}; a rank correlation needs at least {FEWEST_SUBSETS}")
     size = size_of(share, oracle.n)
     if not 0 < size < oracle.n:
@@ -46,7 +47,7 @@ class LDS:
     value: float
     """The mean: 1 for a perfect order of the subsets, 0 for none, below 0 for a wrong sign."""
     interval: tuple[float, float]
-    """Of the mean, by resampling queries and subsets together."""
+    """Of the mean, by resampling queries and subsets together: rather too wide than too narrow."""
     level: float
     """Of the interval, e.g. 0.95."""
     per_query: Tensor
@@ -87,6 +88,8 @@ def lds(
     Raises:
         EvaluationError: the scores do not fit the truth, which has failed retrainings or fewer than 3 subsets.
     """
+    if not isinstance(truth, Measurements):
+        raise EvaluationError(f"the truth is a {type(truth).__name__}; give what subset_truth(oracle) returns")
     measured = truth.means
     if not bool(measured.isfinite().all()):
         raise EvaluationError(
@@ -125,7 +128,6 @@ def noise_ceiling(truth: Measurements) -> float:
             for rolled in (truth.values.roll(shift, 1) for shift in range(seeds))
         ]
     ).mean(0)
-    # Halves of `half` seeds each; the truth is the mean of `seeds`.
-    ratio = seeds / half
-    reliability = (ratio * agreement / (1 + (ratio - 1) * agreement)).clamp(0, 1)
-    return reliability.sqrt().mean().item()
+    # Halves of `half` seeds each; the truth is the mean of `seeds`. Halves that disagree have nothing in common.
+    ratio, agreement = seeds / half, agreement.clamp(0, 1)
+    return (ratio * agreement / (1 + (ratio - 1) * agreement)).sqrt().mean().item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import EvaluationError
-from logix_like.evaluation.scored import Scores, score_matrix
+from logix_like.evaluation.scored import Scores, require_oracle, score_matrix
 from logix_like.evaluation.statistics import bootstrapped, correlation, interval, ranks
 from logix_like.layout import DataId
 from logix_like.retraining import SubsetOracle
@@ -62,7 +62,11 @@ def leave_one_out_correlation(
     Raises:
         EvaluationError: the scores do not fit, or fewer than 3 samples are to be left out.
     """
-    chosen = [whole_number(one, "a sample to leave out") for one in (range(oracle.n) if samples is None else samples)]
+    require_oracle(oracle)
+    given = range(oracle.n) if samples is None else samples
+    if not isinstance(given, Iterable):
+        raise EvaluationError(f"samples to be left out are {given!r}; give a sequence of indices")
+    chosen = [whole_number(one, "a sample to leave out") for one in given]
     if len(set(chosen) & set(range(oracle.n))) < max(3, len(chosen)):
         raise EvaluationError(
             f"samples to be left out are {chosen[:10]}; a correlation needs at least 3 different ones, from 0 to "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logix_like.errors import EvaluationError
-from logix_like.evaluation.scored import Scores, score_matrix, score_vector
+from logix_like.evaluation.scored import Scores, require_oracle, score_matrix, score_vector
 from logix_like.evaluation.statistics import mean_and_error
 from logix_like.layout import DataId
 from logix_like.query.ranking import stable_top
@@ -83,6 +83,7 @@ def brittleness(
         EvaluationError: the scores do not fit, a number to remove leaves no sample, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
+    require_oracle(oracle)
     try:
         counts = tuple(map(operator.index, removed))
     except TypeError as error:
@@ -139,6 +140,7 @@ def query_loss_difference(
     Raises:
         EvaluationError: ``share`` is none between 0 and 1.
     """
+    require_oracle(oracle)
     if not 0 < share < 1:
         raise EvaluationError(f"share is {share}; it must be above 0 and below 1, e.g. 0.01")
     return brittleness(oracle, scores, removed=(max(1, size_of(share, oracle.n)),), **options)
@@ -194,10 +196,15 @@ def removal_curve(
         EvaluationError: the values do not fit, a share leaves no sample or removes none, or nothing is drawn.
         RetrainingError: a retraining failed.
     """
+    require_oracle(oracle)
     vector, n = score_vector(values, oracle.n, data_id), oracle.n
-    counts = [size_of(share, n) for share in shares]
+    try:
+        removed = tuple(float(share) for share in shares)
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"shares are {shares!r}; give a sequence of numbers between 0 and 1") from error
+    counts = [size_of(share, n) for share in removed]
     if not counts or not all(0 < count < n for count in counts):
-        raise EvaluationError(f"shares are {tuple(shares)} of {n} samples; each must remove some and leave some")
+        raise EvaluationError(f"shares are {removed} of {n} samples; each must remove some and leave some")
     chosen = torch.cat([_masks(ranked[None], counts)[:, 0] for ranked in (vector, -vector)])
     own, randomly = with_random_removals(oracle, chosen, counts, draws, seed)
-    return RemovalCurve(tuple(shares), own[: len(counts)], own[len(counts) :], randomly)
+    return RemovalCurve(removed, own[: len(counts)], own[len(counts) :], randomly)

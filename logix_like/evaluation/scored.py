@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logix_like.errors import EvaluationError
+from logix_like.errors import ConfigError, EvaluationError, QueryError
 from logix_like.estimators.base import Estimator
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
+from logix_like.retraining import SubsetOracle
+
+TAKEN = "an estimator, a result with all scores, or numbers as a tensor, an array or lists"
+BY_SAMPLE = "ask with reduce='mean' or another"
 
 Scores = Estimator | InfluenceResult | Tensor | Any
 """An estimator, a result with all scores, or anything that makes a ``[queries, samples]`` tensor."""
@@ -34,15 +38,11 @@ def score_matrix(
         EvaluationError: the shape is another, a sample is missing, or a score is not finite.
     """
     if isinstance(scores, Estimator):
-        matrix = _reordered(scores.scores(asked), scores.data_id, n, data_id)
+        matrix = _reordered(_answer(scores, asked), scores.data_id, n, data_id)
     elif isinstance(scores, InfluenceResult):
-        if scores.scores is None or scores.data_id is None:
-            raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
-        if scores.reduce == "none":
-            raise EvaluationError("the result scores visits, not samples; ask with reduce='mean' or another")
-        matrix = _reordered(scores.scores, scores.data_id, n, data_id)
+        matrix = _reordered(*whole_result(scores), n, data_id)
     else:
-        matrix = _as_tensor(scores)
+        matrix = as_scores(scores)
     matrix = matrix.to("cpu", torch.float64)
     expected = f"({'queries' if queries is None else queries}, {n})"
     if matrix.ndim != 2 or matrix.shape[1] != n or queries not in (None, len(matrix)):
@@ -51,6 +51,14 @@ def score_matrix(
             "quantity and one column for each training sample"
         )
     return _finite(matrix)
+
+
+def require_oracle(oracle: Any) -> None:
+    """Raise :class:`EvaluationError` unless ``oracle`` is one."""
+    if not isinstance(oracle, SubsetOracle):
+        raise EvaluationError(
+            f"the oracle is a {type(oracle).__name__}; give the SubsetOracle(train, measure, n=...) that retrains"
+        )
 
 
 def score_vector(scores: Scores, n: int, data_id: Sequence[DataId] | None = None) -> Tensor:
@@ -68,20 +76,46 @@ def score_vector(scores: Scores, n: int, data_id: Sequence[DataId] | None = None
     elif isinstance(scores, InfluenceResult):
         vector = score_matrix(scores, n, None, data_id=data_id).sum(0)
     else:
-        vector = _as_tensor(scores)
+        vector = as_scores(scores)
     if vector.shape != (n,):
         raise EvaluationError(f"the scores have the shape {tuple(vector.shape)}; ({n},) is needed: one for each sample")
     return _finite(vector.to("cpu", torch.float64))
 
 
-def _as_tensor(scores: Any) -> Tensor:
+def _answer(estimator: Estimator, asked: Any) -> Tensor:
+    try:
+        return estimator.scores(asked)
+    except (ConfigError, QueryError, AttributeError, TypeError) as error:
+        if asked is not None:
+            raise
+        raise EvaluationError(
+            f"{estimator.name} cannot answer without queries ({error}); give queries=, what its scores() takes"
+        ) from error
+
+
+def whole_result(result: InfluenceResult) -> tuple[Tensor, Ids]:
+    """``[queries, samples]`` and the samples' names, of a result that holds them all.
+
+    Raises:
+        EvaluationError: it holds only the first and last, or scores visits.
+    """
+    if result.scores is None or result.data_id is None:
+        raise EvaluationError("the result holds the highest and lowest scores only; ask without k= for all of them")
+    if result.reduce == "none":
+        raise EvaluationError(f"the result scores visits, not samples; {BY_SAMPLE}")
+    return result.scores, result.data_id
+
+
+def as_scores(scores: Any, taken: str = TAKEN) -> Tensor:
+    """Real numbers as a tensor; ``taken`` says what else would do.
+
+    Raises:
+        EvaluationError: they are none.
+    """
     try:
         tensor: Tensor = torch.as_tensor(scores).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise EvaluationError(
-            f"scores are a {type(scores).__name__}; give an estimator, a result with all scores, or numbers as a "
-            "tensor, an array or lists"
-        ) from error
+        raise EvaluationError(f"scores are a {type(scores).__name__}; give {taken}") from error
     if tensor.is_complex():
         raise EvaluationError("the scores are complex numbers, which have no order; give real ones")
     return tensor

@@ -91,6 +91,23 @@ def test_a_layer_that_is_not_the_last_is_refused() -> None:
         LastLayer(network(), OBJECTIVE, "0").factors(queries())
 
 
+class Keyword(nn.Module):
+    """Gives its last layer what goes in by name."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers[2](input=self.layers[1](self.layers[0](x)))
+        return out
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    expected = LastLayer(network(), OBJECTIVE).factors(queries())
+    assert torch.equal(LastLayer(Keyword(network()), OBJECTIVE).factors(queries()).features, expected.features)
+
+
 def _points(**options: Any) -> tuple[RepresenterPoints, nn.Sequential]:
     model = network()
     batches = [batch_of(range(s, s + 8)) for s in range(0, SAMPLES, 8)]

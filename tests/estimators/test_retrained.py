@@ -240,12 +240,20 @@ def test_the_interface_of_every_one(kind: type[RetrainedEstimator], ridge: Ridge
     assert torch.equal(own, scores[torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.arange(8)])
     result = estimator.influence([1], query_id=("q",))
     assert result.proponents(1).ids[0, 0] == f"s{int(scores[1].argmax())}"
-    with pytest.raises(QueryError, match="between 0 and 3"):
-        estimator.scores([4])
+    for wrong in ([4], [-1], [True, False], torch.tensor([True, False, True, True])):
+        with pytest.raises(QueryError, match=r"queries is \[.*what is measured has the indices 0 to 3, and a mask"):
+            estimator.scores(wrong)
+    for shapeless in (2, [0.5], torch.tensor([[0], [1]])):
+        with pytest.raises(QueryError, match="give a sequence of indices"):
+            estimator.scores(shapeless)
     with pytest.raises(QueryError, match="give own="):
         kind(ridge.oracle()).self_influence()
     with pytest.raises(QueryError, match="own names 1"):
         kind(ridge.oracle(), own=[0]).self_influence()
+    with pytest.raises(QueryError, match=r"own is .*give a sequence of indices"):
+        kind(ridge.oracle(), own=torch.zeros(8)).self_influence()
+    with pytest.raises(QueryError, match=r"own is .*and a mask names none"):
+        kind(ridge.oracle(), own=[True] * 8).self_influence()
     with pytest.raises(QueryError, match="data_id names 1"):
         kind(ridge.oracle(), data_id=["a"])
 
@@ -279,6 +287,28 @@ def test_a_subset_that_cannot_be_trained_is_named() -> None:
 
     with pytest.raises(RetrainingError, match=r"1 retrainings failed: training on 3 samples .*both classes"):
         LeaveOneOut(SubsetOracle(train, lambda model: model, 4)).scores()
+
+
+@pytest.mark.parametrize("kind", [Downsampling, Banzhaf])
+def test_a_drawn_subset_that_fails_loses_no_other(kind: type[Downsampling | Banzhaf], ridge: Ridge) -> None:
+    """One in many lacks a class, or holds nothing."""
+
+    def train(samples: list[int], seed: int) -> Tensor:
+        if not {0, 1, 2} & set(samples):
+            raise ValueError("a class is missing")
+        return ridge.value(tuple(samples))
+
+    estimator = kind(SubsetOracle(train, lambda value: value, 8), subsets=60, **options_of(kind))
+    with pytest.warns(RuntimeWarning, match=r"\d+ of 60 subsets are left out: .*a class is missing"):
+        found = estimator.scores()
+    assert found.isfinite().all()
+    assert estimator.standard_errors().isfinite().all()
+    with pytest.raises(RetrainingError, match=r"retrainings failed: .*a class is missing"):
+        kind(SubsetOracle(train, lambda value: value, 8), subsets=None, **options_of(kind)).scores()
+
+
+def options_of(kind: type[Downsampling | Banzhaf]) -> dict[str, float]:
+    return {"share": 0.5} if kind is Downsampling else {}
 
 
 def test_queries_may_be_a_tensor_of_indices(ridge: Ridge) -> None:

@@ -58,6 +58,8 @@ def test_self_influence_of_a_store_goes_by_its_names() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(EvaluationError, match="0 of 3 labels are wrong"):
         label_errors(torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(EvaluationError, match=r"wrong is a list; it must be \[samples\] bool"):
+        label_errors(torch.zeros(3), ["a", "b", "c"])
     with pytest.raises(EvaluationError, match=r"torch\.int64"):
         label_errors(torch.zeros(3), torch.tensor([0, 1, 1]))
     with pytest.raises(EvaluationError, match=r"shape \(4,\)"):

@@ -12,7 +12,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from logix_like.errors import EvaluationError
+from logix_like.errors import EvaluationError, RetrainingError
+from logix_like.estimators.knn_shapley import KNNShapley
 from logix_like.estimators.leave_one_out import LeaveOneOut
 from logix_like.evaluation import lds, subset_truth
 from logix_like.evaluation.lds import noise_ceiling
@@ -64,6 +65,14 @@ def test_g2_noise_of_retraining_sets_the_ceiling(noise: float) -> None:
 def test_the_ceiling_with_few_seeds(seeds: int) -> None:
     truth = subset_truth(Additive(q=200, noise=1.0, seeds=seeds).oracle, subsets=100)
     assert noise_ceiling(truth) == pytest.approx(1 / (1 + 1 / seeds) ** 0.5, abs=0.03)
+
+
+def test_seeds_that_disagree_have_no_ceiling() -> None:
+    """Beyond a correlation of -2/3 the formula turns over, and would call contradiction certainty."""
+    values = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))[:, :, :1].double()
+    halves = [(values.roll(shift, 1)[:, :2].mean(1), values.roll(shift, 1)[:, 2:4].mean(1)) for shift in range(5)]
+    assert torch.stack([spearman(*pair) for pair in halves]).mean() < -2 / 3
+    assert noise_ceiling(Measurements(torch.ones(3, 4, dtype=torch.bool), values)) == 0
 
 
 def test_the_interval_holds_the_expected_value_about_as_often_as_it_says() -> None:
@@ -144,6 +153,14 @@ def test_scores_that_do_not_fit_are_refused() -> None:
         assert lds(world.effects, Measurements(truth.masks, broken).complete()).subsets == 19
     with pytest.raises(EvaluationError, match=r"data_id names 1 samples \(60 names\)"):
         lds(_result(world.effects, np.arange(60).astype(object)), truth, data_id=[0] * 60)
+    with pytest.raises(EvaluationError, match=r"the truth is a SubsetOracle; give what subset_truth\(oracle\) returns"):
+        lds(world.effects, world.oracle)
+    with pytest.raises(EvaluationError, match=r"the oracle is a Measurements; give the SubsetOracle"):
+        subset_truth(truth)
+    with pytest.raises(EvaluationError, match=r"kNN-Shapley cannot answer without queries .*give queries="):
+        lds(KNNShapley(torch.randn(60, 2), torch.zeros(60)), truth)
+    with pytest.raises(RetrainingError, match=r"subsets is 4\.5; it must be a whole number"):
+        subset_truth(world.oracle, subsets=4.5)
     with pytest.raises(EvaluationError, match="level is 95"):
         lds(world.effects, truth, level=95)
 

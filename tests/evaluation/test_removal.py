@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -110,6 +111,11 @@ def test_what_is_refused() -> None:
         removal_curve(world.oracle, world.effects[0], shares=(math.nan,))
     with pytest.raises(EvaluationError, match=r"\(60,\) is needed"):
         removal_curve(world.oracle, world.effects)
+    for shares in ("ab", 0.1, [None]):
+        with pytest.raises(EvaluationError, match="give a sequence of numbers between 0 and 1"):
+            removal_curve(world.oracle, world.effects[0], shares=shares)
+    with pytest.raises(EvaluationError, match="samples to be left out are 3; give a sequence"):
+        leave_one_out_correlation(world.oracle, world.effects, samples=3)
     with pytest.raises(EvaluationError, match="at least 3"):
         leave_one_out_correlation(world.oracle, world.effects, samples=[1, 2])
     with pytest.raises(RetrainingError, match=r"a sample to leave out is tensor\(0\.\); it must be a whole number"):
@@ -140,6 +146,22 @@ def test_options_that_make_no_sense() -> None:
     for share in (0.0, -0.5, 1.5):
         with pytest.raises(EvaluationError, match=r"share is .*; it must be above 0"):
             query_loss_difference(world.oracle, world.effects, share=share)
+
+
+@pytest.mark.parametrize("evaluate", [brittleness, query_loss_difference, leave_one_out_correlation, removal_curve])
+def test_scores_before_the_oracle_are_said_to_be_none(evaluate: Callable[..., object]) -> None:
+    """As lds takes them."""
+    world = Additive(q=2)
+    with pytest.raises(EvaluationError, match="the oracle is a Tensor; give the SubsetOracle"):
+        evaluate(world.effects, world.oracle)
+
+
+def test_shares_may_be_a_tensor() -> None:
+    world = Additive(q=1)
+    found, expected = (
+        removal_curve(world.oracle, world.effects[0], shares=s) for s in (torch.tensor([0.25, 0.5]), (0.25, 0.5))
+    )
+    assert str(found) == str(expected)
 
 
 def test_a_results_scores_are_summed_over_its_queries_by_name() -> None:

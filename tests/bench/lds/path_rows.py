@@ -174,5 +174,4 @@ UNROLLED: Mapping[str, Row] = {
     "in-run Shapley, every step, order 2": _over(InRunShapley),
     "exact unrolling": _over(ExactUnrolling),
 }
-
 """For some thousand parameters."""
