@@ -145,7 +145,8 @@ class Sweep:
         calls.close()
         if not calls.gradients:
             raise CaptureError("no gradient reached any tracked module: the losses do not depend on their outputs")
-        sink.end()
+        with torch.autocast(self.device.type, enabled=False):
+            sink.end()
         return values.detach()
 
 
