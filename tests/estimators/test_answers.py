@@ -139,3 +139,11 @@ def test_autocast_is_for_the_models_products_alone() -> None:
         outer = EKFAC(model, data, progress=False)
         assert torch.allclose(outer.scores(data[0]), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         assert torch.allclose(outer.self_influence(), own, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [EKFAC, TRAK])
+def test_an_empty_batch_is_spoken_of(estimator: Any) -> None:
+    model, data = classifier()
+    empty = (data[0][0][:0], data[0][1][:0])
+    with pytest.raises(CaptureError, match="a batch holds no sample: leave empty batches out"):
+        estimator(model, [*data, empty], progress=False).scores(data[0])
