@@ -163,8 +163,3 @@ def damped_inverse_of(damping: DampingSetting, dtype: torch.dtype = torch.float6
         return damped_reciprocal(values, checked.shift(values.mean().item()), block, noise).to(values.device)
 
     return inverse
-
-
-def ones(block: str, values: Tensor) -> Tensor:
-    """``f`` of the identity."""
-    return torch.ones_like(values)

@@ -46,21 +46,22 @@ def fit_curvature(
         kind: ``ekfac`` or ``kfac``.
         labels: ``sampled`` from the model: the true Fisher, a Gauss-Newton matrix. ``empirical``: the data's own.
         split: EK-FAC's factors from every other batch, its eigenvalues from those between: half the time.
-        seed: Of the sampled labels; both passes see the same ones.
+        seed: Of the sampled labels; both passes see the same ones, where their batches come in the same order.
         selection: Tracked modules; all with a rule for linear maps unless told otherwise.
         mask: ``mask(batch) -> [batch, positions]``, which positions count; default a batch's ``attention_mask``.
         at: Fits at several sets of weights together, loading them one after another (``run.at_checkpoints``).
         widest: Sides wider than this are split into parts whose cross terms are dropped.
         precision: Of the products of factors, in torch's words; the model's own are not touched.
         resume_from: A folder from which an interrupted fit goes on; sums go there every few minutes and are removed
-            at the end. A pass over a loader that shuffles begins anew.
-        scratch: A folder on whose disk sums and eigenvectors are kept, where memory is too small for them.
+            at the end. A pass over a loader that shuffles begins anew; a fit of other data is refused.
+        scratch: A folder on whose disk sums, eigenvectors and eigenvalues are kept, where memory is too small for them.
         progress: Whether a bar is shown.
 
     Raises:
         ConfigError: an option is unknown.
         CaptureError: a batch's losses do not depend on a tracked module.
-        StatisticsError: ``loader`` is empty, or sums overflow; names the module.
+        StatisticsError: ``loader`` is empty, ``resume_from`` holds another fit, or sums overflow; names the module.
+        StoreWriteError: a disk is full.
     """
     settings = Settings(kind, labels, split and kind == "ekfac", seed, widest, precision)
     sweep = Sweep(model, objective or Objective(), selection or default_selection(model), mask=mask)

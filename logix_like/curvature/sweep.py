@@ -131,6 +131,8 @@ class Sweep:
         """
         batch = on_device(batch, self.device)
         samples = self.samples(batch)
+        if not samples:
+            raise CaptureError("a batch holds no sample: leave empty batches out of the loader")
         reader = FactorReader(self._projector, sink.add_factors, sink.add_input)
         calls = CallReader(
             samples, reader.read_input, reader.read_gradient, detached=True, device_type=self.device.type
@@ -145,7 +147,8 @@ class Sweep:
         calls.close()
         if not calls.gradients:
             raise CaptureError("no gradient reached any tracked module: the losses do not depend on their outputs")
-        sink.end()
+        with torch.autocast(self.device.type, enabled=False):
+            sink.end()
         return values.detach()
 
 

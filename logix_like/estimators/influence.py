@@ -222,7 +222,8 @@ class InfluenceFunction(Estimator):
         solution = self._solver.solve(system, b / size)
         self.solution = replace(solution, x=solution.x * size)
         if not self.solution.converged:
-            more = "a wider type of the weights" if isinstance(self._solver, Exact) else "more steps, or use 'ekfac-cg'"
+            other = "more steps" if self._kronecker else "more steps, or use 'ekfac-cg'"
+            more = "a wider type of the weights" if isinstance(self._solver, Exact) else other
             warnings.warn(
                 f"solver {self._solver.name!r} has not converged: the relative residual is "
                 f"{float(self.solution.residual.max()):.2g} after {self.solution.steps} steps (tolerance "

@@ -43,10 +43,10 @@ class Basis:
         return Basis(tuple((mine.mT @ its).square() for mine, its in zip(self.parts, other.parts, strict=True)))
 
     def _times(self, vectors: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        if len(matrices) == 1:
-            return vectors @ matrices[0]
         pieces = vectors.split([len(matrix) for matrix in matrices], -1)
-        return torch.cat([piece @ matrix for piece, matrix in zip(pieces, matrices, strict=True)], -1)
+        with torch.autocast(vectors.device.type, enabled=False):  # which is for the model's products, not for ours
+            found = [piece @ matrix for piece, matrix in zip(pieces, matrices, strict=True)]
+        return torch.cat(found, -1) if len(found) > 1 else found[0]
 
 
 def part_sizes(width: int, most: int) -> list[int]:

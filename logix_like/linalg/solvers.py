@@ -54,7 +54,7 @@ class System:
 class Solution:
     """An answer and how far it can be trusted."""
 
-    x: Tensor
+    x: Tensor = field(repr=False)
     """``[n, p]``."""
     residual: Tensor
     """``[n]``: ``|b - (H + lambda I) x| / |b|``."""

@@ -120,3 +120,30 @@ def test_what_else_to_take_is_said() -> None:
     with pytest.raises(ConfigError, match=r"no module to track: .*; solver='cg' needs none"):
         InfluenceFunction(nn.Embedding(7, 3), tokens, progress=False).scores(tokens[0])
     assert InfluenceFunction(nn.Embedding(7, 3), tokens, solver="cg", progress=False).scores(tokens[0]).shape == (5, 5)
+
+
+def test_autocast_is_for_the_models_products_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    data = list(zip(x.split(4), y.split(4), strict=True))
+
+    def cast(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found: Tensor = model(batch[0])
+        return found
+
+    inner = EKFAC(model, data, Objective(outputs=cast, targets=lambda batch: batch[1]), progress=False)
+    expected, own = inner.scores(data[0]), inner.self_influence()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outer = EKFAC(model, data, progress=False)
+        assert torch.allclose(outer.scores(data[0]), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        assert torch.allclose(outer.self_influence(), own, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [EKFAC, TRAK])
+def test_an_empty_batch_is_spoken_of(estimator: Any) -> None:
+    model, data = classifier()
+    empty = (data[0][0][:0], data[0][1][:0])
+    with pytest.raises(CaptureError, match="a batch holds no sample: leave empty batches out"):
+        estimator(model, [*data, empty], progress=False).scores(data[0])
