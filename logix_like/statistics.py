@@ -47,9 +47,19 @@ DENSE_NUMBERS = 2**24
 """A covariance of more numbers than this (128 MiB) is held as a sketch of so many."""
 
 
-def sketch_rank(size: int) -> int:
-    """With how many directions the covariance of a block of ``size`` numbers is sketched; 0 where it is held whole."""
-    return 0 if size**2 <= DENSE_NUMBERS else max(1, DENSE_NUMBERS // size)
+EXACT_NUMBERS = 2**26
+"""Rows of no more numbers than this (512 MiB) are sketched with as many directions as they are: that is exact."""
+
+
+def sketch_rank(size: int, rows: int | None = None) -> int:
+    """With how many directions the covariance of a block of ``size`` numbers is sketched; 0 where it is held whole.
+
+    Of ``rows`` rows, where they are known, and few.
+    """
+    if size**2 <= DENSE_NUMBERS:
+        return 0
+    rank = max(1, DENSE_NUMBERS // size)
+    return rank if rows is None or rows >= size or rows * size > EXACT_NUMBERS else max(rank, rows)
 
 
 def covariance_field(size: int) -> str:
@@ -237,7 +247,15 @@ class Statistics:
 class StatisticsAccumulator:
     """Gathers the named statistics of a stream of rows; not thread-safe, one owner."""
 
-    def __init__(self, layout: Layout, names: Iterable[str], *, covariance_limit: int = COVARIANCE_LIMIT) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        names: Iterable[str],
+        *,
+        covariance_limit: int = COVARIANCE_LIMIT,
+        expected: int | None = None,
+    ) -> None:
+        """``expected`` rows will come, where that is known: few make sketches exact (:func:`sketch_rank`)."""
         self._layout = layout
         self.names = frozenset(names)
         unknown = sorted(self.names - set(STATISTICS))
@@ -253,7 +271,7 @@ class StatisticsAccumulator:
             wanted = set(needed)
             if k > covariance_limit:
                 wanted.discard("outer_sum")
-            elif "outer_sum" in wanted and (rank := sketch_rank(k)):
+            elif "outer_sum" in wanted and (rank := sketch_rank(k, expected)):
                 shapes["sketch_sum"] = (k, rank)
                 wanted = (wanted - {"outer_sum"}) | {"sketch_sum", "square_sum"}
             fields: dict[str, tuple[int, ...]] = {f: s for f, s in shapes.items() if f in wanted}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import logix_like as logix
-from logix_like.errors import ConfigError, QueryError
+from logix_like.errors import ConfigError, QueryError, StoreError
 from logix_like.run.asking import Query
 from tests.training import data, network, trained_run
 
@@ -134,6 +134,18 @@ def test_one_stored_sample_may_be_named_by_its_id_alone(tmp_path: Path) -> None:
     assert run.find_similar("b", k=2).top.ids.tolist() == run.find_similar(["b"], k=2).top.ids.tolist()
     assert run.compute_influence(log, data_id=7).data_id.tolist() == [7]
     assert run.forget("a") == 1
+
+
+@pytest.mark.parametrize("which", [2, "first", [], [1, 3], torch.tensor([1])])
+def test_checkpoints_that_are_none_are_refused_by_name(tmp_path: Path, which: Any) -> None:
+    model, batch = nn.Sequential(nn.Linear(6, 3)), (torch.randn(4, 6), torch.zeros(4, dtype=torch.long))
+    run = logix.init("run", model, root=tmp_path, verbose=False)
+    with run(data_id=range(4)):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    run.checkpoint()
+    run.finalize()
+    with pytest.raises(StoreError, match=r"were asked for; there are 'all', 'last' and the numbers 1"):
+        run.query_fn(batch, lambda m, b: F.cross_entropy(m(b[0]), b[1]), checkpoints=which)
 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

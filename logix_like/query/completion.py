@@ -161,16 +161,20 @@ def _require_kronecker(statistics: Statistics) -> None:
 
 def _require_memory(layout: Layout) -> None:
     """Refuse covariances that this process cannot hold, before it tries."""
-    numbers = [block.size * (sketch_rank(block.size) or block.size) for block in layout]
-    # Sums in float64 and inverses in float32, of all; and what inverting the largest takes.
-    needed = 16 * sum(numbers) + 40 * max(numbers, default=0)
-    there = allowed_memory()
+    needed, there = _covariance_bytes(layout), allowed_memory()
     if there is not None and needed > there:
         raise StatisticsError(
-            f"the covariances of {len(numbers):,} modules, {layout.width:,} numbers in all, take "
+            f"the covariances of {len(layout):,} modules, {layout.width:,} numbers in all, take "
             f"{needed / 2**30:,.1f} GiB, and this process may have {there / 2**30:,.1f}: ask with "
             "preconditioner='ekfac', 'kfac' or 'diagonal', or log fewer numbers a module (a lower rank)"
         )
+
+
+def _covariance_bytes(layout: Layout, rows: int | None = None) -> int:
+    """What covariances of ``rows`` rows take."""
+    numbers = [block.size * (sketch_rank(block.size, rows) or block.size) for block in layout]
+    # Sums in float64 and inverses in float32, of all; and what inverting the largest takes.
+    return 16 * sum(numbers) + 40 * max(numbers, default=0)
 
 
 def _covers(statistics: Statistics, names: Collection[str], rows: int, covariance_limit: int) -> bool:
@@ -206,7 +210,10 @@ def _row_sums(
     names: Collection[str], candidates: Candidates, covariance_limit: int, progress: bool | None
 ) -> Statistics:
     """Those sums of one pass over ``candidates``."""
-    accumulator = StatisticsAccumulator(candidates.rows.layout, names, covariance_limit=covariance_limit)
+    layout, rows = candidates.rows.layout, candidates.count
+    there = allowed_memory()
+    expected = rows if there is None or 2 * _covariance_bytes(layout, rows) <= there else None
+    accumulator = StatisticsAccumulator(layout, names, covariance_limit=covariance_limit, expected=expected)
     for tile in candidates.tiles(progress, "statistics"):
         accumulator.update(tile.values)
     return accumulator.snapshot()

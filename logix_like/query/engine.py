@@ -142,6 +142,12 @@ class QueryEngine:
         task = self._task(question, query, candidates, fit, progress)
         parts = None if question.per is None else parts_of(layout, question.per)
         answer, remark = self._answer(question, task, fit, parts, client, index)
+        held = [answer["scores"]] if wished is None else [answer["top"].scores, answer["bottom"].scores]
+        if not all(bool(scores.isfinite().all()) for scores in held):
+            raise QueryError(
+                f"some scores are too large for {candidates.dtype}: divide the queries' loss by a constant, which "
+                "divides their scores by it"
+            )
         return InfluenceResult(
             query_id=tuple(query.data_id),
             samples=candidates.count,

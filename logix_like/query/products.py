@@ -122,12 +122,14 @@ class Products:
         return bool(((torch.mm(raw[:rows], self._narrow.T) - exact).abs() <= bound).all())
 
 
-def row_products(rows: Tensor, query: Tensor) -> Tensor:
-    """``[n]``: float64 products of ``rows [n, width]`` with ``query [width]``; equal rows have equal ones, to the bit.
+def row_products(rows: Tensor, queries: Tensor) -> Tensor:
+    """``[n]``: float64 products of ``rows [n, width]`` with one query, or with one for each row.
+
+    Those of equal rows are equal to the bit.
 
     Products of matrices sum in an order that depends on where a row stands, and on which rows stand beside it.
     """
-    terms = rows.double() * query
+    terms = rows.double() * queries
     if len(terms) == 1:  # alone, a long row would be summed by several threads
         terms = terms.repeat(2, 1)
     return terms.sum(dim=1)[: len(rows)]

@@ -8,7 +8,7 @@ of float64 products of the stored rows, whatever the scan's arithmetic or the cu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from logix_like.query.products import Approximate, row_products
 from logix_like.query.ranking import RunningTop
 from logix_like.query.scan import Tile
 
-EXACT_BYTES = 8 * 2**20
+EXACT_BYTES = 2 * 2**20
 """Rows are multiplied again so many bytes (float64) at a time."""
 OPEN = 8
 """Where more than so many times ``k`` rows of a query pass, these are looked at again by float64 products."""
@@ -196,16 +196,7 @@ class Sieve:
         decoded = group.take(rows)
         products = torch.empty(len(columns), dtype=torch.float64)
         piece = max(1, EXACT_BYTES // (8 * decoded.shape[1]))
-        for query, start, stop in runs(queries, piece):
-            products[start:stop] = row_products(decoded[inverse[start:stop]], self._queries[query])
+        for start in range(0, len(columns), piece):
+            some = slice(start, start + piece)
+            products[some] = row_products(decoded[inverse[some]], self._queries[queries[some]])
         return self._scorer.scores(products, positions[columns], queries)
-
-
-def runs(queries: Tensor, longest: int) -> Iterator[tuple[int, int, int]]:
-    """Runs of equal ``queries``, as ``(query, start, stop)``, none longer than ``longest``."""
-    values, counts = queries.unique_consecutive(return_counts=True)
-    begin = 0
-    for query, count in zip(values.tolist(), counts.tolist(), strict=True):
-        for start in range(begin, begin + count, longest):
-            yield query, start, min(start + longest, begin + count)
-        begin += count

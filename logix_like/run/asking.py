@@ -268,14 +268,14 @@ def _differs_in_training(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _chosen(known: Sequence[int], which: str | Sequence[int]) -> Sequence[int]:
+def _chosen(known: Sequence[int], which: object) -> Sequence[int]:
     if not known:
         raise StoreError("the store holds no checkpoint; call run.checkpoint() while training, or set 'checkpoints'")
     if which == "all":
         return known
     if which == "last":
         return known[-1:]
-    if isinstance(which, str) or not which or any(number not in known for number in which):
+    if isinstance(which, str) or not isinstance(which, Sequence) or not which or any(n not in known for n in which):
         listed = ", ".join(map(str, known))
         raise StoreError(f"checkpoints {which!r} were asked for; there are 'all', 'last' and the numbers {listed}")
     return which

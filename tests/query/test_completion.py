@@ -181,6 +181,19 @@ def test_a_large_covariance_is_sketched_and_exact_with_fewer_rows_than_its_rank(
     torch.testing.assert_close(sketched.scores, whole.scores, rtol=1e-8, atol=1e-10)
 
 
+def test_a_sketch_of_few_rows_is_as_large_as_it_must_be_to_be_exact(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = rows[:5]
+    whole, exact = _sketched_ask(few, monkeypatch, 2**24), _sketched_ask(few, monkeypatch, 12)
+    assert "covariance sketched at rank 5 (" in exact.note and "trace" not in exact.note
+    assert exact.scores is not None and whole.scores is not None
+    torch.testing.assert_close(exact.scores, whole.scores, rtol=1e-8, atol=1e-10)
+    monkeypatch.setattr(completion, "allowed_memory", lambda: 2500)  # for 2 directions of 6 numbers, but not for 5
+    rough = _sketched_ask(few, monkeypatch, 12)
+    assert "covariance sketched at rank 2 (" in rough.note and "of each trace held" in rough.note
+
+
 def test_what_a_sketch_leaves_is_said_and_bounds_the_error(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _sketched_ask(rows, monkeypatch, 2**24)
     sketched = _sketched_ask(rows, monkeypatch, 24)

@@ -113,8 +113,17 @@ def test_a_query_that_overflows_against_tiny_rows_is_named() -> None:
 
 
 def test_large_gradients_are_not_taken_for_infinite(engine: QueryEngine) -> None:
-    huge = torch.full((1, LAYOUT.width), 2e38)  # their sum overflows
+    huge = torch.full((1, LAYOUT.width), 3e37)  # their sum overflows
     assert engine.influence(QueryGradients(("q",), huge, LAYOUT), preconditioner="identity", mode="dot").samples == 10
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("mode", ["dot", "l2"])
+def test_scores_that_overflow_are_no_answer(k: int | None, mode: str) -> None:
+    rows, huge = torch.full((40, LAYOUT.width), 1e20), torch.full((1, LAYOUT.width), -1e20)
+    engine = QueryEngine(MemoryStore(LAYOUT, rows))
+    with pytest.raises(QueryError, match=r"some scores are too large for torch\.float32: divide the queries' loss"):
+        engine.influence(QueryGradients(("q",), huge, LAYOUT), k=k, preconditioner="identity", mode=mode)
 
 
 def test_queries_and_ids_must_fit() -> None:
