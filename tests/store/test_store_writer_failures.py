@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from logix_like.errors import StoreWriteError
-from logix_like.store import open_store
+from logix_like.statistics import StatisticsAccumulator
+from logix_like.store import Coverage, StoreWriter, open_store
 from logix_like.store.format.commits import CommitLog
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.places.storage import Pending
+from logix_like.store.writing.inbox import Request
+from tests import interrupts
 from tests.interrupts import broken_off_at
-from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
+from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
 
 
 class Gate:
@@ -210,3 +213,69 @@ def test_a_put_that_waits_while_the_writer_is_closed_is_refused(
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file broken off as it is opened
+def test_a_writer_that_is_broken_off_as_it_begins_leaves_no_lock_and_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every third place, but for those within Thread.start, which does not stand it itself."""
+    monkeypatch.setattr(interrupts, "PLACES", ("logix_like",))
+    for step in itertools.count(1, 3):
+        store, made = new_store(tmp_path / str(step)), list[StoreWriter]()
+        ended = broken_off_at(step, lambda store=store, made=made: made.append(writer(store)))
+        for one in made:
+            one.close()
+        writer(store).close()
+        if ended:
+            break
+    assert step > 100, "nothing was broken off"
+
+
+def test_statistics_that_are_given_stay_those_that_were_given(tmp_path: Path) -> None:
+    """Also where nobody has committed before: the gathered ones do not take their place when the writer is closed."""
+    store, layout = new_store(tmp_path / "s"), small_layout()
+    given = StatisticsAccumulator(layout, ["covariance"])
+    given.update(torch.full((9, WIDTH), 3.0))
+    with writer(store, statistics=StatisticsAccumulator(layout, ["mean"])) as out:
+        out.put(next(batches(torch.randn(9, WIDTH), size=9)))
+        out.write_statistics(given.snapshot(), Coverage({"0-1": 9}, 0))
+    found = open_store(store).statistics
+    assert found.covariance("encoder.q").equal(torch.full((12, 12), 9.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_batch_that_is_put_as_the_writer_is_closed_is_taken_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """By another thread, between its look whether the writer is open and the queue: never lost without a word."""
+    store = new_store(tmp_path / "s")
+    out, rows = writer(store), torch.randn(5, WIDTH)
+    closing = threading.Thread(target=out.close)
+    waiting = out._inbox._items
+
+    class Queue:
+        """Closes the writer right before or behind a batch is put, once."""
+
+        def put(self, item: Any) -> None:
+            if isinstance(item, Request) or closing.ident is not None:
+                waiting.put(item)
+                return
+            if place == "behind":
+                waiting.put(item)
+            closing.start()
+            if place == "before":
+                closing.join(20)
+                waiting.put(item)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(waiting, name)
+
+    monkeypatch.setattr(out._inbox, "_items", Queue())
+    if place == "before":
+        with pytest.raises(StoreWriteError, match="is closed; no row was taken"):
+            out.put(next(batches(rows)))
+    else:
+        out.put(next(batches(rows)))
+    closing.join(20)
+    assert len(open_store(store)) == out.rows == (5 if place == "behind" else 0)
