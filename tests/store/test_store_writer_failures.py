@@ -244,38 +244,46 @@ def test_statistics_that_are_given_stay_those_that_were_given(tmp_path: Path) ->
     assert found.covariance("encoder.q").equal(torch.full((12, 12), 9.0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("taken", [True, False])
 def test_a_batch_that_is_put_as_the_writer_is_closed_is_taken_or_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    """By another thread, between its look whether the writer is open and the queue: never lost without a word."""
+    """By another thread, behind its look whether the writer is open: never lost without a word."""
     store = new_store(tmp_path / "s")
     out, rows = writer(store), torch.randn(5, WIDTH)
-    closing = threading.Thread(target=out.close)
-    waiting = out._inbox._items
+    closing, seal = threading.Thread(target=out.close), out._pipeline.close
+    last_is_taken, go = threading.Event(), threading.Event()
+
+    def close() -> None:
+        last_is_taken.set()
+        go.wait(20)
+        seal()
 
     class Queue:
-        """Closes the writer right before or behind a batch is put, once."""
+        """Has the writer closed right before a batch is put, or right behind that."""
+
+        def __init__(self, queue: Any) -> None:
+            self._queue = queue
 
         def put(self, item: Any) -> None:
-            if isinstance(item, Request) or closing.ident is not None:
-                waiting.put(item)
-                return
-            if place == "behind":
-                waiting.put(item)
-            closing.start()
-            if place == "before":
-                closing.join(20)
-                waiting.put(item)
+            if not isinstance(item, Request):
+                if taken:
+                    self._queue.put(item)
+                closing.start()
+                last_is_taken.wait(20)
+                threading.Timer(0.1, go.set).start()
+            if isinstance(item, Request) or not taken:
+                self._queue.put(item)
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(waiting, name)
+            return getattr(self._queue, name)
 
-    monkeypatch.setattr(out._inbox, "_items", Queue())
-    if place == "before":
+    monkeypatch.setattr(out._pipeline, "close", close)
+    monkeypatch.setattr(out._inbox, "_items", Queue(out._inbox._items))
+    if taken:
+        out.put(next(batches(rows)))
+    else:
         with pytest.raises(StoreWriteError, match="is closed; no row was taken"):
             out.put(next(batches(rows)))
-    else:
-        out.put(next(batches(rows)))
     closing.join(20)
-    assert len(open_store(store)) == out.rows == (5 if place == "behind" else 0)
+    assert len(open_store(store)) == out.rows == 5 * taken
