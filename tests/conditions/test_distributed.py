@@ -22,6 +22,7 @@ from logix_like.estimators import ExactUnrolling
 from logix_like.objective import Objective
 from logix_like.ranks import Ranks
 from logix_like.store.format.journal import journals
+from logix_like.store.format.schema import Flag
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
 
@@ -58,9 +59,9 @@ def single_process(root: Path, **config: Any) -> logix.GradientStore:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores ``ddp/run`` and ``fsdp/run`` of the same training."""
+    """Stores ``ddp/run`` and ``fsdp/run`` of the same training, and ``scaled/run`` of another one."""
     root = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(str(root), "ddp", "fsdp")
+    ended = torchrun(str(root), "ddp", "fsdp", "scaled")
     assert ended.returncode == 0, ended.stderr
     assert "do not add up" not in ended.stderr  # averaged gradients are no sums of one process's rows
     return root
@@ -101,6 +102,12 @@ def assert_answers(run: logix.Run, expected: logix.GradientStore) -> None:
             F.cross_entropy(model(x[:1]), y[:1]).backward()
     scores = run.compute_influence_all(query)
     assert scores.scores.shape == (1, SAMPLES)
+
+
+def test_a_step_that_one_part_of_the_gradient_spoils_is_flagged_in_all_processes(two_processes: Path) -> None:
+    store = logix.open_store(two_processes / "scaled" / "run")
+    assert sorted(store.data_id[(store.flags & Flag.OVERFLOW) != 0]) == ["0-1", "1-1"]
+    assert sorted(store.data_id[store.valid]) == [f"{rank}-{step}" for rank in range(2) for step in (0, 2, 3)]
 
 
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
