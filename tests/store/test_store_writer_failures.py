@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +224,17 @@ def test_a_writer_that_is_broken_off_as_it_begins_leaves_no_lock_and_no_thread(
     monkeypatch.setattr(interrupts, "PLACES", ("logix_like",))
     for step in itertools.count(1, 3):
         store, made = new_store(tmp_path / str(step)), list[StoreWriter]()
-        ended = broken_off_at(step, lambda store=store, made=made: made.append(writer(store)))
+        ended = broken_off_at(step, partial(_begin, store, made))
         for one in made:
             one.close()
         writer(store).close()
         if ended:
             break
     assert step > 100, "nothing was broken off"
+
+
+def _begin(store: Path, made: list[StoreWriter]) -> None:
+    made.append(writer(store))
 
 
 def test_statistics_that_are_given_stay_those_that_were_given(tmp_path: Path) -> None:

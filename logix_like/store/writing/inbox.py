@@ -92,13 +92,13 @@ class Inbox:
     def put(self, batch: ProjectedBatch) -> bool:
         """Queue a batch, waiting while it does not fit; False if the worker has ended."""
         size = batch.nbytes
-        while not self._closing and not self.ended and self._is_full_for(size):
+        while self._is_open() and self._is_full_for(size):
             self._awaited = True
             self._calls.put(None)
             if self._is_full_for(size):  # still: the worker, who looks when it is done, cannot have missed the above
                 with suppress(Empty):
                     self._room.get(timeout=LOOK_SECONDS)
-        if self._closing or self.ended:
+        if not self._is_open():
             return False
         if self._items.empty():
             self._since = time.monotonic()
@@ -108,7 +108,7 @@ class Inbox:
         self._rows_put += len(batch.data_id)
         if (self._idle or self._worthwhile()) and self._calls.empty():
             self._calls.put(None)
-        if not self._closing and not self.ended:
+        if self._is_open():
             return True
         while not self.ended:  # it may stand behind the last request, which is asked for at this moment
             time.sleep(ENDING_SECONDS)
@@ -173,6 +173,9 @@ class Inbox:
     def _worthwhile(self) -> bool:
         full = 2 * (self._put - self._taken) >= self._limit
         return full or self._asked or self._awaited or self._rows_put - self._rows_taken >= self._wanted
+
+    def _is_open(self) -> bool:
+        return not self._closing and not self.ended
 
     def _is_full_for(self, size: int) -> bool:
         held = self._put - self._done
