@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
 
 from logix_like.errors import ConfigError, StoreError
 
@@ -79,14 +78,6 @@ class Ranks:
             dist.broadcast_object_list(chosen, src=0)
         found: Chosen = chosen[0]
         return found
-
-    def any(self, flag: Tensor) -> Tensor:
-        """Whether ``flag`` (bool ``[]``) is set in any process; all must ask together."""
-        if self.size == 1:
-            return flag
-        together = flag.int()
-        dist.all_reduce(together, dist.ReduceOp.MAX)
-        return together.bool()
 
     def wait(self) -> None:
         """Return when all processes are here."""

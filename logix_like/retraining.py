@@ -307,8 +307,8 @@ def _outcome(future: Future[Outcome]) -> Outcome:
     if error is None:
         return future.result()
     return (
-        f"the executor could not run it ({type(error).__name__}: {error}); for processes train and measure must be such "
-        "as can be pickled, functions of a module"
+        f"the executor could not run it ({type(error).__name__}: {error}); for processes train and measure must be "
+        "such as can be pickled, functions of a module"
     )
 
 

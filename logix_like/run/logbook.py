@@ -62,6 +62,8 @@ class Logbook:
         self._tracker: Tracker | None = None
         self._open: Block | None = None
         self._gate = StepGate(self._store)
+        if session is not None:
+            session.release = self._release
         self._streams = Streams()
         self._waiting: list[_Ended] = []
         self._last: QueryGradients | None = None
@@ -188,6 +190,10 @@ class Logbook:
         self._project_waiting(force)
         if force:
             self._gate.release()
+
+    def _release(self) -> None:
+        if not self.closed:
+            self.flush(force=True)
 
     def settle(self) -> None:
         """Hand over the rows that were held back, unless a scaler may still skip their step."""

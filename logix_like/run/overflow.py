@@ -7,26 +7,35 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from logix_like.capture.batch import ProjectedBatch
-from logix_like.ranks import Ranks
 
 
 def overflowed(model: nn.Module, scaler: Any) -> Tensor | None:
     """Whether a gradient that ``model`` holds is not finite, so that the scaler will skip the step.
 
     A bool ``[]`` where the gradients are, so that nobody waits for it yet; None without a scaler (or with a disabled
-    one), where nothing is ever skipped.
+    one), where nothing is ever skipped. Where gradients are spread over processes (FSDP), all call this together.
     """
     if scaler is None or not scaler.is_enabled():
         return None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     # The largest magnitude is finite exactly if all are, and no sum can overflow on the way.
-    largest = [torch.linalg.vector_norm(own, torch.inf) for own in map(_local, gradients) if own.numel()]
-    spoiled = ~_together(largest).isfinite().all()
-    # Each process sees its own part only, and the scaler skips the step in all of them.
-    return Ranks.here().any(spoiled) if any(_is_shared(g) for g in gradients) else spoiled
+    largest = [torch.linalg.vector_norm(g, torch.inf) for g in map(_local, gradients) if g.numel()]
+    found = ~_together(largest).isfinite().all()
+    meshes = dict.fromkeys(g.device_mesh for g in gradients if hasattr(g, "device_mesh"))
+    return _anywhere(found, list(meshes)) if meshes else found
+
+
+def _anywhere(found: Tensor, meshes: list[Any]) -> Tensor:
+    """Whether any of the processes has ``found`` it in its part."""
+    count = found.to(meshes[0].device_type, torch.int32)
+    for mesh in meshes:
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(count, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    return count > 0
 
 
 class StepGate:
@@ -70,14 +79,9 @@ class StepGate:
         return any(bool(flag) for _, flag in self._held)
 
 
-def _is_shared(gradient: Tensor) -> bool:
-    """Whether a gradient is spread over several processes."""
-    return hasattr(gradient, "to_local")
-
-
 def _local(gradient: Any) -> Tensor:
     """This process's part of a gradient that is spread over several."""
-    dense: Tensor = gradient.to_local() if _is_shared(gradient) else gradient
+    dense: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return dense.coalesce().values() if dense.is_sparse else dense
 
 

@@ -74,6 +74,7 @@ class Run(Questions):
         self._asker = Asker(path, config.query, self._logbook, on_damage)
         self._recorder: PathRecorder | None = None
         self._live: list[LiveScores] = []
+        self._dropped = False
 
     # What is tracked
 
@@ -321,21 +322,23 @@ class Run(Questions):
     def finalize(self) -> None:
         """End logging: commit, write statistics, build the sample view. Calling it again does nothing.
 
+        Unless it has failed: then what was lost is said again, or what is left to do is tried once more.
         Afterwards blocks are captured for :meth:`get_log` but not stored, and queries go on working.
         """
-        if self._session is None or self._logbook.closed:
+        if self._session is None or self._session.finished:
             return
-        dropped = self._logbook.abort()
-        self._progress.close()
-        self._logbook.flush(force=True)
-        for live in self._live:
-            live.finish(self._progress.step)
-        if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
-            self.checkpoint()
-        self._logbook.keep_curvature()
-        self._logbook.closed = True
+        if not self._logbook.closed:
+            self._dropped = self._logbook.abort()
+            self._progress.close()
+            self._logbook.flush(force=True)
+            for live in self._live:
+                live.finish(self._progress.step)
+            if self._logbook.watching and (self.config.checkpoints != "none" or self.config.record == "path"):
+                self.checkpoint()
+            self._logbook.keep_curvature()
+            self._logbook.closed = True
         self._session.finish(self._logbook.tracker.model if self._logbook.watching else None)
-        if dropped:
+        if self._dropped:
             warnings.warn(
                 "a block was still open when the run was finalized: its rows are not stored; call run.end() first",
                 RuntimeWarning,

@@ -78,8 +78,14 @@ class StoreSession:
         self._writer: StoreWriter | None = None
         self.handed_over = False
         """Whether a later run of this process has taken over the store."""
+        self.release: Callable[[], object] = bool
+        """Hands over rows that are held back still; whoever holds any sets this."""
+        self.finished = False
+        """Whether :meth:`finish` has come to its end."""
+        self._ending = False
+        self._failed: Exception | None = None
         if (resume or overwrite) and (earlier := _writing.get(str(path))) is not None:
-            earlier.hand_over()
+            earlier.hand_over(whole=resume)
         self.stopped = False
         """Whether the storage failed and the config's ``store.on_error`` is ``stop_logging``: nothing is written."""
         opened, self._subject = self._ranks.agree(
@@ -201,11 +207,17 @@ class StoreSession:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)  # each look is a request where the store is elsewhere
 
-    def hand_over(self) -> None:
+    def hand_over(self, *, whole: bool) -> None:
         """Commit and close, since a later run of this process takes over the store.
 
         A notebook whose cell was interrupted has no name for its run any more, which the traceback keeps alive.
+        ``whole``: the later run goes on with the store, so that rows are written that are held back still.
         """
+        try:
+            if whole and not self.handed_over:
+                self.release()
+        except Exception as error:  # whatever it is, the later run is to begin
+            _log.error("rows of the run before that were held back are not stored: %s", error)
         self.handed_over = True
         if self._writer is not None:
             try:
@@ -277,11 +289,35 @@ class StoreSession:
     def finish(self, model: nn.Module | None) -> None:
         """Commit, gather what needs all rows, and close; the store then holds its sample view.
 
+        Called again after it has failed, it says again what was lost, or tries what is left once more (in one process:
+        of several, the others would have to as well).
+
         Raises:
             StoreError: another process has died; this one's rows are safe by then.
         """
         self._require_own()
         if self._writer is None and self._ranks.size == 1:
+            self.finished = True
+            return
+        if self._failed is not None and self._ranks.size > 1:
+            raise self._failed
+        try:
+            self._end_rows()
+            with self._together():
+                weights = None if model is None else fingerprint(model)
+                self._ranks.wait()
+                self._ranks.once(lambda: self.attempt(lambda: _complete(self.path, weights)))
+            self.finished = True
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def _end_rows(self) -> None:
+        """Commit and close, once all parts' statistics are together."""
+        again, self._ending = self._ending, True
+        if again and self._writer is not None:
+            self._writer.close()
+            self._writer.require_whole()
             return
         with self._writer or nullcontext(), self._together():
             if self._writer is not None and not self.stopped:
@@ -289,10 +325,6 @@ class StoreSession:
                 self.attempt(self._writer.require_present)
             self._ranks.wait()  # so that statistics of all rows can be taken
             self._ranks.once(lambda: self.attempt(self._complete_statistics))
-        with self._together():
-            weights = None if model is None else fingerprint(model)
-            self._ranks.wait()
-            self._ranks.once(lambda: self.attempt(lambda: _complete(self.path, weights)))
 
     def _complete_statistics(self) -> None:
         """Write what no start of the run has gathered alone: see :func:`whole_statistics`."""

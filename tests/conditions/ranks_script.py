@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | overflow | killed ...``."""
+"""What each process of test_distributed.py runs: ``ranks_script.py <root> ddp | fsdp | scaled | killed ...``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,23 @@ def train_beside_a_store_that_cannot_be_begun(on_error: str, root: str) -> None:
     sys.stderr.write(f"process {rank} ended after {time.monotonic() - begun:.0f} s\n")
 
 
+def train_with_an_overflow_in_one_shard(root: str) -> None:
+    """Four steps of one layer under FSDP; in the second a gradient overflows that lies in the first process alone."""
+    rank, model = dist.get_rank(), nn.Sequential(nn.Linear(6, 4))
+    optimizer, scaler = torch.optim.SGD(wrapped("fsdp", model).parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    run = logix.init("run", model, full(root), optimizer=optimizer, verbose=False)
+    for step in range(4):
+        with run(data_id=[f"{rank}-{step}"], scaler=scaler):
+            found = model(torch.ones(1, 6))
+            if step == 1:
+                found.register_hook(lambda gradient: gradient * torch.tensor([torch.inf, 1.0, 1.0, 1.0]))
+            scaler.scale(found.square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    run.finalize()
+
+
 def require_tracking_refused(run: logix.Run, queries: tuple[Tensor, Tensor]) -> None:
     """Queries are tracked in one process only; several are told so before anything is computed."""
     try:
@@ -87,22 +104,6 @@ def require_tracking_refused(run: logix.Run, queries: tuple[Tensor, Tensor]) -> 
         assert "queries are tracked in one process" in str(error), error
     else:
         raise AssertionError("tracking queries in several processes was not refused")
-
-
-def train_beside_an_overflow(root: str) -> None:
-    """Sharded, with a gradient scaler: the second batch overflows in the second process's part of a weight alone."""
-    rank, (x, y), model = dist.get_rank(), data(), wrapped("fsdp", network())
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=8.0)
-    run = logix.init("run", model, full(root), optimizer=optimizer, verbose=False)
-    for number, index in enumerate(shares(rank)):
-        with run(data_id=index, scaler=scaler):
-            scaler.scale(F.cross_entropy(model(x[index]), y[index])).backward()
-            if number == rank == 1:
-                next(model.parameters()).grad.to_local()[0, 0] = torch.inf
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    run.finalize()
 
 
 def train_until_one_breaks(root: str) -> None:
@@ -120,12 +121,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
-        if name in ("raise", "stop_logging"):
+        if name == "scaled":
+            train_with_an_overflow_in_one_shard(f"{sys.argv[1]}/{name}")
+        elif name in ("raise", "stop_logging"):
             train_beside_a_store_that_cannot_be_begun(name, f"{sys.argv[1]}/{name}")
         elif name == "broken":
             train_until_one_breaks(f"{sys.argv[1]}/{name}")
-        elif name == "overflow":
-            train_beside_an_overflow(f"{sys.argv[1]}/{name}")
         else:
             train(name, f"{sys.argv[1]}/{name}")
     dist.barrier()

@@ -21,8 +21,8 @@ from logix_like.errors import ConfigError, StoreError
 from logix_like.estimators import ExactUnrolling
 from logix_like.objective import Objective
 from logix_like.ranks import Ranks
-from logix_like.store import Flag
 from logix_like.store.format.journal import journals
+from logix_like.store.format.schema import Flag
 from tests.conditions.ranks_script import SIZE, shares
 from tests.training import SAMPLES, data, full, network
 
@@ -59,9 +59,9 @@ def single_process(root: Path, **config: Any) -> logix.GradientStore:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stores ``ddp/run`` and ``fsdp/run`` of the same training, and ``overflow/run``."""
+    """Stores ``ddp/run`` and ``fsdp/run`` of the same training, and ``scaled/run`` of another one."""
     root = tmp_path_factory.mktemp("ranks")
-    ended = torchrun(str(root), "ddp", "fsdp", "overflow")
+    ended = torchrun(str(root), "ddp", "fsdp", "scaled")
     assert ended.returncode == 0, ended.stderr
     assert "do not add up" not in ended.stderr  # averaged gradients are no sums of one process's rows
     return root
@@ -104,6 +104,12 @@ def assert_answers(run: logix.Run, expected: logix.GradientStore) -> None:
     assert scores.scores.shape == (1, SAMPLES)
 
 
+def test_a_step_that_one_part_of_the_gradient_spoils_is_flagged_in_all_processes(two_processes: Path) -> None:
+    store = logix.open_store(two_processes / "scaled" / "run")
+    assert sorted(store.data_id[(store.flags & Flag.OVERFLOW) != 0]) == ["0-1", "1-1"]
+    assert sorted(store.data_id[store.valid]) == [f"{rank}-{step}" for rank in range(2) for step in (0, 2, 3)]
+
+
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp"])
 def test_the_path_holds_what_all_processes_used(tmp_path: Path, two_processes: Path, wrapping: str) -> None:
     """Its replay ends at the recorded weights, so that samples and weights are those of the training."""
@@ -119,13 +125,6 @@ def test_the_path_holds_what_all_processes_used(tmp_path: Path, two_processes: P
         ExactUnrolling(path, network(), Objective(), batch_of).scores((x[:2], y[:2])) for path in (found, expected)
     )
     torch.testing.assert_close(scores, wanted, rtol=REORDERED, atol=1e-12)
-
-
-def test_a_step_that_overflows_in_one_process_is_skipped_in_all(two_processes: Path) -> None:
-    store = logix.open_store(two_processes / "overflow" / "run")
-    spoiled = [int(i) for rank in range(SIZE) for i in list(shares(rank))[1]]
-    assert sorted(store.data_id[(store.flags & int(Flag.OVERFLOW)) != 0].astype(int)) == sorted(spoiled)
-    assert sorted(set(store.step)) == [0, 1]
 
 
 def test_a_step_that_one_process_did_not_write_is_no_step(two_processes: Path, tmp_path: Path) -> None:

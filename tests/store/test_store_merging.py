@@ -268,7 +268,7 @@ def test_a_reader_from_before_a_merge_is_told_of_it(tmp_path: Path) -> None:
     store = scattered(tmp_path / "s")
     reader = open_store(store)
     merge_parts(store)
-    for read in (lambda: reader.gradients[:], lambda: reader.data_id):
+    for read in (lambda: reader.gradients[:], lambda: reader.data_id, lambda: reader.statistics):
         with pytest.raises(StoreDamagedError, match=r"merged since it was opened .* refresh"):
             read()
     shutil.rmtree(store / "projections")

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 import torch
 
 from logix_like.errors import StoreWriteError
-from logix_like.store import open_store
+from logix_like.statistics import StatisticsAccumulator
+from logix_like.store import Coverage, StoreWriter, open_store
 from logix_like.store.format.commits import CommitLog
 from logix_like.store.format.parts import PartWriter
 from logix_like.store.places.storage import Pending
+from logix_like.store.writing.inbox import Request
+from tests import interrupts
 from tests.interrupts import broken_off_at
-from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, writer
+from tests.store.store_runs import CHUNK_ROWS, WIDTH, batches, log, new_store, small_layout, writer
 
 
 class Gate:
@@ -210,3 +214,81 @@ def test_a_put_that_waits_while_the_writer_is_closed_is_refused(
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a file broken off as it is opened
+def test_a_writer_that_is_broken_off_as_it_begins_leaves_no_lock_and_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C at every third place, but for those within Thread.start, which does not stand it itself."""
+    monkeypatch.setattr(interrupts, "PLACES", ("logix_like",))
+    for step in itertools.count(1, 3):
+        store, made = new_store(tmp_path / str(step)), list[StoreWriter]()
+        ended = broken_off_at(step, partial(_begin, store, made))
+        for one in made:
+            one.close()
+        writer(store).close()
+        if ended:
+            break
+    assert step > 100, "nothing was broken off"
+
+
+def _begin(store: Path, made: list[StoreWriter]) -> None:
+    made.append(writer(store))
+
+
+def test_statistics_that_are_given_stay_those_that_were_given(tmp_path: Path) -> None:
+    """Also where nobody has committed before: the gathered ones do not take their place when the writer is closed."""
+    store, layout = new_store(tmp_path / "s"), small_layout()
+    given = StatisticsAccumulator(layout, ["covariance"])
+    given.update(torch.full((9, WIDTH), 3.0))
+    with writer(store, statistics=StatisticsAccumulator(layout, ["mean"])) as out:
+        out.put(next(batches(torch.randn(9, WIDTH), size=9)))
+        out.write_statistics(given.snapshot(), Coverage({"0-1": 9}, 0))
+    found = open_store(store).statistics
+    assert found.covariance("encoder.q").equal(torch.full((12, 12), 9.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_batch_that_is_put_as_the_writer_is_closed_is_taken_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """By another thread, behind its look whether the writer is open: never lost without a word."""
+    store = new_store(tmp_path / "s")
+    out, rows = writer(store), torch.randn(5, WIDTH)
+    closing, seal = threading.Thread(target=out.close), out._pipeline.close
+    last_is_taken, go = threading.Event(), threading.Event()
+
+    def close() -> None:
+        last_is_taken.set()
+        go.wait(20)
+        seal()
+
+    class Queue:
+        """Has the writer closed right before a batch is put, or right behind that."""
+
+        def __init__(self, queue: Any) -> None:
+            self._queue = queue
+
+        def put(self, item: Any) -> None:
+            if not isinstance(item, Request):
+                if taken:
+                    self._queue.put(item)
+                closing.start()
+                last_is_taken.wait(20)
+                threading.Timer(0.1, go.set).start()
+            if isinstance(item, Request) or not taken:
+                self._queue.put(item)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._queue, name)
+
+    monkeypatch.setattr(out._pipeline, "close", close)
+    monkeypatch.setattr(out._inbox, "_items", Queue(out._inbox._items))
+    if taken:
+        out.put(next(batches(rows)))
+    else:
+        with pytest.raises(StoreWriteError, match="is closed; no row was taken"):
+            out.put(next(batches(rows)))
+    closing.join(20)
+    assert len(open_store(store)) == out.rows == 5 * taken

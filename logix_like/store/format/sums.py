@@ -13,7 +13,7 @@ from torch import Tensor
 from logix_like.errors import StoreDamagedError
 from logix_like.layout import Layout, ModuleBlock
 from logix_like.statistics import Statistics
-from logix_like.store.format.arrays import ArraySpec, chunk_file, read_chunk, write_array, write_group
+from logix_like.store.format.arrays import ArraySpec, chunk_file, read_chunk, unreadable, write_array, write_group
 from logix_like.store.format.commits import StatisticsRecord, read_commits
 from logix_like.store.format.documents import unsealed
 from logix_like.store.format.schema import DOCUMENT, STATISTICS_FOLDER
@@ -163,9 +163,12 @@ def _count(rows: object, folder: Place) -> int:
 
 
 def _attributes(folder: Place) -> dict[str, Any]:
+    file = folder / DOCUMENT
     try:
-        return unsealed(read_bytes(folder / DOCUMENT))
-    except (OSError, ValueError) as error:
+        return unsealed(read_bytes(file))
+    except OSError as error:
+        raise unreadable(file, "statistics", error) from error
+    except ValueError as error:
         raise _damaged(folder, f"has no readable {DOCUMENT} ({error})") from error
 
 

@@ -37,18 +37,19 @@ class WriterLock:
             )
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         holder = _holder(os.fstat(handle))
+        self._handle, self._holder = handle, holder
+        # First: wherever the rest is broken off, what was taken is given back once this is forgotten.
+        self._finalizer = weakref.finalize(self, _release, handle, holder)
+        _held.add(holder)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(handle)
+                self.close()
                 raise StoreError(
                     f"another process writes to {store} as rank {rank} (it holds {file.name}); end it first, or "
                     "give each process a rank or a project of its own"
                 ) from error
-        _held.add(holder)
-        self._handle, self._holder = handle, holder
-        self._finalizer = weakref.finalize(self, _release, handle, holder)
 
     def require(self) -> None:
         """Nothing can take it over while this process lives."""

@@ -14,6 +14,8 @@ from logix_like.store.format.sums import StoredStatistics
 
 LOOK_SECONDS = 1.0
 """How often a thread that waits looks again by itself: whoever was to wake it may have been broken off."""
+ENDING_SECONDS = 0.005
+"""The same of one that waits for the end of the other."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Request:
     """To be written in place of the gathered ones."""
     done: SimpleQueue[bool] = field(default_factory=SimpleQueue)
     """Whether it was, once that is known."""
+
+
+@dataclass(eq=False)
+class _Parcel:
+    """A batch in the queue."""
+
+    batch: ProjectedBatch
+    taken: bool = False
+    """Whether the worker has it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class Inbox:
     def __init__(self, limit: int, commit_seconds: float) -> None:
         self._limit = limit
         self._commit_seconds = commit_seconds
-        self._items: SimpleQueue[ProjectedBatch | Request] = SimpleQueue()
+        self._items: SimpleQueue[_Parcel | Request] = SimpleQueue()
         self._calls: SimpleQueue[None] = SimpleQueue()
         self._room: SimpleQueue[None] = SimpleQueue()
         self._put = self._taken = self._done = 0
@@ -81,22 +92,27 @@ class Inbox:
     def put(self, batch: ProjectedBatch) -> bool:
         """Queue a batch, waiting while it does not fit; False if the worker has ended."""
         size = batch.nbytes
-        while not self._closing and not self.ended and self._is_full_for(size):
+        while self._is_open() and self._is_full_for(size):
             self._awaited = True
             self._calls.put(None)
             if self._is_full_for(size):  # still: the worker, who looks when it is done, cannot have missed the above
                 with suppress(Empty):
                     self._room.get(timeout=LOOK_SECONDS)
-        if self._closing or self.ended:
+        if not self._is_open():
             return False
         if self._items.empty():
             self._since = time.monotonic()
-        self._items.put(batch)
+        parcel = _Parcel(batch)
+        self._items.put(parcel)
         self._put += size
         self._rows_put += len(batch.data_id)
         if (self._idle or self._worthwhile()) and self._calls.empty():
             self._calls.put(None)
-        return not self.ended
+        if self._is_open():
+            return True
+        while not self.ended:  # it may stand behind the last request, which is asked for at this moment
+            time.sleep(ENDING_SECONDS)
+        return parcel.taken and self.error is None
 
     def ask(self, request: Request) -> bool:
         """Queue a request; False if the worker has ended."""
@@ -124,7 +140,11 @@ class Inbox:
         self._idle = self._asked = False
         due = min(due, self._due())
         items = list(self._waiting())
-        batches = [item for item in items if not isinstance(item, Request)]
+        batches: list[ProjectedBatch] = []
+        for item in items:
+            if isinstance(item, _Parcel):
+                item.taken = True
+                batches.append(item.batch)
         if batches:  # they may have come since the line above
             due = min(due, time.monotonic() + self._commit_seconds)
         self._taken += sum(batch.nbytes for batch in batches)
@@ -140,7 +160,7 @@ class Inbox:
             if isinstance(item, Request):
                 item.done.put(False)
 
-    def _waiting(self) -> Iterator[ProjectedBatch | Request]:
+    def _waiting(self) -> Iterator[_Parcel | Request]:
         """Takes out what there is."""
         with suppress(Empty):
             while True:
@@ -153,6 +173,9 @@ class Inbox:
     def _worthwhile(self) -> bool:
         full = 2 * (self._put - self._taken) >= self._limit
         return full or self._asked or self._awaited or self._rows_put - self._rows_taken >= self._wanted
+
+    def _is_open(self) -> bool:
+        return not self._closing and not self.ended
 
     def _is_full_for(self, size: int) -> bool:
         held = self._put - self._done

@@ -179,13 +179,13 @@ class RowPipeline:
             if self._accumulator is None or self._saved_at == self.committed:
                 return
             given = StoredStatistics(self._accumulator.snapshot())
-            self._saved_at = self.committed
         self.require_present()
         parent, generation = self._statistics_folder, self._generation + 1
         if generation == 1:
             write_group(parent, sync=self._sync)
         save_statistics(parent / str(generation), given.statistics, given.coverage, sync=self._sync)
         self._rows.record_statistics(generation, given.statistics.rows)
+        self._saved_at = self.committed
         remove_tree(parent / str(self._generation))
         self._generation = generation
 

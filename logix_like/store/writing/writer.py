@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from os import PathLike
 from queue import SimpleQueue
 from types import TracebackType
@@ -52,9 +52,17 @@ class _Worker:
         the starting thread puts its own number back.
         """
         threads = torch.get_num_threads()
-        self.thread.start()
-        self._ready.get()
-        torch.set_num_threads(threads)
+        try:
+            self.thread.start()
+            self._ready.get()
+        finally:
+            torch.set_num_threads(threads)
+
+    def abandon(self) -> None:
+        """Have the thread end, before anything was put, whether it has begun or is about to."""
+        self._inbox.ask(Request(last=True))
+        if self.thread.ident is not None:
+            self.thread.join()
 
     @property
     def is_here(self) -> bool:
@@ -195,9 +203,19 @@ class StoreWriter:
         stored_as, compression, sync = encoding_named(encoding), codec_named(codec), durability == "commit"
         _require_described(store, layout, encoding)
         rows = chunk_rows(layout, stored_as, chunk_mib)
-        with named_errors(store):
-            self._lock = files_of(store).lock(store, store / WRITERS, rank)
-            try:
+        self._width = layout.width
+        self._raises = on_error == "raise"
+        self._inbox = Inbox(int(queue_mib * 2**20), commit_seconds)
+        self._closing = False
+        self._process = os.getpid()
+        self.rows = 0
+        """Rows that were put."""
+        self.dropped = 0
+        """Rows that were dropped after a failure, with ``on_error="stop_logging"``."""
+        with ExitStack() as undo:  # what a failure or a Ctrl-C breaks off
+            with named_errors(store):
+                self._lock = files_of(store).lock(store, store / WRITERS, rank)
+                undo.callback(self._lock.close)
                 self.folder = claim_writer(store, rank, sync=sync)
                 """The writer's part of the store."""
                 self._pipeline = RowPipeline(
@@ -210,22 +228,12 @@ class StoreWriter:
                     sync=sync,
                     guard=self._lock.require,
                 )
-            except BaseException:
-                self._lock.close()
-                raise
-        self._width = layout.width
-        self._raises = on_error == "raise"
-        self._inbox = Inbox(int(queue_mib * 2**20), commit_seconds)
-        worker = _Worker(self._inbox, self._pipeline)
-        worker.start()
-        self._thread = worker.thread
-        self._closing = False
-        self._process = os.getpid()
-        self._finalizer = weakref.finalize(self, _shut, self._inbox, worker, self.folder, self._process)
-        self.rows = 0
-        """Rows that were put."""
-        self.dropped = 0
-        """Rows that were dropped after a failure, with ``on_error="stop_logging"``."""
+            worker = _Worker(self._inbox, self._pipeline)
+            undo.callback(worker.abandon)
+            worker.start()
+            self._thread = worker.thread
+            self._finalizer = weakref.finalize(self, _shut, self._inbox, worker, self.folder, self._process)
+            undo.pop_all()
 
     @property
     def committed(self) -> int:
@@ -288,6 +296,11 @@ class StoreWriter:
         self._lock.close()
         self._finalizer.detach()
         if self._inbox.error is not None and not self.told:
+            self._report()
+
+    def require_whole(self) -> None:
+        """Raise the failure of the writer again, if there was one and it is to be raised."""
+        if self._inbox.error is not None and self._raises:
             self._report()
 
     def __enter__(self) -> Self:
