@@ -23,7 +23,7 @@ from logix_like.evaluation.statistics import mean_and_error
 from logix_like.ids import as_data_ids
 from logix_like.layout import DataId
 from logix_like.objective import IGNORED, Batch, Categorical, Objective
-from logix_like.query.result import Ids, InfluenceResult, SelfInfluence
+from logix_like.query.result import Ids, InfluenceResult, SelfInfluence, is_count
 from logix_like.query.table import shown_id
 from logix_like.retraining import SubsetOracle
 from logix_like.run.extraction import batch_ids
@@ -331,10 +331,11 @@ def detect_poison(
         EvaluationError: the scores are those of the top samples only, not finite, or of too few queries or samples.
     """
     matrix, names = _scores_and_names(scores, data_id)
-    if top < 1 or group < 1 or not (0 <= overlap <= 1 and deviations >= 0):
+    counts = is_count(top) and is_count(group) and top >= 1 and group >= 1
+    if not counts or not (0 <= overlap <= 1 and deviations >= 0):
         raise EvaluationError(
-            f"top is {top}, group {group}, overlap {overlap} and deviations {deviations}; lists and groups need 1 or "
-            "more, an overlap is a share, and deviations are at least 0"
+            f"top is {top}, group {group}, overlap {overlap} and deviations {deviations}; lists and groups need a "
+            "whole number of 1 or more, an overlap is a share, and deviations are at least 0"
         )
     if len(matrix) <= 2 * group or matrix.shape[1] < top:
         raise EvaluationError(

@@ -236,6 +236,8 @@ def test_poison_is_named_as_the_samples_are(run: logix.Run, model: nn.Module) ->
         detect_poison(torch.complex(planted(), planted()))
     with pytest.raises(EvaluationError, match="data_id names 1 samples; the scores have 500"):
         detect_poison(planted(), data_id=["a"])
+    with pytest.raises(EvaluationError, match=r"top is 2.5, group .*a whole number"):
+        detect_poison(planted(), top=2.5)
     with pytest.raises(EvaluationError, match="top is 10, group 0"):
         detect_poison(planted(), group=0)
     with pytest.raises(EvaluationError, match="deviations nan"):
