@@ -6,7 +6,6 @@ Each is a frozen record, so that it travels to worker processes as a few numbers
 from __future__ import annotations
 
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,9 @@ import logix_like as logix
 from logix_like.objective import Categorical, Objective
 
 Samples = list[int] | range
+
+SHIPPED = Path(__file__).parent / "truth"
+"""What was trained once for all: what retrained models measured, and pretrained weights."""
 
 
 @dataclass(frozen=True)
@@ -343,18 +345,21 @@ class Verses(Problem):
 
 
 def _pretrained(problem: Verses) -> Mapping[str, Tensor]:
-    """Weights after pretraining, kept in a file, since every retraining begins with them."""
-    file = Path(tempfile.gettempdir()) / "lds-cache" / f"pretrained-{problem.pretraining}-{problem.width}.safetensors"
+    """Weights after pretraining, in 16 bits.
+
+    They are shipped beside the truth: every retraining begins with them, and no two machines train the same ones.
+    """
+    file = SHIPPED / f"pretrained-{problem.pretraining}-{problem.width}.safetensors"
     if not file.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = problem.untrained()
         problem.pretrain(model)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
-        save_file(dict(model.state_dict()), unfinished)
+        save_file({name: weight.half() for name, weight in model.state_dict().items()}, unfinished)
         unfinished.replace(file)
-    return load_file(file)
+    return {name: weight.float() for name, weight in load_file(file).items()}
 
 
 PROBLEMS: Mapping[str, Problem] = {

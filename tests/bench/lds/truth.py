@@ -1,7 +1,7 @@
 """The truth itself: what models retrained on random halves measured, shipped so that a bench takes minutes.
 
-A shipped file holds for the data, the untrained model and the optimizer it was made with; where one of them has
-changed since, the halves are trained anew (into the cache folder, which keeps what is done).
+A shipped file holds for the data, the model before its training and the optimizer it was made with; where one of them
+has changed since, the halves are trained anew (into the cache folder, which keeps what is done).
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from torch import Tensor
 
 from logix_like.evaluation import subset_truth
 from logix_like.retraining import Measurements, SubsetOracle
-from tests.bench.lds.problems import Problem
-
-SHIPPED = Path(__file__).parent / "truth"
+from tests.bench.lds.problems import SHIPPED, Problem
 
 
 def truth_of(problem: Problem, *, subsets: int, seeds: int, cache: Path, workers: int) -> Measurements:
@@ -80,7 +78,7 @@ def fingerprint(problem: Problem) -> str:
     digest = hashlib.blake2b(problem.name.encode(), digest_size=16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = problem.untrained()
+        model = problem.model()
     optimizer = problem.optimizer(model)
     settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     digest.update(f"{type(optimizer).__name__} {sorted(settings.items(), key=lambda item: item[0])}".encode())
