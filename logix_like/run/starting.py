@@ -54,12 +54,7 @@ def init(
         StoreExistsError: the place holds another run, and neither ``resume`` nor ``overwrite`` is set.
     """
     settings = load_config(config, project=project, **overrides)
-    if settings.project is None:
-        raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
-    if resume and overwrite:
-        raise ConfigError("resume and overwrite exclude each other")
-    if curvature is not None and model is None:
-        raise ConfigError("curvature= makes the projections of a model: give init(model=...) as well")
+    _require_consistent(settings, resume and overwrite, curvature is not None and model is None)
     resume_step = require_resume_step(resume_step, resume=resume)
     path = place_of(settings)
     if "curvature" in settings.statistics:
@@ -82,6 +77,16 @@ def init(
     elif model is not None:
         run.watch(model)
     return run
+
+
+def _require_consistent(settings: Config, both: bool, curvature_alone: bool) -> None:
+    """Raise :class:`ConfigError` for arguments of :func:`init` that lack or exclude one another."""
+    if settings.project is None:
+        raise ConfigError("no project is named; give init(project=...) or 'project:' in the config")
+    if both:
+        raise ConfigError("resume and overwrite exclude each other")
+    if curvature_alone:
+        raise ConfigError("curvature= makes the projections of a model: give init(model=...) as well")
 
 
 def _require_no_steps(settings: Config) -> None:

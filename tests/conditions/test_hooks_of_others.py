@@ -24,22 +24,28 @@ def shifted(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0] + 1,)
 
 
-@pytest.mark.parametrize("kind", ["forward", "before it"])
-def test_hooks_that_change_what_goes_in_or_comes_out(tmp_path: Path, kind: str) -> None:
-    model, (x, y) = network(), data()
-    for layer in (model[0], model[2]):
-        if kind == "forward":
-            layer.register_forward_hook(doubled)
-        else:
-            layer.register_forward_pre_hook(shifted)
+def require_own_rows(model: nn.Module, folder: Path) -> None:
+    """Each row of a logged training is the gradient of its sample alone."""
+    x, y = data()
     expected = own_gradients(model, x, y)
-    run = logix.init("run", model, full(tmp_path), verbose=False)
+    run = logix.init("run", model, full(folder), verbose=False)
     for index in batches():
         with run(data_id=index):
             F.cross_entropy(model(x[index]), y[index]).backward()
     run.finalize()
     rows = run.store.gradients[:]
     assert float((rows - expected).norm() / expected.norm()) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["forward", "before it"])
+def test_hooks_that_change_what_goes_in_or_comes_out(tmp_path: Path, kind: str) -> None:
+    model = network()
+    for layer in (model[0], model[2]):
+        if kind == "forward":
+            layer.register_forward_hook(doubled)
+        else:
+            layer.register_forward_pre_hook(shifted)
+    require_own_rows(model, tmp_path)
 
 
 def test_a_call_on_the_side_that_no_gradient_comes_back_to(tmp_path: Path) -> None:
@@ -55,12 +61,4 @@ def test_a_call_on_the_side_that_no_gradient_comes_back_to(tmp_path: Path) -> No
             out: Tensor = self.net(x) / weight.norm()
             return out
 
-    model, (x, y) = Normed(), data()
-    expected = own_gradients(model, x, y)
-    run = logix.init("run", model, full(tmp_path), verbose=False)
-    for index in batches():
-        with run(data_id=index):
-            F.cross_entropy(model(x[index]), y[index]).backward()
-    run.finalize()
-    rows = run.store.gradients[:]
-    assert float((rows - expected).norm() / expected.norm()) < EXACT
+    require_own_rows(Normed(), tmp_path)

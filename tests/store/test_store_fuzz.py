@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -112,16 +111,6 @@ def read_everything(store: Path) -> None:
 
 
 READERS: tuple[Callable[[Path], object], ...] = (read_everything, verify)
-
-
-@pytest.fixture
-def one_gibibyte() -> Iterator[None]:
-    """No allocation goes more than 1 GiB beyond what the process has: it would be a MemoryError, no named one."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Hang(BaseException):

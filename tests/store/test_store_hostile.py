@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,16 +22,6 @@ from logix_like.store.format.documents import sealed
 from logix_like.store.places.files import checksum
 from logix_like.store.reading import table
 from tests.store.store_runs import WIDTH, batches, log, new_store, small_layout, writer
-
-
-@pytest.fixture
-def one_gibibyte() -> Iterator[None]:
-    """No allocation goes more than 1 GiB beyond what the process has."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def forged(store: Path, array: str, payload: bytes) -> None:
